@@ -1,0 +1,14 @@
+"""Stateless operators of GRACE model editing: find the codebook entry that answers a query."""
+
+from .api import adapt, adapt_, lookup, nearest
+from .backends import Backend, BackendUnavailable, build_info
+
+__all__ = [
+    "Backend",
+    "BackendUnavailable",
+    "adapt",
+    "adapt_",
+    "build_info",
+    "lookup",
+    "nearest",
+]

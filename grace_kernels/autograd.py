@@ -1,0 +1,49 @@
+"""The gradient of `adapt`: one `torch.autograd.Function` over the forward and backward operators.
+
+Only entered when a gradient is asked for: `register_autograd` would cost every call in grad mode
+some 18 microseconds even where nothing requires one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import ops
+
+
+class Adapt(torch.autograd.Function):
+    """`adapt` with gradients for `hidden` and `values`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        op: Any,
+        hidden: Tensor,
+        source: Tensor,
+        query_row: Tensor,
+        first_row: Tensor,
+        last_row: Tensor,
+        keys: Tensor,
+        radii: Tensor,
+        values: Tensor,
+        count: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out = hidden.clone(memory_format=torch.contiguous_format)
+        index, distance = op(
+            out, source, query_row, first_row, last_row, keys, radii, values, count
+        )
+        ctx.save_for_backward(index, first_row, last_row)
+        ctx.slots = values.shape[0]
+        ctx.mark_non_differentiable(index, distance)
+        return out, index, distance
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor, _index: Any, _distance: Any) -> tuple[Tensor | None, ...]:
+        index, first_row, last_row = ctx.saved_tensors
+        hidden, values = ops.adapt_backward(grad, index, first_row, last_row, ctx.slots)
+        return (None, hidden, None, None, None, None, None, None, values, None)

@@ -1,0 +1,86 @@
+"""Every operator of this package: schema, fake kernel, handle. Read this file first.
+
+Two namespaces hold the same schemas. `grace::*` is what callers get: the reference sits at
+`CompositeExplicitAutograd`, that is, on every device for which nothing faster is registered, and a
+compiled library puts its kernels at a backend key (`CPU`, later `CUDA`). `grace_reference::*` is
+always the reference, for `backend="reference"`. One dispatch key holds one kernel, so every further
+implementation gets a namespace of its own.
+
+`count` is the number of rows in use as an int64 scalar tensor on the device; None means all rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+_CODEBOOK = "Tensor keys, Tensor radii"
+_SCHEMAS = {
+    "nearest": f"(Tensor query, {_CODEBOOK}, Tensor? count=None) -> (Tensor, Tensor)",
+    "lookup": f"(Tensor query, {_CODEBOOK}, Tensor? count=None) -> (Tensor, Tensor)",
+    "adapt_": (
+        "(Tensor(a!) hidden, Tensor source, Tensor query_row, Tensor first_row, Tensor last_row, "
+        f"{_CODEBOOK}, Tensor values, Tensor? count=None) -> (Tensor, Tensor)"
+    ),
+    "adapt_backward": (
+        "(Tensor grad, Tensor index, Tensor first_row, Tensor last_row, SymInt slots) "
+        "-> (Tensor, Tensor)"
+    ),
+}
+
+
+def _fake_lookup(
+    query: Tensor, keys: Tensor, radii: Tensor, count: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    batch = query.shape[0]
+    return query.new_empty(batch, dtype=torch.int64), query.new_empty(batch, dtype=torch.float32)
+
+
+def _fake_adapt_(
+    hidden: Tensor,
+    source: Tensor,
+    query_row: Tensor,
+    first_row: Tensor,
+    last_row: Tensor,
+    keys: Tensor,
+    radii: Tensor,
+    values: Tensor,
+    count: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    batch = query_row.shape[0]
+    return source.new_empty(batch, dtype=torch.int64), source.new_empty(batch, dtype=torch.float32)
+
+
+def _fake_adapt_backward(
+    grad: Tensor, index: Tensor, first_row: Tensor, last_row: Tensor, slots: int
+) -> tuple[Tensor, Tensor]:
+    return grad.new_empty(grad.shape), grad.new_empty(slots, grad.shape[1])
+
+
+_FAKES = {
+    "nearest": _fake_lookup,
+    "lookup": _fake_lookup,
+    "adapt_": _fake_adapt_,
+    "adapt_backward": _fake_adapt_backward,
+}
+
+_libraries = []  # a Library unregisters its operators when it is collected
+for _namespace in ("grace", "grace_reference"):
+    _library = torch.library.Library(_namespace, "DEF")
+    for _name, _schema in _SCHEMAS.items():
+        _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{_namespace}::{_name}", _FAKES[_name], lib=_library)
+    _libraries.append(_library)
+
+nearest = torch.ops.grace.nearest.default
+lookup = torch.ops.grace.lookup.default
+adapt_ = torch.ops.grace.adapt_.default
+adapt_backward = torch.ops.grace.adapt_backward.default
+
+reference_nearest = torch.ops.grace_reference.nearest.default
+reference_lookup = torch.ops.grace_reference.lookup.default
+reference_adapt_ = torch.ops.grace_reference.adapt_.default
+reference_adapt_backward = torch.ops.grace_reference.adapt_backward.default
