@@ -1,0 +1,29 @@
+"""Edit transformers models with GRACE and serve the edits.
+
+`GraceEditor` makes edits, `load` serves saved ones. The operators are in `grace_kernels`.
+"""
+
+from .adaptor import GraceAdaptor
+from .attach import detach
+from .codebook import CapacityError, Codebook
+from .config import GraceConfig
+from .editor import Explanation, GraceEditor, Misfire
+from .positions import QueryPlan
+from .records import EditResult
+from .serving import load
+from .store import StoreError
+
+__all__ = [
+    "CapacityError",
+    "Codebook",
+    "EditResult",
+    "Explanation",
+    "GraceAdaptor",
+    "GraceConfig",
+    "GraceEditor",
+    "Misfire",
+    "QueryPlan",
+    "StoreError",
+    "detach",
+    "load",
+]

@@ -1,0 +1,149 @@
+"""GraceAdaptor: what stands round one layer and replaces its output where an entry answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import grace_kernels
+
+from .codebook import Codebook
+from .positions import QueryPlan, pooled_mean
+
+
+@dataclass
+class Captured:
+    """What a layer saw at its queries: `queries [B, D]`, its own `outputs [B, V]` there."""
+
+    queries: Tensor
+    outputs: Tensor
+
+
+@dataclass
+class Generation:
+    """State of one `generate` call: where the prompt ends and what answered."""
+
+    prompt_len: int
+    plan: QueryPlan | None = None
+    index: Tensor | None = None
+
+
+@dataclass(eq=False)
+class GraceAdaptor:
+    """Look the queries of a forward up and replace rows of the layer's output.
+
+    Holds no weights. `forward`s read it and never change the codebook; only the editor writes.
+    The adaptor is set into the wrapped layer by `grace_edit.attach.attach`.
+
+    Args:
+        codebook: the entries.
+        query: `"last"` or `"mean"`.
+        replace: `"last"`, `"prompt"`, `"before"` or `"all"`.
+        special_ids: token ids that `query="mean"` leaves out.
+        mask_token_id: token that asks under `query="last"` in a masked language model.
+    """
+
+    codebook: Codebook
+    query: str
+    replace: str
+    special_ids: tuple[int, ...] = ()
+    mask_token_id: int | None = None
+    enabled: bool = True
+    plan: QueryPlan | None = None
+    generation: Generation | None = None
+    forced: Tensor | None = None
+    captures: list[Captured] | None = field(default=None, repr=False)
+
+    def move(self, device: torch.device) -> None:
+        """Move the codebook to `device`; its dtype never changes with the model's."""
+        self.codebook.to(device)
+
+    @contextmanager
+    def using(self, **state: Any) -> Iterator[None]:
+        """Set attributes for the time of a `with` block and put the old ones back."""
+        before = {name: getattr(self, name) for name in state}
+        for name, value in state.items():
+            setattr(self, name, value)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(self, name, value)
+
+    @property
+    def active(self) -> bool:
+        """Whether a forward has anything to do here at all."""
+        return self.enabled or self.forced is not None or self.captures is not None
+
+    def __call__(self, source: Tensor, hidden: Tensor) -> Tensor:
+        """Return the layer's output with the rows that the plan names answered.
+
+        Args:
+            source: the layer's input `[..., D]`.
+            hidden: its output `[..., V]`; written in place where that is safe.
+        """
+        plan = self.plan
+        if plan is None or not self.active:
+            return hidden
+        shape = hidden.shape
+        rows = hidden.reshape(-1, shape[-1])
+        if plan.latched:
+            return self._write_kept(rows, plan).view(shape)
+        queries = source.reshape(-1, source.shape[-1])
+        query_row = plan.query_row
+        if plan.pool is not None:
+            queries = pooled_mean(queries.view(*plan.pool.shape, -1), plan.pool)
+            each = torch.arange(len(queries), device=queries.device)
+            query_row = torch.where(query_row >= 0, each, query_row)
+        if self.captures is not None:
+            self.captures.append(self._capture(queries, query_row, rows, plan))
+            return hidden
+        if self.forced is not None:
+            return _write_rows(rows, plan, self.forced, query_row >= 0).view(shape)
+        book = self.codebook
+        tensors = (query_row, plan.first_row, plan.last_row, book.keys, book.radii, book.values)
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and hidden.requires_grad):
+            rows, index, _ = grace_kernels.adapt(rows, queries, *tensors, book.count)
+        else:
+            # A copy where the layer hands its input on (Dropout in eval mode, Identity).
+            if torch._C._is_alias_of(rows, source):
+                rows = rows.clone()
+            index, _ = grace_kernels.adapt_(rows, queries, *tensors, book.count)
+        if plan.latch and self.generation is not None:
+            self.generation.index = index
+        return rows.view(shape)
+
+    def _capture(
+        self, queries: Tensor, query_row: Tensor, rows: Tensor, plan: QueryPlan
+    ) -> Captured:
+        asking = query_row.clamp(min=0)
+        if plan.pool is None:
+            outputs = rows[plan.query_row.clamp(min=0)]
+        else:
+            outputs = pooled_mean(rows.view(*plan.pool.shape, -1), plan.pool)
+        return Captured(queries[asking].detach().clone(), outputs.detach().clone())
+
+    def _write_kept(self, rows: Tensor, plan: QueryPlan) -> Tensor:
+        if self.forced is not None:
+            return _write_rows(rows, plan, self.forced, plan.query_row >= 0)
+        index = self.generation.index if self.generation is not None else None
+        if index is None:
+            return rows
+        return _write_rows(rows, plan, self.codebook.values[index.clamp(min=0)], index >= 0)
+
+
+def _write_rows(rows: Tensor, plan: QueryPlan, values: Tensor, answered: Tensor) -> Tensor:
+    """Return `rows [R, V]` with the range of each answered sequence set to its `values [B, V]`.
+
+    Plain and differentiable: used where the answer is known already (training, kept answers).
+    """
+    row = torch.arange(len(rows), device=rows.device)
+    inside = (row >= plan.first_row[:, None]) & (row < plan.last_row[:, None]) & answered[:, None]
+    replaced = inside.any(dim=0)
+    owner = inside.int().argmax(dim=0)
+    return torch.where(replaced[:, None], values.to(rows.dtype)[owner], rows)

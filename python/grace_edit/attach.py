@@ -1,0 +1,375 @@
+"""Set an adaptor into a model by swapping classes, and take it out again.
+
+Three objects of the model change their class and nothing else: the wrapped layer (it hands its
+output to the adaptor), the *seam* (the module that sees the attention mask and so knows which rows
+ask), and for a causal model the seam is the model itself, whose `generate` is followed too.
+Parameters, `state_dict` names, `isinstance` and hooks stay as they are.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import re
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adaptor import Generation, GraceAdaptor
+from .positions import QueryPlan, plan_latched, plan_queries
+
+_WRAPPERS = re.compile(r"(^|\.)(base_model\.model|_orig_mod|module)(?=\.)")
+
+
+def find_layer(model: nn.Module, name: str) -> tuple[str, nn.Module]:
+    """Return the full name and the module that `name` means.
+
+    Args:
+        model: the model.
+        name: dots or brackets (`h[3].mlp`), `.weight` and `.bias` ignored, a unique suffix is
+            enough; wrappers' prefixes (PEFT, `torch.compile`) do not matter.
+
+    Raises:
+        ValueError: no module or more than one has this name; the near matches are listed.
+    """
+    wanted = re.sub(r"\[(\w+)\]", r".\1", name.strip())
+    wanted = re.sub(r"\.(weight|bias)$", "", wanted).strip(".")
+    modules = {n: m for n, m in model.named_modules() if n}
+    plain = {n: _WRAPPERS.sub("", "." + n).strip(".") for n in modules}
+    wanted = _WRAPPERS.sub("", "." + wanted).strip(".")
+    exact = [n for n, p in plain.items() if p == wanted]
+    found = exact or [n for n, p in plain.items() if p.endswith("." + wanted)]
+    if len(found) == 1:
+        return found[0], modules[found[0]]
+    near = found or difflib.get_close_matches(wanted, list(modules), n=5, cutoff=0.3)
+    problem = "is ambiguous" if found else "is not in the model"
+    raise ValueError(f"layer must name one module, got {name!r}, which {problem}; near: {near[:5]}")
+
+
+class GraceLayer:
+    """Mixin of the wrapped layer."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return _adapt_output(self, super().forward, args, kwargs)  # type: ignore[misc]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # Follow the model to its device; an empty probe says where fn moves things. Its dtype is
+        # not followed: keys must keep the bits they were made with.
+        adaptor: GraceAdaptor = self.__dict__["grace"]
+        adaptor.move(fn(torch.empty(0, device=adaptor.codebook.keys.device)).device)
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (GraceLayer, type(self).grace_base), self.__dict__  # type: ignore[attr-defined]
+
+
+class GraceSeam:
+    """Mixin of the module whose forward sees the mask: plans each forward before it runs."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return _planned_forward(self, super().forward, args, kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        mixin = GraceGenerator if isinstance(self, GraceGenerator) else GraceSeam
+        return _rebuild, (mixin, type(self).grace_base), self.__dict__  # type: ignore[attr-defined]
+
+
+class GraceGenerator(GraceSeam):
+    """Mixin of a model that generates: one lookup at the prompt's end, kept for what follows."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        adaptor: GraceAdaptor = self.__dict__["grace"]
+        generate = super().generate  # type: ignore[misc]
+        if not adaptor.active or adaptor.plan is not None:
+            return generate(*args, **kwargs)
+        _whole_prefill(adaptor, kwargs)
+        with adaptor.using(generation=Generation(_prompt_length(args, kwargs))):
+            return generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+        adaptor: GraceAdaptor = self.__dict__["grace"]
+        if adaptor.generation is not None:
+            adaptor.generation.plan = _plan_step(adaptor, adaptor.generation, args, kwargs, inputs)
+        return inputs
+
+
+@functools.cache
+def _swapped(mixin: type, base: type) -> type:
+    # The model keeps its class name (transformers writes it into configurations); a wrapped layer
+    # shows in print(model).
+    name = f"Grace{base.__name__}" if mixin is GraceLayer else base.__name__
+    members: dict[str, Any] = {"grace_base": base, "__module__": base.__module__}
+    for method in ("forward", "generate", "prepare_inputs_for_generation"):
+        if hasattr(mixin, method):
+            members[method] = _with_signature(getattr(mixin, method), getattr(base, method))
+    made = type(name, (mixin, base), members)
+    made.__doc__ = base.__doc__
+    return made
+
+
+def _with_signature(function: Any, like: Any) -> Any:
+    # transformers reads the signature of forward to decide which inputs a model takes.
+    copy = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, None, function.__closure__
+    )
+    copy.__doc__ = like.__doc__
+    copy.__signature__ = inspect.signature(like)  # type: ignore[attr-defined]
+    return copy
+
+
+def _rebuild(mixin: type, base: type) -> nn.Module:
+    # Unpickling and deepcopy: the swapped class exists only in the process that made it.
+    cls = _swapped(mixin, base)
+    return cls.__new__(cls)  # type: ignore[no-any-return]
+
+
+def is_attached(module: nn.Module) -> bool:
+    """Return whether `module` carries an adaptor."""
+    return isinstance(module, (GraceLayer, GraceSeam))
+
+
+def attach(model: nn.Module, layer: nn.Module, seam: nn.Module, adaptor: GraceAdaptor) -> None:
+    """Set `adaptor` into `layer`; `seam` (the model or its encoder) will plan its forwards.
+
+    Raises:
+        ValueError: the layer or the model carries an adaptor already.
+    """
+    for what, module in (("layer", layer), ("model", seam)):
+        if is_attached(module) or any(is_attached(m) for m in model.modules()):
+            raise ValueError(
+                f"{what} must not carry an adaptor already, got one that does; detach it first"
+            )
+    generates = seam is model and callable(getattr(model, "generate", None))
+    swaps: list[tuple[nn.Module, type]] = [
+        (layer, GraceLayer),
+        (seam, GraceGenerator if generates else GraceSeam),
+    ]
+    for module, mixin in swaps:
+        own = module.__dict__.get("forward")
+        module.__dict__["grace"] = adaptor
+        if own is not None:
+            # accelerate and others set forward on the instance, where it would shadow the class.
+            wrap = _adapt_output if mixin is GraceLayer else _planned_forward
+            module.__dict__["forward"] = _InstanceForward(wrap, module, own)
+        module.__class__ = _swapped(mixin, type(module))
+
+
+def detach(model: nn.Module) -> None:
+    """Give every module of `model` its own class and forward back."""
+    for module in model.modules():
+        if not is_attached(module):
+            continue
+        module.__class__ = type(module).grace_base  # type: ignore[attr-defined]
+        del module.__dict__["grace"]
+        own = module.__dict__.get("forward")
+        if isinstance(own, _InstanceForward):
+            module.__dict__["forward"] = own.forward
+
+
+def shadowed(model: nn.Module) -> list[str]:
+    """Return the names of attached modules whose forward something else has replaced since."""
+    return [
+        name or type(module).__name__
+        for name, module in model.named_modules()
+        if is_attached(module)
+        and "forward" in module.__dict__
+        and not isinstance(module.__dict__["forward"], _InstanceForward)
+    ]
+
+
+class _InstanceForward:
+    """An instance-level forward with the adaptor round it."""
+
+    def __init__(self, wrap: Callable[..., Any], module: nn.Module, forward: Any) -> None:
+        self.wrap, self.module, self.forward = wrap, module, forward
+        functools.update_wrapper(self, forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.wrap(self.module, self.forward, args, kwargs)
+
+
+def _adapt_output(layer: Any, forward: Any, args: Any, kwargs: Any) -> Any:
+    output = forward(*args, **kwargs)
+    adaptor: GraceAdaptor = layer.__dict__["grace"]
+    if adaptor.plan is None:
+        return output
+    source = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
+    if isinstance(output, tuple):
+        return (adaptor(source, output[0]), *output[1:])
+    return adaptor(source, output)
+
+
+def _planned_forward(seam: Any, forward: Any, args: Any, kwargs: Any) -> Any:
+    adaptor: GraceAdaptor = seam.__dict__["grace"]
+    if not adaptor.active or adaptor.plan is not None:
+        return forward(*args, **kwargs)
+    if adaptor.generation is not None:
+        plan = adaptor.generation.plan
+    else:
+        plan = _plan_forward(adaptor, seam, args, kwargs)
+    if plan is None:
+        return forward(*args, **kwargs)
+    adaptor.plan = plan
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        adaptor.plan = None
+
+
+@functools.cache
+def _parameter_names(forward: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def _arguments(seam: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    if not args:
+        return kwargs  # type: ignore[no-any-return]
+    return {**dict(zip(_parameter_names(type(seam).grace_base.forward), args)), **kwargs}
+
+
+def _plan_forward(adaptor: GraceAdaptor, seam: Any, args: Any, kwargs: Any) -> QueryPlan | None:
+    """Plan a plain forward: without past its whole input is prompt, with past nobody asks."""
+    given = _arguments(seam, args, kwargs)
+    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    tokens = ids if ids is not None else embeds
+    if tokens is None or _cached(given.get("past_key_values")):
+        return None
+    mask = given.get("attention_mask")
+    if mask is None:
+        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    elif mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask must be [B, T] for an edited model, got shape {tuple(mask.shape)}; "
+            "name the rows yourself with editor.plan(QueryPlan(...))"
+        )
+    elif isinstance(seam, GraceGenerator) and given.get("position_ids") is None:
+        _warn_left_padding(mask)
+    return plan_prompts(adaptor, mask.bool(), ids)
+
+
+def plan_prompts(
+    adaptor: GraceAdaptor,
+    mask: Tensor,
+    ids: Tensor | None,
+    *,
+    prompt_len: int | Tensor | None = None,
+    computed: int = 0,
+    scheduled: int | None = None,
+) -> QueryPlan:
+    """Plan the queries of `mask [B, L]` the way this adaptor asks (ids `[B, L]` if known)."""
+    pool = column = None
+    if adaptor.query == "mean":
+        pool = torch.ones_like(mask)
+        if ids is not None and ids.shape == mask.shape:
+            for special in adaptor.special_ids:
+                pool = pool & (ids != special)
+    elif adaptor.mask_token_id is not None and ids is not None:
+        masked = ids == adaptor.mask_token_id
+        column = torch.where(masked.any(dim=1), masked.int().argmax(dim=1), -1)
+    return plan_queries(
+        mask,
+        replace=adaptor.replace,
+        prompt_len=prompt_len,
+        computed=computed,
+        scheduled=scheduled,
+        query_column=column,
+        pool_mask=pool,
+    )
+
+
+def _plan_step(
+    adaptor: GraceAdaptor, state: Generation, args: Any, kwargs: Any, inputs: dict[str, Any]
+) -> QueryPlan | None:
+    """Plan one forward of `generate` from what transformers prepared for it."""
+    pieces = inputs.get("input_ids")
+    pieces = inputs.get("inputs_embeds") if pieces is None else pieces
+    assert pieces is not None
+    batch, scheduled = pieces.shape[:2]
+    cache = inputs.get("past_key_values")
+    computed = int(cache.get_seq_length()) if cache is not None else 0
+    total = computed + scheduled
+    if computed >= state.prompt_len and adaptor.replace != "all":
+        return None
+    mask = kwargs.get("attention_mask")
+    if mask is None or mask.ndim != 2 or mask.shape[1] < total:
+        mask = torch.ones((batch, total), device=pieces.device)
+    mask = mask[:, :total].bool()
+    if total > state.prompt_len:
+        return plan_latched(
+            mask, replace=adaptor.replace, prompt_len=state.prompt_len, computed=computed
+        )
+    # A chunk that ends before the prompt does: only the columns up to the prompt's end count, and
+    # those that are still to come hold tokens.
+    coming = mask.new_ones((batch, state.prompt_len - total))
+    ids = inputs.get("input_ids")
+    plan = plan_prompts(
+        adaptor,
+        torch.cat([mask, coming], dim=1),
+        ids if computed == 0 else None,
+        prompt_len=state.prompt_len,
+        computed=computed,
+        scheduled=scheduled,
+    )
+    plan.latch = cache is None or adaptor.replace == "all"
+    return plan
+
+
+def _cached(past: Any) -> bool:
+    if past is None:
+        return False
+    length = past.get_seq_length() if hasattr(past, "get_seq_length") else len(past)
+    return bool(length)
+
+
+def _prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Return the columns of the prompt of a `generate` call, what the cache holds included."""
+    ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+    if ids is None:
+        ids = kwargs.get("inputs_embeds")
+    length = 1 if ids is None else int(ids.shape[1])
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.ndim == 2:
+        length = max(length, int(mask.shape[1]))
+    return length
+
+
+def _whole_prefill(adaptor: GraceAdaptor, kwargs: dict[str, Any]) -> None:
+    # Pieces of the prompt that ran before the query is known could not be replaced or pooled.
+    config = kwargs.get("generation_config")
+    chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
+    if chunk is not None and (adaptor.replace != "last" or adaptor.query == "mean"):
+        warnings.warn(
+            f"prefill_chunk_size is ignored: replace={adaptor.replace!r} and "
+            f"query={adaptor.query!r} need the whole prompt in one forward",
+            stacklevel=3,
+        )
+        kwargs["prefill_chunk_size"] = None
+
+
+@torch.compiler.disable
+def _warn_once_left_padding() -> None:
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            "left padding without position_ids shifts the positions of most causal models, so "
+            "edits will not fire; pass position_ids",
+            stacklevel=5,
+        )
+
+
+_warned = False
+
+
+def _warn_left_padding(mask: Tensor) -> None:
+    # Reading the mask would break a compiled graph and wait for a GPU: look only where it is free.
+    if torch.compiler.is_compiling() or mask.device.type != "cpu":
+        return
+    if mask.shape[1] and not bool(mask[:, 0].all()):
+        _warn_once_left_padding()

@@ -1,0 +1,85 @@
+"""What an editor is told: one dataclass, checked where it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+_CHOICES = {
+    "policy": ("default", "paper"),
+    "recipe": ("default", "paper"),
+    "replace": (None, "last", "prompt", "all"),
+    "query": (None, "last", "mean"),
+    "init": ("warm", "cold"),
+}
+
+
+@dataclass(frozen=True)
+class GraceConfig:
+    """Configure a `GraceEditor`.
+
+    Args:
+        layer: name of the layer to wrap, as in `model.named_modules()`: dots or brackets, a unique
+            suffix is enough. A block's `mlp` is a good choice.
+        radius: deferral radius of a new entry (ε_init), in units of the layer's input distance.
+        policy: `"default"`, or `"paper"` for the decisions of the published method.
+        recipe: `"default"` trains with early stop; `"paper"` trains a cold value with Adam at
+            lr 1.0 for 100 steps and replaces the prompt's tokens before the query.
+        replace: which rows of the output an answer replaces: `"last"` (the query token),
+            `"prompt"` (up to and including it), `"all"` (every token). None: `"last"` for causal
+            language models, `"all"` for encoders.
+        query: `"last"` (the last prompt token; the mask position of a masked language model) or
+            `"mean"` (mean of the prompt's tokens). None: `"mean"` for encoders, `"last"` for
+            decoders.
+        init: values start at the layer's own output (`"warm"`) or at random from `seed` (`"cold"`).
+        lr: Adam step relative to the root mean square of the layer's own output (warm), absolute
+            under `recipe="paper"`.
+        max_steps: most Adam steps for one value.
+        margin: by how many logits each target token must lead before training stops.
+        capacity: entries the codebook holds before it has to grow.
+        max_radius: largest radius an entry may be expanded to. None: 3 × `radius`.
+        drift: how far a prompt's query moves between execution modes (δ). None: measured when the
+            editor attaches.
+        seed: of cold values and of the probe prompts.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    layer: str
+    radius: float = 1.0
+    policy: str = "default"
+    recipe: str = "default"
+    replace: str | None = None
+    query: str | None = None
+    init: str = "warm"
+    lr: float = 0.3
+    max_steps: int = 100
+    margin: float = 0.5
+    capacity: int = 1024
+    max_radius: float | None = None
+    drift: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layer, str) or not self.layer:
+            raise ValueError(f"layer must be the name of a layer, got {self.layer!r}")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        for name in ("radius", "lr"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        for name in ("margin", "drift", "max_radius"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be at least 0 and finite, got {value}")
+        for name in ("max_steps", "capacity"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dict that JSON can hold."""
+        return dataclasses.asdict(self)

@@ -1,0 +1,147 @@
+"""Which row asks and which rows are replaced: masks, padding, KV cache, packed batches.
+
+Everything is pure and works on the attention mask alone. A *column* is a position in the whole
+sequence (padding included); a *row* is an index into the layer's `[B·T, ·]` input and output, where
+T is the length of the piece that this forward computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class QueryPlan:
+    """Say which rows of a forward ask the codebook and which rows their answers replace.
+
+    Args:
+        query_row: `[B]` int64, the row of the layer's input that asks for sequence b; negative:
+            sequence b does not ask.
+        first_row, last_row: `[B]` int64, an answer replaces rows `first_row..last_row-1` of the
+            layer's output.
+        pool: `[B, T]` bool or None. Given, the query of sequence b is the mean of its marked rows,
+            and `query_row` only says (by its sign) whether b asks.
+        latch: keep the answers for the later forwards of this generation.
+        latched: do not look anything up, write the answers that were kept.
+    """
+
+    query_row: Tensor
+    first_row: Tensor
+    last_row: Tensor
+    pool: Tensor | None = None
+    latch: bool = False
+    latched: bool = False
+
+
+def last_column(mask: Tensor) -> Tensor:
+    """Return the last True column of each row of `mask [B, L]` as `[B]` int64, −1 where none."""
+    columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return (mask * columns).amax(dim=1) - 1 if mask.shape[1] else mask.new_zeros(len(mask)).long() - 1
+
+
+def first_column(mask: Tensor) -> Tensor:
+    """Return the first True column of each row of `mask [B, L]` as `[B]` int64 (0 where none)."""
+    return mask.int().argmax(dim=1)
+
+
+def plan_queries(
+    mask: Tensor,
+    *,
+    replace: str,
+    prompt_len: int | Tensor | None = None,
+    computed: int = 0,
+    scheduled: int | None = None,
+    query_column: Tensor | None = None,
+    pool_mask: Tensor | None = None,
+) -> QueryPlan:
+    """Plan one forward over columns `computed..computed+scheduled-1` of sequences with this mask.
+
+    Args:
+        mask: `[B, L]` bool, True at tokens, False at padding, on either side.
+        replace: `"last"`, `"prompt"`, `"before"` (the prompt without its query token) or `"all"`.
+        prompt_len: how many leading columns are prompt, an int or `[B]`; None: all of them.
+        computed: columns whose keys and values are in the cache already.
+        scheduled: columns this forward computes; None: the rest.
+        query_column: `[B]`, the column that asks; None: the last token of the prompt.
+        pool_mask: `[B, L]` bool, the tokens whose mean is the query; None: one token asks.
+
+    Returns:
+        The plan. A sequence whose query column is outside this forward does not ask in it, so a
+        prompt that arrives in pieces is looked up once, with the piece that holds its end.
+    """
+    batch, total = mask.shape
+    scheduled = total - computed if scheduled is None else scheduled
+    columns = torch.arange(total, device=mask.device)
+    limit = total if prompt_len is None else prompt_len
+    limit = limit.unsqueeze(1) if isinstance(limit, Tensor) else limit
+    in_prompt = mask & (columns < limit)
+    query = last_column(in_prompt) if query_column is None else query_column.to(mask.device)
+    asks = (query >= computed) & (query < computed + scheduled)
+
+    first = first_column(mask).clamp(min=computed)
+    if replace == "all":
+        last = last_column(mask) + 1
+    elif replace in ("last", "prompt"):
+        last = query + 1
+    elif replace == "before":
+        last = query
+    else:
+        raise ValueError(f"replace must be 'last', 'prompt', 'before' or 'all', got {replace!r}")
+    if replace == "last":
+        first = query
+
+    start = torch.arange(batch, device=mask.device) * scheduled - computed
+    none = torch.full_like(query, -1)
+    plan = QueryPlan(
+        query_row=torch.where(asks, start + query, none),
+        first_row=torch.where(asks, start + first, 0),
+        last_row=torch.where(asks, start + torch.maximum(last, first), 0),
+    )
+    if pool_mask is not None:
+        marked = in_prompt & pool_mask
+        # A prompt of nothing but special tokens still needs a query: pool them.
+        marked = torch.where(marked.any(dim=1, keepdim=True), marked, in_prompt)
+        plan.pool = marked[:, computed : computed + scheduled]
+    return plan
+
+
+def plan_latched(mask: Tensor, *, replace: str, prompt_len: int, computed: int) -> QueryPlan | None:
+    """Plan a forward after the prompt: which rows the kept answers replace, None if none.
+
+    With a KV cache only `replace="all"` reaches the new tokens. Without one the whole sequence is
+    computed anew, so the prompt's rows are replaced again.
+    """
+    if replace != "all" and computed >= prompt_len:
+        return None
+    total = mask.shape[1]
+    if computed >= prompt_len:
+        start = torch.arange(len(mask), device=mask.device) * (total - computed)
+        plan = QueryPlan(start, start, start + (total - computed))
+    else:
+        plan = plan_queries(mask, replace=replace, prompt_len=prompt_len, computed=computed)
+        plan.pool = None
+    plan.latched = True
+    return plan
+
+
+def pooled_mean(hidden: Tensor, marked: Tensor) -> Tensor:
+    """Average the marked rows of each sequence.
+
+    The sum is fp32 and runs over ascending positions, one addition at a time, so it has the same
+    bits for every batch and every padding.
+
+    Args:
+        hidden: `[B, T, D]`, fp32, fp16 or bf16.
+        marked: `[B, T]` bool, at least one per row that matters (0/0 gives NaN, which never hits).
+
+    Returns:
+        `[B, D]` in the dtype of `hidden`.
+    """
+    total = hidden.new_zeros((hidden.shape[0], hidden.shape[2]), dtype=torch.float32)
+    for t in range(hidden.shape[1]):
+        # where, not a product: padding may hold anything, NaN included.
+        total = torch.where(marked[:, t, None], total + hidden[:, t].float(), total)
+    return (total / marked.sum(dim=1, keepdim=True)).to(hidden.dtype)

@@ -1,0 +1,148 @@
+"""What the codebook says about its edits: plain, frozen records, and its errors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+Case = Literal["add", "update", "expand", "absorb", "split", "import"]
+Label = tuple[int, ...]
+
+
+class CapacityError(RuntimeError):
+    """A frozen codebook has no row left: growing it would leave captured graphs on old memory."""
+
+
+class UndoError(RuntimeError):
+    """There is no earlier state to go back to."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one edit does to the codebook.
+
+    `neighbour_radius` is the radius of the nearest entry afterwards (None: there is no entry),
+    `new_radius` that of the entry the edit gets (None: it gets none).
+    """
+
+    case: Case
+    neighbour_radius: float | None
+    new_radius: float | None
+    fragile: bool = False
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """What became of one edit.
+
+    `slot` is the entry that answers it; `neighbour` the entry that was nearest before it (-1: there
+    was none) at `distance` (+inf then), with its radius before and after (None then). Losses are
+    None where nothing was trained. A refused edit has `success=False`, `id=None` and a `reason`.
+    `fragile`: its entry is smaller than the drift of the activations, or a contradicting entry lies
+    within twice the drift, so that the same prompt in another batch may miss.
+    """
+
+    id: int | None
+    case: Case | None
+    slot: int | None
+    neighbour: int
+    distance: float
+    radius_before: float | None
+    radius_after: float | None
+    loss_start: float | None = None
+    loss_end: float | None = None
+    steps: int = 0
+    fragile: bool = False
+    success: bool = True
+    reason: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON can hold them: what is not finite becomes None."""
+        return {
+            name: None if isinstance(item, float) and not math.isfinite(item) else item
+            for name, item in asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> EditResult:
+        """Return the result that `to_dict` gave `fields` of; losses that were not finite are lost.
+
+        Raises:
+            TypeError: a field is missing or unknown.
+        """
+        fields = dict(fields)
+        if fields.get("distance", 0.0) is None:
+            fields["distance"] = math.inf
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One edit of the history.
+
+    `state`: "live", "superseded" (by the edit `superseded_by`, whose deletion may bring it back) or
+    "deleted". `slot` is the entry that answers it (-1 unless live). `row` says where its query is
+    stored (-1: an imported row, whose query is its key). `stamp` names the value that answers it,
+    or last did; `verified` the values that were seen to answer it (None: it was made without a
+    model, an equal label is enough).
+    """
+
+    id: int
+    label: Label
+    prompt: Label | None
+    row: int
+    slot: int
+    stamp: int
+    verified: frozenset[int] | None
+    result: EditResult
+    state: Literal["live", "superseded", "deleted"] = "live"
+    superseded_by: int | None = None
+
+    @property
+    def live(self) -> bool:
+        """Say whether the codebook answers this edit."""
+        return self.state == "live"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The host's side of one live row: label, value's stamp, edit whose query is its key, members.
+
+    Members are the edits that the entry answers, in ascending order of id.
+    """
+
+    label: Label
+    stamp: int
+    owner: int
+    members: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What an edit would do to the codebook as it is at `version`; nothing has been done yet.
+
+    `query` `[D]` is the one that will be stored: that of the edit it supersedes, if there is one.
+    `neighbour` is the nearest entry (-1: none) at `distance`, with its radius before and after.
+    `new_radius` is None where no entry is made. `slot` is the entry whose value will answer the
+    edit, -1 for a new one. `members` are the edits which that value answers already and will have
+    to answer further on; `supersedes` those that this one replaces.
+    """
+
+    query: Tensor
+    label: Label
+    prompt: Label | None
+    case: Case
+    slot: int
+    neighbour: int
+    distance: float
+    radius_before: float | None
+    radius_after: float | None
+    new_radius: float | None
+    members: tuple[int, ...]
+    supersedes: tuple[int, ...]
+    fragile: bool
+    own_entry: bool
+    version: int

@@ -1,0 +1,126 @@
+"""Edits on disk and in a model that nobody edits: save, check, load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from . import attach as attaching
+from . import store
+from .adaptor import GraceAdaptor
+from .codebook import Codebook
+from .config import GraceConfig
+from .fingerprint import fingerprint
+from .store import StoreError
+
+
+@dataclass
+class Saved:
+    """What a directory held, checked against a model."""
+
+    codebook: Codebook
+    config: GraceConfig
+    serving: dict[str, Any]
+    differs_above: bool
+
+
+def seam_of(model: nn.Module, layer: str) -> nn.Module:
+    """Return the module whose forward sees the mask: the model, or its encoder if it has one.
+
+    Raises:
+        ValueError: the layer is in the decoder of an encoder–decoder.
+    """
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return model
+    encoder: nn.Module = model.get_encoder()  # type: ignore[operator]
+    prefix = next(name for name, module in model.named_modules() if module is encoder)
+    if not layer.startswith(prefix + "."):
+        raise ValueError(f"layer must be in the encoder of an encoder-decoder, got {layer!r}")
+    return encoder
+
+
+def save(
+    model: nn.Module,
+    layer: str,
+    task: str,
+    adaptor: GraceAdaptor,
+    config: GraceConfig,
+    directory: str | Path,
+) -> None:
+    """Write the edits of an attached model to `directory`."""
+    described = {
+        "config": config.to_dict(),
+        "serving": {
+            "layer": layer,
+            "task": task,
+            "query": adaptor.query,
+            "replace": adaptor.replace,
+            "special_ids": list(adaptor.special_ids),
+            "mask_token_id": adaptor.mask_token_id,
+        },
+        "model": {"class": type(model).__name__, "fingerprint": fingerprint(model, layer)},
+    }
+    store.save(adaptor.codebook, directory, described)
+
+
+def read(model: nn.Module, directory: str | Path, *, allow_above: bool = False) -> Saved:
+    """Read edits and check that they belong to `model`; nothing is attached yet.
+
+    Raises:
+        StoreError: bad files, or another model, layer or dtype.
+    """
+    codebook, described = store.load(directory)
+    try:
+        config = GraceConfig(**described["config"])
+        serving, saved = described["serving"], described["model"]
+        layer, prints = serving["layer"], saved["fingerprint"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{directory}/grace_config.json: not written by this package ({error!r})") from error
+    try:
+        found, module = attaching.find_layer(model, layer)
+    except ValueError as error:
+        raise StoreError(f"{directory}: edits of another model or layer: {error}") from error
+    dtype = next((p.dtype for p in module.parameters()), None)
+    if dtype is not None and dtype != codebook.values.dtype:
+        raise StoreError(
+            f"{directory}: dtype must be that of the model's layer ({dtype}), got edits made in "
+            f"{codebook.values.dtype}; load the model in that dtype"
+        )
+    now = fingerprint(model, found)
+    different = [part for part in ("below", "above") if now[part] != prints.get(part)]
+    if different and not (allow_above and different == ["above"]):
+        raise StoreError(
+            f"{directory}: edits of another model: its parameters differ {' and '.join(different)} "
+            f"the layer {found} (saved from {saved['class']}, got {type(model).__name__})"
+        )
+    codebook.to(next(model.parameters()).device)
+    return Saved(codebook, config, serving, bool(different))
+
+
+def load(model: nn.Module, directory: str | Path) -> GraceAdaptor:
+    """Serve saved edits without an editor: attach them to `model`.
+
+    Args:
+        model: the model they were made on, in the same dtype.
+        directory: what `GraceEditor.save_pretrained` wrote.
+
+    Returns:
+        The adaptor. `grace_edit.detach(model)` takes it out again.
+
+    Raises:
+        StoreError: bad files, or another model, layer or dtype.
+    """
+    saved = read(model, directory)
+    name, module = attaching.find_layer(model, saved.serving["layer"])
+    adaptor = GraceAdaptor(
+        saved.codebook,
+        query=saved.serving["query"],
+        replace=saved.serving["replace"],
+        special_ids=tuple(saved.serving["special_ids"]),
+        mask_token_id=saved.serving["mask_token_id"],
+    )
+    attaching.attach(model, module, seam_of(model, name), adaptor)
+    return adaptor
