@@ -42,7 +42,7 @@ class Adapt(torch.autograd.Function):
         return out, index, distance
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _index: Any, _distance: Any) -> tuple[Tensor | None, ...]:
         index, first_row, last_row = ctx.saved_tensors
         hidden, values = ops.adapt_backward(grad, index, first_row, last_row, ctx.slots)

@@ -75,6 +75,14 @@ for _namespace in ("grace", "grace_reference"):
         torch.library.register_fake(f"{_namespace}::{_name}", _FAKES[_name], lib=_library)
     _libraries.append(_library)
 
+# Filled in by the compiled library: the instruction set in use, those this machine can run (comma
+# separated, best first), and a switch for tests.
+_library = torch.library.Library("grace_cpu", "DEF")
+_library.define("isa() -> str")
+_library.define("isas() -> str")
+_library.define("use_isa(str name) -> ()")
+_libraries.append(_library)
+
 nearest = torch.ops.grace.nearest.default
 lookup = torch.ops.grace.lookup.default
 adapt_ = torch.ops.grace.adapt_.default

@@ -1,0 +1,66 @@
+// The lookup kernel for AVX2 + FMA + F16C.
+//
+// Every header comes before the target changes, so that no inline function of theirs is compiled
+// for AVX2 and then, picked by the linker, run on a machine without it.
+#include "lookup_kernel.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+namespace grace::cpu {
+namespace avx2 {
+namespace {
+
+constexpr int64_t kTileBytes = 128 << 10;
+constexpr int64_t kAhead = 1024;  // bytes between a load and its prefetch
+
+struct Half;
+struct BFloat;
+
+struct Isa {
+  using V = __m256;
+
+  static V zero() { return _mm256_setzero_ps(); }
+  static V load(const float* p) { return _mm256_loadu_ps(p); }
+  static V load(const Half* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static V load(const BFloat* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  static V add_square(V sum, V difference) { return _mm256_fmadd_ps(difference, difference, sum); }
+  static float sum(V v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+  }
+  static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+};
+
+#include "lookup_kernel_body.h"
+
+}  // namespace
+}  // namespace avx2
+
+const Kernels kAvx2 = {"avx2", avx2::prepare, avx2::scan, avx2::finish};
+
+}  // namespace grace::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif

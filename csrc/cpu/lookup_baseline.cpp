@@ -1,0 +1,57 @@
+// The lookup kernel in what every compiler's default target has (SSE2 on x86-64, NEON on ARM).
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "lookup_kernel.h"
+
+namespace grace::cpu {
+namespace baseline {
+namespace {
+
+constexpr int64_t kTileBytes = 128 << 10;
+constexpr int64_t kAhead = 1024;  // bytes between a load and its prefetch
+
+struct Half;
+struct BFloat;
+
+struct Isa {
+  typedef float V __attribute__((vector_size(32)));
+  typedef uint32_t U __attribute__((vector_size(32)));
+  typedef uint16_t H __attribute__((vector_size(16)));
+
+  static V zero() { return V{}; }
+  static V load(const float* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static U load_bits(const void* p) {
+    H h;
+    std::memcpy(&h, p, sizeof h);
+    return __builtin_convertvector(h, U);
+  }
+  static V load(const BFloat* p) { return (V)(load_bits(p) << 16); }
+  static V load(const Half* p) {  // see widen(Half)
+    const U bits = load_bits(p);
+    const U magnitude = (bits & 0x7fff) << 13;
+    const U special = (U)((bits & 0x7c00) == 0x7c00);
+    const U scaled = (U)((V)magnitude * 0x1p112f);
+    const U result = (special & (magnitude | 0x7f800000)) | (~special & scaled);
+    return (V)(result | ((bits & 0x8000) << 16));
+  }
+  static V add_square(V sum, V difference) { return sum + difference * difference; }
+  static float sum(V v) {
+    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+  }
+  static void prefetch(const void* p) { __builtin_prefetch(p); }
+};
+
+#include "lookup_kernel_body.h"
+
+}  // namespace
+}  // namespace baseline
+
+const Kernels kBaseline = {"baseline", baseline::prepare, baseline::scan, baseline::finish};
+
+}  // namespace grace::cpu

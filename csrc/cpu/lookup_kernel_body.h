@@ -1,0 +1,247 @@
+// The lookup kernel, compiled once per instruction set inside a namespace of its own.
+//
+//   s(x, k) = round_to_fp32( sum_i (x_i - k_i)^2 )
+//
+// Coarse pass: fp32 direct differences, a tile of keys (kTileBytes, stays in L2) against all
+// queries, kQueries x kKeys pairs in registers. Every key is read from memory once per call and
+// block of queries; N * D * sizeof(key) bytes, so few queries run at the bandwidth of the memory
+// and many at the rate of the arithmetic (two operations per element and query).
+// Candidates: a key whose coarse result lies within a certified margin of the best one so far.
+// Re-score: fp64, unfused, 32 lanes in fixed order. Only its results are ever compared or returned.
+//
+// The including file provides struct Isa: V (8 floats), zero, load (float, Half, BFloat),
+// add_square, sum, prefetch.
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+inline float widen(float value) { return value; }
+
+inline float widen(BFloat value) {
+  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+inline float widen(Half value) {
+  const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fff) << 13;
+  float result;
+  std::memcpy(&result, &magnitude, sizeof result);
+  result *= 0x1p112f;  // moves the exponent from bias 15 to 127; exact, subnormals included
+  uint32_t bits;
+  std::memcpy(&bits, &result, sizeof bits);
+  if ((value.bits & 0x7c00) == 0x7c00) bits = 0x7f800000 | magnitude;
+  bits |= static_cast<uint32_t>(value.bits & 0x8000) << 16;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+// The canonical squared distance. Element i belongs to lane (i / 8) mod 32; a lane adds its
+// elements in ascending i; the lanes are folded by halves. Must not be reordered or fused.
+template <class T>
+float canonical(const float* x, const T* k, int64_t dim) {
+  constexpr int kLanes = 32, kRun = 8;
+  double lanes[kLanes] = {};
+  int64_t base = 0;
+  for (; base + kLanes * kRun <= dim; base += kLanes * kRun) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      double sum = lanes[lane];
+      for (int j = 0; j < kRun; ++j) {
+        const int64_t i = base + lane * kRun + j;
+        const double difference = static_cast<double>(x[i]) - static_cast<double>(widen(k[i]));
+        sum += difference * difference;
+      }
+      lanes[lane] = sum;
+    }
+  }
+  for (int64_t i = base; i < dim; ++i) {
+    const double difference = static_cast<double>(x[i]) - static_cast<double>(widen(k[i]));
+    lanes[(i - base) / kRun] += difference * difference;
+  }
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  }
+  return static_cast<float>(lanes[0]);
+}
+
+// Coarse squared distances of Q queries and K keys.
+template <class T, int Q, int K>
+inline void coarse(const float* x, int64_t x_stride, const T* k, int64_t k_stride, int64_t dim,
+                   float (&out)[Q][K]) {
+  typename Isa::V sums[Q][K];
+#pragma GCC unroll 8
+  for (int q = 0; q < Q; ++q) {
+#pragma GCC unroll 8
+    for (int n = 0; n < K; ++n) sums[q][n] = Isa::zero();
+  }
+  int64_t i = 0;
+  for (; i + kVector <= dim; i += kVector) {
+    typename Isa::V key[K];
+#pragma GCC unroll 8
+    for (int n = 0; n < K; ++n) {
+      Isa::prefetch(k + n * k_stride + i + kAhead / sizeof(T));
+      key[n] = Isa::load(k + n * k_stride + i);
+    }
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; ++q) {
+      const typename Isa::V query = Isa::load(x + q * x_stride + i);
+#pragma GCC unroll 8
+      for (int n = 0; n < K; ++n) sums[q][n] = Isa::add_square(sums[q][n], query - key[n]);
+    }
+  }
+  if (i < dim) {  // the queries are padded, the keys are not
+    for (int n = 0; n < K; ++n) {
+      T rest[kVector] = {};
+      std::memcpy(rest, k + n * k_stride + i, (dim - i) * sizeof(T));
+      const typename Isa::V key = Isa::load(rest);
+      for (int q = 0; q < Q; ++q) {
+        sums[q][n] = Isa::add_square(sums[q][n], Isa::load(x + q * x_stride + i) - key);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int q = 0; q < Q; ++q) {
+#pragma GCC unroll 8
+    for (int n = 0; n < K; ++n) out[q][n] = Isa::sum(sums[q][n]);
+  }
+}
+
+inline float upper(const Scan& p, float s) { return s + (s * p.relative + p.absolute); }
+
+template <class T>
+void rescore(const Scan& p, const float* x, Best& best) {
+  for (int c = 0; c < best.candidates; ++c) {
+    if (!(best.coarse[c] <= best.threshold)) continue;
+    const int64_t slot = best.slot[c];
+    const float s = canonical(x, static_cast<const T*>(p.keys) + slot * p.key_stride, p.dim);
+    // Slots come in ascending order, so an equal s never displaces; a NaN never does either.
+    if (s < best.s) {
+      best.s = s;
+      best.index = slot;
+      const float bound = upper(p, s);
+      if (bound < best.threshold) best.threshold = bound;
+    }
+  }
+  best.candidates = 0;
+}
+
+template <class T>
+void propose(const Scan& p, const float* x, int64_t slot, float coarse_s, Best& best) {
+  if (p.radii[slot] == -std::numeric_limits<float>::infinity()) return;
+  if (best.candidates == kCandidates) {
+    int kept = 0;
+    for (int c = 0; c < kCandidates; ++c) {
+      if (!(best.coarse[c] <= best.threshold)) continue;
+      best.slot[kept] = best.slot[c];
+      best.coarse[kept++] = best.coarse[c];
+    }
+    best.candidates = kept;
+    if (kept > kCandidates / 2) rescore<T>(p, x, best);
+    if (!(coarse_s <= best.threshold)) return;
+  }
+  best.slot[best.candidates] = slot;
+  best.coarse[best.candidates++] = coarse_s;
+  const float bound = upper(p, coarse_s);
+  if (bound < best.threshold) best.threshold = bound;
+}
+
+template <class T, int Q, int K>
+inline void block(const Scan& p, int64_t q0, int64_t n0, Best* best) {
+  float s[Q][K];
+  const float* x = p.queries + q0 * p.query_stride;
+  const T* k = static_cast<const T*>(p.keys) + n0 * p.key_stride;
+  coarse<T, Q, K>(x, p.query_stride, k, p.key_stride, p.dim, s);
+  for (int q = 0; q < Q; ++q) {
+    for (int n = 0; n < K; ++n) {
+      if (s[q][n] <= best[q0 + q].threshold) {
+        propose<T>(p, x + q * p.query_stride, n0 + n, s[q][n], best[q0 + q]);
+      }
+    }
+  }
+}
+
+template <class T, int Q, int K>
+void tile(const Scan& p, int64_t q0, int64_t begin, int64_t end, Best* best) {
+  int64_t n = begin;
+  for (; n + K <= end; n += K) block<T, Q, K>(p, q0, n, best);
+  for (; n < end; ++n) block<T, Q, 1>(p, q0, n, best);
+}
+
+template <class T>
+void scan_rows(const Scan& p, int64_t begin, int64_t end, Best* best) {
+  const int64_t row_bytes = p.dim * sizeof(T) + 1;
+  const int64_t rows = row_bytes * 8 < kTileBytes ? kTileBytes / row_bytes / 8 * 8 : 8;
+  for (int64_t n = begin; n < end; n += rows) {
+    const int64_t stop = n + rows < end ? n + rows : end;
+    int64_t q = 0;
+    for (; q + 4 <= p.batch; q += 4) tile<T, 4, 2>(p, q, n, stop, best);
+    switch (p.batch - q) {
+      case 1:
+        tile<T, 1, 4>(p, q, n, stop, best);
+        break;
+      case 2:
+        tile<T, 2, 4>(p, q, n, stop, best);
+        break;
+      case 3:
+        tile<T, 3, 2>(p, q, n, stop, best);
+        break;
+    }
+  }
+}
+
+void scan(const Scan& p, int64_t begin, int64_t end, Best* best) {
+  switch (p.dtype) {
+    case Dtype::kFloat32:
+      return scan_rows<float>(p, begin, end, best);
+    case Dtype::kFloat16:
+      return scan_rows<Half>(p, begin, end, best);
+    case Dtype::kBFloat16:
+      return scan_rows<BFloat>(p, begin, end, best);
+  }
+}
+
+template <class T>
+void finish_rows(const Scan& p, Best* best) {
+  for (int64_t q = 0; q < p.batch; ++q) {
+    rescore<T>(p, p.queries + q * p.query_stride, best[q]);
+  }
+}
+
+void finish(const Scan& p, Best* best) {
+  switch (p.dtype) {
+    case Dtype::kFloat32:
+      return finish_rows<float>(p, best);
+    case Dtype::kFloat16:
+      return finish_rows<Half>(p, best);
+    case Dtype::kBFloat16:
+      return finish_rows<BFloat>(p, best);
+  }
+}
+
+template <class T>
+bool prepare_row(const T* row, int64_t dim, float* out) {
+  bool nan = false;
+  for (int64_t i = 0; i < dim; ++i) {
+    out[i] = widen(row[i]);
+    nan |= out[i] != out[i];
+  }
+  for (int64_t i = dim; i % kVector != 0; ++i) out[i] = 0.0f;
+  return !nan;
+}
+
+bool prepare(const void* row, Dtype dtype, int64_t dim, float* out) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return prepare_row(static_cast<const float*>(row), dim, out);
+    case Dtype::kFloat16:
+      return prepare_row(static_cast<const Half*>(row), dim, out);
+    case Dtype::kBFloat16:
+      return prepare_row(static_cast<const BFloat*>(row), dim, out);
+  }
+  return false;
+}
