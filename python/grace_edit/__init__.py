@@ -5,11 +5,11 @@
 
 from .adaptor import GraceAdaptor
 from .attach import detach
-from .codebook import CapacityError, Codebook
+from .codebook import Codebook
 from .config import GraceConfig
 from .editor import Explanation, GraceEditor, Misfire
 from .positions import QueryPlan
-from .records import EditResult
+from .records import CapacityError, EditResult, UndoError
 from .serving import load
 from .store import StoreError
 
@@ -24,6 +24,7 @@ __all__ = [
     "Misfire",
     "QueryPlan",
     "StoreError",
+    "UndoError",
     "detach",
     "load",
 ]

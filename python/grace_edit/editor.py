@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -211,20 +211,18 @@ class GraceEditor:
             plan = book.plan(query, label, prompt=ids, own_entry=True)
         fit = self._fit([ids], [target], self._first_value(seen.outputs[0]))
         if not fit.reached:
-            return plan.refused(
-                fit.reason, loss_start=fit.loss_start, loss_end=fit.loss_end, steps=fit.steps
-            )
+            return _refused(plan, fit)
         return self._commit(plan, fit.value, fit)
 
     def _share(
         self, plan: Plan, ids: list[int], target: list[int]
     ) -> tuple[Tensor | None, Fit | None] | None:
         """Find a value for the entry that also answers this edit; None if there is none."""
-        book, slot = self.codebook, plan.neighbour
-        stored = book.values[slot]
+        book = self.codebook
+        stored = book.values[plan.slot]
         if self.task.produces(self.adaptor, [ids], [target], stored[None])[0]:
             return None, None
-        members = [edit for edit in book.members(slot) if edit.id not in plan.supersedes]
+        members = [book.edit(member) for member in plan.members]
         if any(edit.prompt is None for edit in members):
             return None
         prompts = [*(list(edit.prompt or ()) for edit in members), ids]
@@ -285,7 +283,7 @@ class GraceEditor:
         """Take the last edit, batch or delete back, bitwise; `version` still increases.
 
         Raises:
-            ValueError: there is nothing to undo, or it was purged.
+            UndoError: there is nothing to undo, or it was purged.
         """
         self.codebook.undo()
 
@@ -332,11 +330,11 @@ class GraceEditor:
             "query": self.adaptor.query,
             "replace": self.adaptor.replace,
             "entries": book.entries,
-            "edits": len(book.edits),
+            "edits": book.edits,
             "capacity": book.capacity,
             "version": book.version,
             "drift": book.drift,
-            "fragile": [edit.id for edit in book.edits if edit.fragile],
+            "fragile": [edit.id for edit in self._live() if edit.result.fragile],
             "sketch": None,
             "backend": grace_kernels.build_info(),
             "attached": self._attached,
@@ -349,7 +347,7 @@ class GraceEditor:
         Returns:
             One `Misfire` per edit and mode in which no entry with the edit's label answers.
         """
-        edits = [edit for edit in self.codebook.edits if edit.prompt is not None]
+        edits = [edit for edit in self._live() if edit.prompt is not None]
         missing = []
         pieces = [edits[i : i + MOST_ROWS] for i in range(0, len(edits), MOST_ROWS)]
         with self._working():
@@ -371,8 +369,11 @@ class GraceEditor:
         return [
             Misfire(edit.id, mode, float(d), float(book.radii[n]))
             for edit, i, n, d in zip(edits, index.tolist(), near.tolist(), distance.tolist())
-            if i < 0 or book.label_of_slot(i) != edit.label
+            if i < 0 or book.edit_of_slot(i).label != edit.label
         ]
+
+    def _live(self) -> list[Edit]:
+        return [edit for edit in self.codebook.history if edit.live]
 
     # -- modes ----------------------------------------------------------------------------------
 
@@ -464,7 +465,7 @@ class GraceEditor:
         with self._working():
             lost = [
                 edit.id
-                for edit in _bar(self.codebook.edits, "proving", progress)
+                for edit in _bar(self._live(), "proving", progress)
                 if edit.prompt is not None
                 and not self.task.produces(
                     self.adaptor, [list(edit.prompt)], [_target(edit)], None
@@ -482,6 +483,23 @@ def _target(edit: Edit) -> list[int]:
     return [token for token in edit.label if token != -100]
 
 
+def _refused(plan: Plan, fit: Fit) -> EditResult:
+    return EditResult(
+        id=None,
+        case=plan.case,
+        slot=None,
+        neighbour=plan.neighbour,
+        distance=plan.distance,
+        radius_before=plan.radius_before,
+        radius_after=plan.radius_before,
+        loss_start=fit.loss_start,
+        loss_end=fit.loss_end,
+        steps=fit.steps,
+        success=False,
+        reason=fit.reason,
+    )
+
+
 def _bar(items: Sequence[Any], what: str, show: bool) -> Any:
     if not show:
         return items
@@ -489,5 +507,3 @@ def _bar(items: Sequence[Any], what: str, show: bool) -> Any:
 
     return tqdm(items, desc=what, unit="")
 
-
-_Answers = Callable[[Edit, int], bool]

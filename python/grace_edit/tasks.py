@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from .adaptor import Captured, GraceAdaptor
 from .attach import plan_prompts
 
-Prompt = "str | Sequence[int]"
 MOST_ROWS = 32
 """Prompts run in one forward at most, which bounds the memory of `verify` and `rekey`."""
 
