@@ -1,0 +1,426 @@
+"""The codebook: entries that answer queries, the edits they answer for, and every change to them.
+
+An edit is made in two steps, so that a model can be asked in between and none is needed here:
+`plan` decides and changes nothing, `commit` does it as one transaction. `insert` is both. After
+every change of the default policy the query of every live edit hits an entry of that edit's label.
+
+The method is that of Hartvigsen et al., "Aging with GRACE" (NeurIPS 2023, arXiv 2211.11031).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from grace_kernels import lookup
+
+from . import policy as rules
+from .records import Decision, Edit, EditResult, Label, Plan
+from .retention import Answers, Retention
+from .rows import digest
+
+_KEY_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Codebook(Retention):
+    """Keys, values and radii with the edits they answer for.
+
+    Tensors that a lookup reads, all on one device: `keys [C, D]`, `values [C, V]`, `radii [C]`
+    float32 (-inf: dead) and `count`, an int64 scalar: rows `0..count-1` are in use, dead ones among
+    them included. The capacity C doubles when it is exceeded, which replaces the tensors; while
+    `frozen` is True it raises CapacityError instead. Dead rows are reused, the lowest first, and
+    hold zeros. `version` goes up with every change, undoing included, and never down.
+
+    Args:
+        key_dim, value_dim: D and V.
+        radius: of a new entry, the method's one hyperparameter; in the units of the keys.
+        policy: "default", or "paper" for the decisions of the code published with the paper.
+        capacity: rows to start with.
+        dtype: of keys and queries: float32, float16 or bfloat16.
+        value_dtype: of values; None means `dtype`.
+        drift: how far the query of one prompt moves between batches.
+        max_radius: to which an entry may grow; None means 3 * radius.
+        device: where the tensors are. Stored queries stay on the host.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        key_dim: int,
+        value_dim: int,
+        *,
+        radius: float = 1.0,
+        policy: str = rules.DEFAULT,
+        capacity: int = 1024,
+        dtype: torch.dtype = torch.float32,
+        value_dtype: torch.dtype | None = None,
+        drift: float = 0.0,
+        max_radius: float | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        for name, number in (
+            ("key_dim", key_dim),
+            ("value_dim", value_dim),
+            ("capacity", capacity),
+        ):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
+        if not (math.isfinite(radius) and radius > 0):
+            raise ValueError(f"radius must be positive and finite, got {radius}")
+        if not (math.isfinite(drift) and drift >= 0):
+            raise ValueError(f"drift must be finite and not negative, got {drift}")
+        if max_radius is not None and not max_radius > 0:
+            raise ValueError(f"max_radius must be positive, got {max_radius}")
+        if policy not in rules.POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(rules.POLICIES)}, got {policy}")
+        if dtype not in _KEY_DTYPES:
+            raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+        value_dtype = value_dtype or dtype
+        if not value_dtype.is_floating_point:
+            raise ValueError(f"value_dtype must be a floating point type, got {value_dtype}")
+        super().__init__(key_dim, value_dim, capacity, dtype, value_dtype, device)
+        self.policy = policy
+        self.radius = rules.fp32(radius)
+        self.drift = rules.fp32(drift)
+        self.max_radius = rules.fp32(3.0 * self.radius if max_radius is None else max_radius)
+        self._layout = {}
+        self._reserved = frozenset()
+
+    # ------------------------------------------------------------------ reading
+
+    @property
+    def capacity(self) -> int:
+        """Number of rows allocated."""
+        return len(self.radii)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.radii.device
+
+    @property
+    def entries(self) -> int:
+        """Number of live entries."""
+        return self._row_count - len(self._holes)
+
+    @property
+    def edits(self) -> int:
+        """Number of live edits."""
+        return self._live_edits
+
+    @property
+    def ids(self) -> list[int]:
+        """The ids of the live edits, ascending."""
+        imported = [i for i in range(len(self._imported_labels)) if i not in self._edits]
+        return sorted(imported + [e.id for e in self._edits.values() if e is not None and e.live])
+
+    @property
+    def history(self) -> list[Edit]:
+        """Every edit that was not purged, superseded and deleted ones included, by id."""
+        numbers = sorted({*range(len(self._imported_labels)), *self._edits})
+        return [self._edit(i) for i in numbers if self._edits.get(i, True) is not None]
+
+    @property
+    def labels(self) -> list[Label | None]:
+        """The label of each row in use; None for a dead one."""
+        entries = (self._entry(slot) for slot in range(self._row_count))
+        return [None if entry is None else entry.label for entry in entries]
+
+    def edit(self, id: int) -> Edit:
+        """Return the edit of the history with this id.
+
+        Raises:
+            KeyError: there is none, or it was purged.
+        """
+        return self._edit(id)
+
+    def query_of(self, id: int) -> Tensor:
+        """Return a copy, `[D]` on the host, of the stored query of an edit of the history.
+
+        Raises:
+            KeyError: the id is unknown.
+        """
+        return self._stored_query(self._edit(id)).detach().cpu().clone()
+
+    def members(self, slot: int) -> tuple[int, ...]:
+        """Return the ids of the edits that a row answers for, ascending; none for a dead row."""
+        entry = self._entry(slot)
+        return () if entry is None else entry.members
+
+    def edit_of_slot(self, slot: int) -> Edit:
+        """Return the edit whose query is the key of a live row.
+
+        Raises:
+            KeyError: the row is dead or not in use.
+        """
+        entry = self._entry(slot)
+        if entry is None:
+            raise KeyError(f"slot must hold a live entry, got {slot}")
+        return self._edit(entry.owner)
+
+    def lookup(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Find the entry that answers each query: `[B, D]` -> (`[B]` int64, `[B]` float32).
+
+        A miss is index -1 and distance +inf. See `grace_kernels.lookup`.
+        """
+        return lookup(query, self.keys, self.radii, self._row_count)
+
+    def nearest_two(self, query: Tensor) -> list[tuple[int, float]]:
+        """Return slot and distance of the nearest entry to `[D]` and of the runner-up.
+
+        Whatever their radii; fewer than two where there are fewer entries.
+        """
+        query = self._check_query(query)
+        found: list[tuple[int, float]] = []
+        radii = self.radii[: self._row_count].clone()
+        for _ in range(2):
+            slot, distance = self._nearest(query, radii)
+            if slot >= 0:
+                found.append((slot, distance))
+                radii[slot] = -math.inf
+        return found
+
+    # ------------------------------------------------------------------ making an edit
+
+    def plan(
+        self,
+        query: Tensor,
+        label: Sequence[int] | Tensor,
+        prompt: Sequence[int] | None = None,
+        *,
+        own_entry: bool = False,
+    ) -> Plan:
+        """Decide what an edit would do; nothing changes.
+
+        A live edit with the same prompt, or else with the same query (0 and -0 being the same), is
+        superseded and its stored query used instead of `query`. Its entry stays where it is: the
+        decision is taken against the codebook as it stands, and an edit that comes back with
+        another label meets its old entry at distance 0, which is the case "update".
+
+        Args:
+            query: `[D]`, finite, of the dtype of the keys.
+            label: the target's ids, or one class. With the policy "paper" the label tensor as the
+                published code sees it, -100s included.
+            prompt: the prompt's ids, if known.
+            own_entry: give the edit an entry of its own, at most half way to the nearest entry of
+                another label, although an existing one would take it; for an edit that its value
+                could not satisfy. At distance 0 the entry there takes the edit's value.
+
+        Returns:
+            The plan, good for `commit` until the next change.
+
+        Raises:
+            TypeError, ValueError: an argument is of a wrong type, shape, dtype or value.
+        """
+        query = self._check_query(query)
+        ids = _check_ids("label", label)
+        prompt_ids = None if prompt is None else _check_ids("prompt", prompt)
+        paper = self.policy == rules.PAPER
+
+        replaced: set[int] = set()
+        if not paper:
+            earlier = None if prompt_ids is None else self._by_prompt.get(prompt_ids)
+            if earlier is None:
+                earlier = self._by_query.get(digest(query))
+            if earlier is not None:
+                replaced.add(earlier)
+                query = self._stored_query(self._edit(earlier))
+
+        slot, distance = self._nearest(query)
+        entry = self._entry(slot)
+        radius = None if entry is None else self.radii[slot].item()
+        same = entry is not None and self._label_key(entry.label) == self._label_key(ids)
+        if paper:
+            decision = rules.decide_paper(distance, radius, same, radius=self.radius)
+        else:
+            if entry is not None and distance == 0.0:
+                replaced.add(entry.owner)
+                query = self._stored_query(self._edit(entry.owner))
+            decision = rules.decide(
+                distance,
+                radius,
+                same,
+                radius=self.radius,
+                drift=self.drift,
+                max_radius=self.max_radius,
+            )
+            if own_entry:
+                decision = self._decide_own(decision, query, ids, distance, radius)
+
+        members: tuple[int, ...] = ()
+        if entry is not None and decision.new_radius is None:
+            if decision.case == "update" and not same:
+                replaced.update(entry.members)
+            members = tuple(m for m in entry.members if m not in replaced)
+        return Plan(
+            query=query.detach().clone(),
+            label=ids,
+            prompt=prompt_ids,
+            case=decision.case,
+            slot=-1 if decision.new_radius is not None else slot,
+            neighbour=slot,
+            distance=distance,
+            radius_before=radius,
+            radius_after=decision.neighbour_radius,
+            new_radius=decision.new_radius,
+            members=members,
+            supersedes=tuple(sorted(replaced)),
+            fragile=decision.fragile,
+            own_entry=own_entry,
+            version=self.version,
+        )
+
+    def commit(
+        self,
+        plan: Plan,
+        value: Tensor | None,
+        *,
+        answers: Answers | None = None,
+        loss_start: float | None = None,
+        loss_end: float | None = None,
+        steps: int = 0,
+        reason: str = "",
+    ) -> EditResult:
+        """Do what `plan` says, then give every live edit that lost its label an entry of its own.
+
+        Args:
+            plan: made by `plan` since the last change.
+            value: `[V]`, cast to the dtype of the values. It must answer the new edit and, where
+                the case is expand or absorb, every one of `plan.members` (trained together); it
+                then replaces the entry's. None leaves that value, which must answer the new edit.
+            answers: called with an edit and a slot, where the entry that answers a live edit has
+                changed to one of the same label whose value was not seen to answer it; False gives
+                that edit an entry of its own with the value that answered it before. It may look at
+                the codebook, not change it. None: for edits made with None an equal label is
+                enough, others get an entry of their own.
+            loss_start, loss_end, steps, reason: for the result.
+
+        Returns:
+            The result, with a new id.
+
+        Raises:
+            ValueError: the plan is stale, or `value` is missing, misshapen or not finite.
+            CapacityError: the codebook is frozen and full.
+            Any exception, also of `answers`, leaves the codebook as it was, to the bit.
+        """
+        if plan.version != self.version:
+            raise ValueError(
+                f"plan must be of the codebook's version {self.version}, got {plan.version}"
+            )
+        if value is not None:
+            value = self._check_value(value)
+        elif plan.slot < 0 or plan.case == "update":
+            raise ValueError(f"value must be a tensor for the case {plan.case}, got None")
+        with self.transaction():
+            held = self._entry(plan.slot)
+            stamp = held.stamp if held is not None and value is None else self._next_stamp
+            new = Edit(
+                id=self._next_id,
+                label=plan.label,
+                prompt=plan.prompt,
+                row=self._new_query_row(plan.query, self._next_id),
+                slot=-1,
+                stamp=stamp,
+                verified=None if answers is None else frozenset({stamp}),
+                result=EditResult(None, plan.case, None, plan.neighbour, plan.distance, None, None),
+            )
+            affected = self._apply(plan, new, value)
+            fragile = self._repair(affected, answers, new.id) or plan.fragile
+            new = self._edit(new.id)
+            result = EditResult(
+                id=new.id,
+                case=plan.case,
+                slot=new.slot,
+                neighbour=plan.neighbour,
+                distance=plan.distance,
+                radius_before=plan.radius_before,
+                radius_after=plan.radius_after,
+                loss_start=loss_start,
+                loss_end=loss_end,
+                steps=steps,
+                fragile=fragile,
+                reason=reason,
+            )
+            self._put("_edits", new.id, replace(new, result=result))
+            self._prune_pool()
+            self._bump()
+            self._next_id += 1
+            self._next_stamp += value is not None
+        return result
+
+    def insert(
+        self,
+        query: Tensor,
+        label: Sequence[int] | Tensor,
+        value: Tensor,
+        prompt: Sequence[int] | None = None,
+    ) -> EditResult:
+        """Make an edit whose value is given, without a model: `plan`, then `commit`.
+
+        An edit that is expanded or absorbed into an entry with other members is answered by that
+        entry's value; `value` is not used then, as nothing says that it would answer the others.
+
+        Args and raises: as `plan` and `commit`; `value` must be a tensor.
+        """
+        value = self._check_value(value)
+        plan = self.plan(query, label, prompt)
+        shared = plan.case in ("expand", "absorb") and bool(plan.members)
+        return self.commit(plan, None if shared else value)
+
+    def _decide_own(
+        self,
+        decision: Decision,
+        query: Tensor,
+        label: Label,
+        distance: float,
+        neighbour_radius: float | None,
+    ) -> Decision:
+        """Turn a decision into one that gives the edit an entry of its own."""
+        if decision.case == "split":
+            return decision
+        if distance == 0.0:
+            return replace(decision, case="update")
+        radius = self._own_radius(query, label)
+        return Decision("add", neighbour_radius, radius, fragile=radius < self.drift)
+
+    def _check_query(self, query: Tensor) -> Tensor:
+        if not isinstance(query, Tensor):
+            raise TypeError(f"query must be a tensor, got {type(query).__name__}")
+        dim = self.keys.shape[1]
+        if query.shape != (dim,):
+            raise ValueError(f"query must have shape [{dim}], got {list(query.shape)}")
+        if query.dtype != self.keys.dtype:
+            raise ValueError(
+                f"query must have the keys' dtype {self.keys.dtype}, got {query.dtype}"
+            )
+        if not torch.isfinite(query).all():
+            raise ValueError("query must be finite, got NaN or infinity")
+        return query.detach()
+
+    def _check_value(self, value: Tensor) -> Tensor:
+        if not isinstance(value, Tensor):
+            raise TypeError(f"value must be a tensor, got {type(value).__name__}")
+        dim = self.values.shape[1]
+        if value.shape != (dim,):
+            raise ValueError(f"value must have shape [{dim}], got {list(value.shape)}")
+        value = value.detach().to(self.values.dtype)
+        if not torch.isfinite(value).all():
+            raise ValueError(f"value must be finite in {value.dtype}, got NaN or infinity")
+        return value
+
+
+def _check_ids(name: str, ids: Sequence[int] | Tensor) -> Label:
+    if isinstance(ids, Tensor):
+        ids = ids.flatten().tolist()
+    checked = tuple(int(i) for i in ids)
+    if not checked:
+        raise ValueError(f"{name} must hold at least one id, got none")
+    if any(i != j for i, j in zip(checked, ids, strict=True)):
+        raise ValueError(f"{name} must hold whole numbers, got {list(ids)}")
+    return checked
