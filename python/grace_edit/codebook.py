@@ -18,6 +18,7 @@ from torch import Tensor
 
 from grace_kernels import lookup
 
+from . import audit, importing, replay
 from . import policy as rules
 from .records import Decision, Edit, EditResult, Label, Plan
 from .retention import Answers, Retention
@@ -372,6 +373,106 @@ class Codebook(Retention):
         plan = self.plan(query, label, prompt)
         shared = plan.case in ("expand", "absorb") and bool(plan.members)
         return self.commit(plan, None if shared else value)
+
+    # ------------------------------------------------------------------ taking back
+
+    def delete(self, id: int, purge: bool = False) -> None:
+        """Take an edit back, as if it had never been made.
+
+        The decisions over the remaining history are taken again in order, with the stored queries
+        and without a model: keys, radii, labels and members become what a new codebook fed the
+        remaining edits would have, up to the order of the rows. Edits that this one superseded come
+        back. An entry takes the value that answers its edit now; a member for which that value was
+        not verified gets an entry of its own. Freed rows are zeroed. Costs about as much as making
+        all the edits again without training.
+
+        Args:
+            id: of a live or superseded edit; with `purge` also of one deleted before.
+            purge: also erase it (prompt, label, query) from the history and end the undo there.
+
+        Raises:
+            KeyError: the id is unknown.
+        """
+        replay.delete(self, id, purge)
+
+    # ------------------------------------------------------------------ whole codebooks
+
+    @classmethod
+    def from_tensors(
+        cls,
+        keys: Tensor,
+        values: Tensor,
+        radii: Tensor,
+        labels: Sequence[Sequence[int]],
+        *,
+        radius: float = 1.0,
+        policy: str = rules.DEFAULT,
+        capacity: int | None = None,
+        drift: float = 0.0,
+        max_radius: float | None = None,
+    ) -> Codebook:
+        """Return a codebook of given entries, millions at once; row i is edit i.
+
+        Later edits and deletions find these rows as they are given: no decision made them, so none
+        is replayed for them.
+
+        Args:
+            keys: `[N, D]` float32, float16 or bfloat16, finite and, by default policy, distinct.
+            values: `[N, V]`, finite, on the same device.
+            radii: `[N]` float32; by default policy not negative, so that each key answers itself.
+            labels: N labels.
+            radius, policy, drift, max_radius: as for a new codebook.
+            capacity: rows to allocate; None means N.
+
+        Raises:
+            ValueError: a shape, dtype or value is not as said.
+        """
+        count = len(keys)
+        if keys.ndim != 2 or values.ndim != 2 or radii.ndim != 1:
+            shapes = [list(t.shape) for t in (keys, values, radii)]
+            raise ValueError(f"keys, values and radii must be [N, D], [N, V] and [N], got {shapes}")
+        if not len(values) == len(radii) == len(labels) == count:
+            sizes = f"{count}, {len(values)}, {len(radii)} and {len(labels)}"
+            raise ValueError(f"keys, values, radii and labels must agree in length, got {sizes}")
+        if radii.dtype != torch.float32:
+            raise ValueError(f"radii must be float32, got {radii.dtype}")
+        if capacity is not None and capacity < count:
+            raise ValueError(f"capacity must be at least {count}, got {capacity}")
+        book = cls(
+            keys.shape[1],
+            values.shape[1],
+            radius=radius,
+            policy=policy,
+            capacity=max(1, count) if capacity is None else capacity,
+            dtype=keys.dtype,
+            value_dtype=values.dtype,
+            drift=drift,
+            max_radius=max_radius,
+            device=keys.device,
+        )
+        importing.fill(book, keys.detach(), values.detach(), radii.detach(), labels)
+        return book
+
+    def to(self, device: torch.device | str) -> Codebook:
+        """Move the tensors to `device`, to the bit, and return this codebook.
+
+        Stored queries stay on the host. Dtypes never change.
+        """
+        for name in ("keys", "values", "radii", "count", "_label_ids"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
+    def check(self) -> None:
+        """Verify everything a codebook promises, the retention of every live edit first of all.
+
+        For tests: it looks every stored query up.
+
+        Raises:
+            AssertionError: naming what does not hold.
+        """
+        audit.check(self)
+
+    # ------------------------------------------------------------------ private
 
     def _decide_own(
         self,
