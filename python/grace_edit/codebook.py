@@ -18,11 +18,10 @@ from torch import Tensor
 
 from grace_kernels import lookup
 
-from . import audit, importing, replay
+from . import audit, importing, planning, replay
 from . import policy as rules
-from .records import Decision, Edit, EditResult, Label, Plan
+from .records import Edit, EditResult, Label, Plan
 from .retention import Answers, Retention
-from .rows import digest
 
 _KEY_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -177,7 +176,7 @@ class Codebook(Retention):
 
         Whatever their radii; fewer than two where there are fewer entries.
         """
-        query = self._check_query(query)
+        query = planning.check_query(self, query)
         found: list[tuple[int, float]] = []
         radii = self.radii[: self._row_count].clone()
         for _ in range(2):
@@ -219,63 +218,7 @@ class Codebook(Retention):
         Raises:
             TypeError, ValueError: an argument is of a wrong type, shape, dtype or value.
         """
-        query = self._check_query(query)
-        ids = _check_ids("label", label)
-        prompt_ids = None if prompt is None else _check_ids("prompt", prompt)
-        paper = self.policy == rules.PAPER
-
-        replaced: set[int] = set()
-        if not paper:
-            earlier = None if prompt_ids is None else self._by_prompt.get(prompt_ids)
-            if earlier is None:
-                earlier = self._by_query.get(digest(query))
-            if earlier is not None:
-                replaced.add(earlier)
-                query = self._stored_query(self._edit(earlier))
-
-        slot, distance = self._nearest(query)
-        entry = self._entry(slot)
-        radius = None if entry is None else self.radii[slot].item()
-        same = entry is not None and self._label_key(entry.label) == self._label_key(ids)
-        if paper:
-            decision = rules.decide_paper(distance, radius, same, radius=self.radius)
-        else:
-            if entry is not None and distance == 0.0:
-                replaced.add(entry.owner)
-                query = self._stored_query(self._edit(entry.owner))
-            decision = rules.decide(
-                distance,
-                radius,
-                same,
-                radius=self.radius,
-                drift=self.drift,
-                max_radius=self.max_radius,
-            )
-            if own_entry:
-                decision = self._decide_own(decision, query, ids, distance, radius)
-
-        members: tuple[int, ...] = ()
-        if entry is not None and decision.new_radius is None:
-            if decision.case == "update" and not same:
-                replaced.update(entry.members)
-            members = tuple(m for m in entry.members if m not in replaced)
-        return Plan(
-            query=query.detach().clone(),
-            label=ids,
-            prompt=prompt_ids,
-            case=decision.case,
-            slot=-1 if decision.new_radius is not None else slot,
-            neighbour=slot,
-            distance=distance,
-            radius_before=radius,
-            radius_after=decision.neighbour_radius,
-            new_radius=decision.new_radius,
-            members=members,
-            supersedes=tuple(sorted(replaced)),
-            fragile=decision.fragile,
-            own_entry=own_entry,
-            version=self.version,
-        )
+        return planning.plan(self, query, label, prompt, own_entry)
 
     def commit(
         self,
@@ -315,7 +258,7 @@ class Codebook(Retention):
                 f"plan must be of the codebook's version {self.version}, got {plan.version}"
             )
         if value is not None:
-            value = self._check_value(value)
+            value = planning.check_value(self, value)
         elif plan.slot < 0 or plan.case == "update":
             raise ValueError(f"value must be a tensor for the case {plan.case}, got None")
         with self.transaction():
@@ -369,7 +312,7 @@ class Codebook(Retention):
 
         Args and raises: as `plan` and `commit`; `value` must be a tensor.
         """
-        value = self._check_value(value)
+        value = planning.check_value(self, value)
         plan = self.plan(query, label, prompt)
         shared = plan.case in ("expand", "absorb") and bool(plan.members)
         return self.commit(plan, None if shared else value)
@@ -471,57 +414,3 @@ class Codebook(Retention):
             AssertionError: naming what does not hold.
         """
         audit.check(self)
-
-    # ------------------------------------------------------------------ private
-
-    def _decide_own(
-        self,
-        decision: Decision,
-        query: Tensor,
-        label: Label,
-        distance: float,
-        neighbour_radius: float | None,
-    ) -> Decision:
-        """Turn a decision into one that gives the edit an entry of its own."""
-        if decision.case == "split":
-            return decision
-        if distance == 0.0:
-            return replace(decision, case="update")
-        radius = self._own_radius(query, label)
-        return Decision("add", neighbour_radius, radius, fragile=radius < self.drift)
-
-    def _check_query(self, query: Tensor) -> Tensor:
-        if not isinstance(query, Tensor):
-            raise TypeError(f"query must be a tensor, got {type(query).__name__}")
-        dim = self.keys.shape[1]
-        if query.shape != (dim,):
-            raise ValueError(f"query must have shape [{dim}], got {list(query.shape)}")
-        if query.dtype != self.keys.dtype:
-            raise ValueError(
-                f"query must have the keys' dtype {self.keys.dtype}, got {query.dtype}"
-            )
-        if not torch.isfinite(query).all():
-            raise ValueError("query must be finite, got NaN or infinity")
-        return query.detach()
-
-    def _check_value(self, value: Tensor) -> Tensor:
-        if not isinstance(value, Tensor):
-            raise TypeError(f"value must be a tensor, got {type(value).__name__}")
-        dim = self.values.shape[1]
-        if value.shape != (dim,):
-            raise ValueError(f"value must have shape [{dim}], got {list(value.shape)}")
-        value = value.detach().to(self.values.dtype)
-        if not torch.isfinite(value).all():
-            raise ValueError(f"value must be finite in {value.dtype}, got NaN or infinity")
-        return value
-
-
-def _check_ids(name: str, ids: Sequence[int] | Tensor) -> Label:
-    if isinstance(ids, Tensor):
-        ids = ids.flatten().tolist()
-    checked = tuple(int(i) for i in ids)
-    if not checked:
-        raise ValueError(f"{name} must hold at least one id, got none")
-    if any(i != j for i, j in zip(checked, ids, strict=True)):
-        raise ValueError(f"{name} must hold whole numbers, got {list(ids)}")
-    return checked

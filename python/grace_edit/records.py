@@ -66,18 +66,6 @@ class EditResult:
             for name, item in asdict(self).items()
         }
 
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> EditResult:
-        """Return the result that `to_dict` gave `fields` of; losses that were not finite are lost.
-
-        Raises:
-            TypeError: a field is missing or unknown.
-        """
-        fields = dict(fields)
-        if fields.get("distance", 0.0) is None:
-            fields["distance"] = math.inf
-        return cls(**fields)
-
 
 @dataclass(frozen=True)
 class Edit:
