@@ -153,7 +153,8 @@ class Search {
     scan_.dtype = key_dtype(keys_);
     scan_.dim = keys_.size(1);
     scan_.radii = static_cast<const float*>(radii_.const_data_ptr());
-    scan_.query_stride = (scan_.dim + kVector - 1) / kVector * kVector;
+    // One line more than needed: rows a power of two apart would share their sets of the cache.
+    scan_.query_stride = (scan_.dim + kVector - 1) / kVector * kVector + 16;
     set_coarse_margin(scan_);
   }
 

@@ -23,7 +23,9 @@ namespace avx2 {
 namespace {
 
 constexpr int64_t kTileBytes = 128 << 10;
-constexpr int64_t kAhead = 1024;  // bytes between a load and its prefetch
+constexpr int64_t kAhead = 4096;       // bytes between a load and its prefetch
+constexpr int64_t kRowsAhead = 8;
+constexpr int64_t kFirstCheck = 64;   // elements after which a far key is given up, then 4 x that
 
 struct Half;
 struct BFloat;
@@ -46,6 +48,8 @@ struct Isa {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
   }
+  // Otherwise GCC loads a query again for every key.
+  static void keep(V& v) { asm("" : "+x"(v)); }
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 };
 

@@ -10,7 +10,9 @@ namespace baseline {
 namespace {
 
 constexpr int64_t kTileBytes = 128 << 10;
-constexpr int64_t kAhead = 1024;  // bytes between a load and its prefetch
+constexpr int64_t kAhead = 4096;       // bytes between a load and its prefetch
+constexpr int64_t kRowsAhead = 8;
+constexpr int64_t kFirstCheck = 64;   // elements after which a far key is given up, then 4 x that
 
 struct Half;
 struct BFloat;
@@ -44,6 +46,7 @@ struct Isa {
   static float sum(V v) {
     return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
   }
+  static void keep(V&) {}
   static void prefetch(const void* p) { __builtin_prefetch(p); }
 };
 

@@ -10,7 +10,7 @@
 // Re-score: fp64, unfused, 32 lanes in fixed order. Only its results are ever compared or returned.
 //
 // The including file provides struct Isa: V (8 floats), zero, load (float, Half, BFloat),
-// add_square, sum, prefetch.
+// add_square, sum, keep, prefetch.
 
 struct Half {
   uint16_t bits;
@@ -69,46 +69,92 @@ float canonical(const float* x, const T* k, int64_t dim) {
   return static_cast<float>(lanes[0]);
 }
 
-// Coarse squared distances of Q queries and K keys.
-template <class T, int Q, int K>
-inline void coarse(const float* x, int64_t x_stride, const T* k, int64_t k_stride, int64_t dim,
-                   float (&out)[Q][K]) {
-  typename Isa::V sums[Q][K];
+template <int Q, int K>
+inline bool all_beyond(const typename Isa::V (&sums)[Q][K], const Best* best) {
+  bool beyond = true;
 #pragma GCC unroll 8
   for (int q = 0; q < Q; ++q) {
 #pragma GCC unroll 8
-    for (int n = 0; n < K; ++n) sums[q][n] = Isa::zero();
+    for (int n = 0; n < K; ++n) beyond &= Isa::sum(sums[q][n]) > best[q].threshold;
   }
-  int64_t i = 0;
-  for (; i + kVector <= dim; i += kVector) {
-    typename Isa::V key[K];
+  return beyond;
+}
+
+// Coarse squared distances of Q queries and K keys, with U accumulators each; false, and no result,
+// once all of them are beyond their thresholds: sums of squares only grow, in fp32 too, so the
+// rest of the row would not make any of them a candidate.
+template <class T, int Q, int K, int U>
+inline bool coarse(const float* x, int64_t x_stride, const T* k, int64_t k_stride, int64_t dim,
+                   bool cold, const Best* best, float (&out)[Q][K]) {
+  typename Isa::V sums[U][Q][K];
 #pragma GCC unroll 8
-    for (int n = 0; n < K; ++n) {
-      Isa::prefetch(k + n * k_stride + i + kAhead / sizeof(T));
-      key[n] = Isa::load(k + n * k_stride + i);
-    }
+  for (int u = 0; u < U; ++u) {
 #pragma GCC unroll 8
     for (int q = 0; q < Q; ++q) {
-      const typename Isa::V query = Isa::load(x + q * x_stride + i);
 #pragma GCC unroll 8
-      for (int n = 0; n < K; ++n) sums[q][n] = Isa::add_square(sums[q][n], query - key[n]);
+      for (int n = 0; n < K; ++n) sums[u][q][n] = Isa::zero();
     }
   }
+  const auto step = [&](int64_t at, typename Isa::V(&sum)[Q][K]) __attribute__((always_inline)) {
+    typename Isa::V key[K];
+#pragma GCC unroll 8
+    for (int n = 0; n < K; ++n) key[n] = Isa::load(k + n * k_stride + at);
+#pragma GCC unroll 8
+    for (int q = 0; q < Q; ++q) {
+      typename Isa::V query = Isa::load(x + q * x_stride + at);
+      Isa::keep(query);
+#pragma GCC unroll 8
+      for (int n = 0; n < K; ++n) sum[q][n] = Isa::add_square(sum[q][n], query - key[n]);
+    }
+  };
+  int64_t i = 0;
+  const int64_t whole = dim / (kVector * U) * (kVector * U);
+  for (int64_t check = kFirstCheck;; check *= 4) {
+    const int64_t end = check < whole ? check : whole;
+    if (cold) {
+      for (; i < end; i += kVector * U) {
+#pragma GCC unroll 8
+        for (int n = 0; n < K; ++n) Isa::prefetch(k + n * k_stride + i + kAhead / sizeof(T));
+#pragma GCC unroll 8
+        for (int u = 0; u < U; ++u) step(i + u * kVector, sums[u]);
+      }
+    } else {
+      for (; i < end; i += kVector * U) {
+#pragma GCC unroll 8
+        for (int u = 0; u < U; ++u) step(i + u * kVector, sums[u]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int u = 1; u < U; ++u) {
+#pragma GCC unroll 8
+      for (int q = 0; q < Q; ++q) {
+#pragma GCC unroll 8
+        for (int n = 0; n < K; ++n) {
+          sums[0][q][n] = sums[0][q][n] + sums[u][q][n];
+          sums[u][q][n] = Isa::zero();
+        }
+      }
+    }
+    if (end == whole) break;
+    if (all_beyond(sums[0], best)) return false;
+  }
+  for (; i + kVector <= dim; i += kVector) step(i, sums[0]);
   if (i < dim) {  // the queries are padded, the keys are not
     for (int n = 0; n < K; ++n) {
       T rest[kVector] = {};
       std::memcpy(rest, k + n * k_stride + i, (dim - i) * sizeof(T));
       const typename Isa::V key = Isa::load(rest);
       for (int q = 0; q < Q; ++q) {
-        sums[q][n] = Isa::add_square(sums[q][n], Isa::load(x + q * x_stride + i) - key);
+        sums[0][q][n] = Isa::add_square(sums[0][q][n], Isa::load(x + q * x_stride + i) - key);
       }
     }
   }
 #pragma GCC unroll 8
   for (int q = 0; q < Q; ++q) {
 #pragma GCC unroll 8
-    for (int n = 0; n < K; ++n) out[q][n] = Isa::sum(sums[q][n]);
+    for (int n = 0; n < K; ++n) out[q][n] = Isa::sum(sums[0][q][n]);
   }
+  return true;
 }
 
 inline float upper(const Scan& p, float s) { return s + (s * p.relative + p.absolute); }
@@ -150,12 +196,23 @@ void propose(const Scan& p, const float* x, int64_t slot, float coarse_s, Best& 
   if (bound < best.threshold) best.threshold = bound;
 }
 
-template <class T, int Q, int K>
+template <class T, int Q, int K, int U>
 inline void block(const Scan& p, int64_t q0, int64_t n0, Best* best) {
   float s[Q][K];
   const float* x = p.queries + q0 * p.query_stride;
   const T* k = static_cast<const T*>(p.keys) + n0 * p.key_stride;
-  coarse<T, Q, K>(x, p.query_stride, k, p.key_stride, p.dim, s);
+  // One row after the other is what the hardware prefetches well by itself.
+  const bool cold = K > 1 && q0 == 0;
+  if (q0 == 0) {  // the start of a row some way on; whether its rest is needed is not known yet
+    constexpr int kElements = 64 / sizeof(T);
+    const T* next = k + kRowsAhead * p.key_stride;
+    for (int n = 0; n < K; ++n) {
+      for (int i = 0; i < kFirstCheck && i < p.dim; i += kElements) {
+        Isa::prefetch(next + n * p.key_stride + i);
+      }
+    }
+  }
+  if (!coarse<T, Q, K, U>(x, p.query_stride, k, p.key_stride, p.dim, cold, best + q0, s)) return;
   for (int q = 0; q < Q; ++q) {
     for (int n = 0; n < K; ++n) {
       if (s[q][n] <= best[q0 + q].threshold) {
@@ -165,11 +222,11 @@ inline void block(const Scan& p, int64_t q0, int64_t n0, Best* best) {
   }
 }
 
-template <class T, int Q, int K>
+template <class T, int Q, int K, int U>
 void tile(const Scan& p, int64_t q0, int64_t begin, int64_t end, Best* best) {
   int64_t n = begin;
-  for (; n + K <= end; n += K) block<T, Q, K>(p, q0, n, best);
-  for (; n < end; ++n) block<T, Q, 1>(p, q0, n, best);
+  for (; n + K <= end; n += K) block<T, Q, K, U>(p, q0, n, best);
+  for (; n < end; ++n) block<T, Q, 1, U>(p, q0, n, best);
 }
 
 template <class T>
@@ -179,16 +236,16 @@ void scan_rows(const Scan& p, int64_t begin, int64_t end, Best* best) {
   for (int64_t n = begin; n < end; n += rows) {
     const int64_t stop = n + rows < end ? n + rows : end;
     int64_t q = 0;
-    for (; q + 4 <= p.batch; q += 4) tile<T, 4, 2>(p, q, n, stop, best);
+    for (; q + 4 <= p.batch; q += 4) tile<T, 4, 2, 1>(p, q, n, stop, best);
     switch (p.batch - q) {
       case 1:
-        tile<T, 1, 4>(p, q, n, stop, best);
+        tile<T, 1, 1, 4>(p, q, n, stop, best);
         break;
       case 2:
-        tile<T, 2, 4>(p, q, n, stop, best);
+        tile<T, 2, 2, 2>(p, q, n, stop, best);
         break;
       case 3:
-        tile<T, 3, 2>(p, q, n, stop, best);
+        tile<T, 3, 2, 1>(p, q, n, stop, best);
         break;
     }
   }
