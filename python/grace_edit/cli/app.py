@@ -1,0 +1,255 @@
+"""The commands and their options. Each loads what it needs only when it runs."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .output import (
+    FAILED,
+    INTERRUPTED,
+    NOT_FOUND,
+    OK,
+    USAGE,
+    CommandError,
+    complain,
+    describe_error,
+    print_json,
+    quiet,
+    screen,
+)
+
+
+class Query(str, Enum):
+    """Choices of --query."""
+
+    last = "last"
+    mean = "mean"
+
+
+class Replace(str, Enum):
+    """Choices of --replace."""
+
+    last = "last"
+    prompt = "prompt"
+    all = "all"
+
+
+class Rules(str, Enum):
+    """Choices of --policy and --recipe."""
+
+    default = "default"
+    paper = "paper"
+
+
+class Dtype(str, Enum):
+    """Choices of --dtype."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Device(str, Enum):
+    """Choices of --device."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class TaskName(str, Enum):
+    """Choices of --task."""
+
+    auto = "auto"
+    causal = "causal"
+    seq2seq = "seq2seq"
+    classifier = "classifier"
+    masked = "masked"
+
+
+class Commands(TyperGroup):
+    """Ends the process with the documented exit codes and errors of one line."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs["standalone_mode"] = False
+        try:
+            code = super().main(*args, **kwargs)
+        except (KeyboardInterrupt, typer.Abort):
+            code = INTERRUPTED
+        except Exception as error:
+            described = describe_error(error)
+            if described is None:
+                raise
+            code, messages = described
+            for message in messages:
+                complain(message)
+        if code == INTERRUPTED:
+            complain("interrupted")
+        sys.exit(code if isinstance(code, int) else OK)
+
+
+app = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Edit transformers models with GRACE: make edits, look them up, save and explain them.",
+    epilog="Exit codes: 0 ok, 1 failed, 2 usage, 3 not found, 4 conflict (some edits refused, or "
+    "edits of another model), 5 damaged files, 130 interrupted.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Where = Annotated[Device, typer.Option(help="Where the model runs.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from .doctor import version_of
+
+        typer.echo(f"grace {version_of('grace-kernels') or '(not installed, run from source)'}")
+        raise typer.Exit()
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Edit transformers models with GRACE: make edits, look them up, save and explain them."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(USAGE)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for what the demo writes.")] = Path(
+        "grace-demo"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer edits, for a first look.")] = False,
+    json: Json = False,
+) -> None:
+    """Edit two real models, save, reload in a fresh process and draw a picture."""
+    try:
+        from ..demo import run
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("grace"):
+            raise
+        raise CommandError(
+            NOT_FOUND, f'the demo needs {error.name}: pip install "grace-kernels[demo]"'
+        ) from error
+    console = screen(stderr=json)
+    with quiet():
+        result = run(out, quick, console)
+    if json:
+        print_json(result)
+    raise typer.Exit(OK if result.get("ok", True) else FAILED)
+
+
+@app.command()
+def edit(
+    edits: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE",
+            help='Edits, one JSON object per line: {"prompt": "...", "target": "..."}. The target '
+            "of a causal model usually begins with a space; a classifier's is a label or class id.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="New directory for the edits.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Directory or hub id of the model. May be left out with --resume."),
+    ] = None,
+    layer: Annotated[
+        str | None,
+        typer.Option(help="Layer to wrap, as in model.named_modules(); a unique suffix will do."),
+    ] = None,
+    radius: Annotated[
+        float | None, typer.Option(help="Radius of a new entry.", show_default="1.0")
+    ] = None,
+    query: Annotated[
+        Query | None,
+        typer.Option(help="What asks.", show_default="last for decoders, mean for encoders"),
+    ] = None,
+    replace: Annotated[
+        Replace | None,
+        typer.Option(help="What is replaced.", show_default="last for causal, all for encoders"),
+    ] = None,
+    policy: Annotated[
+        Rules | None, typer.Option(help="How edits share entries.", show_default="default")
+    ] = None,
+    recipe: Annotated[
+        Rules | None, typer.Option(help="How values are trained.", show_default="default")
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="To load the model in.", show_default="the checkpoint's")
+    ] = None,
+    device: Where = Device.cpu,
+    task: Annotated[TaskName, typer.Option(help="Kind of model.")] = TaskName.auto,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Add to the edits saved here.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Make the edits of a file and save those that the model was proved to answer."""
+    from .edit import Options, run
+
+    settings = {
+        "layer": layer,
+        "radius": radius,
+        "query": _value(query),
+        "replace": _value(replace),
+        "policy": _value(policy),
+        "recipe": _value(recipe),
+    }
+    options = Options(
+        model, edits, out, resume, task.value, _value(dtype), device.value, json, settings
+    )
+    raise typer.Exit(run(options))
+
+
+@app.command()
+def explain(
+    prompt: Annotated[str, typer.Argument(help="What to ask the model.", show_default=False)],
+    codebook: Annotated[Path, typer.Option(metavar="DIR", help="Directory of saved edits.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Directory or hub id.", show_default="the one the edits were made on"),
+    ] = None,
+    device: Where = Device.cpu,
+    json: Json = False,
+) -> None:
+    """Say which edit answers a prompt, how near it is, and what the model says without it."""
+    from . import show
+
+    raise typer.Exit(show.explain(codebook, prompt, model=model, device=device.value, as_json=json))
+
+
+@app.command()
+def codebook(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of saved edits.")],
+    json: Json = False,
+) -> None:
+    """Show what a directory of edits holds. Needs no model."""
+    from . import show
+
+    raise typer.Exit(show.codebook(directory, as_json=json))
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Say what is installed and which operators answer, and test them."""
+    from . import doctor as examination
+
+    raise typer.Exit(examination.run(as_json=json))
+
+
+def _value(choice: Enum | None) -> str | None:
+    return None if choice is None else str(choice.value)

@@ -1,0 +1,218 @@
+"""Loading what a command names: a model with its tokenizer, a directory of edits."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import store
+from ..codebook import Codebook
+from ..editor import GraceEditor
+from ..store import StoreError
+from .output import CONFLICT, NOT_FOUND, USAGE, CommandError, progress, quiet
+
+AUTO_CLASSES = {
+    "causal": "AutoModelForCausalLM",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "classifier": "AutoModelForSequenceClassification",
+    "masked": "AutoModelForMaskedLM",
+}
+
+
+@dataclass
+class Loaded:
+    """A model, its tokenizer and why it was loaded the way it was."""
+
+    model: Any
+    tokenizer: Any
+    task: str
+    why: str
+
+    def facts(self) -> dict[str, str]:
+        """Return what was loaded, as strings."""
+        parameter = next(self.model.parameters())
+        return {
+            "source": str(self.model.name_or_path),
+            "class": type(self.model).__name__,
+            "task": self.task,
+            "why": self.why,
+            "dtype": str(parameter.dtype).removeprefix("torch."),
+            "device": str(parameter.device),
+        }
+
+
+@dataclass
+class SavedEdits:
+    """A directory of edits as it was read: `described` is what it says of model and settings."""
+
+    codebook: Codebook
+    described: dict[str, Any]
+
+    def about(self, part: str) -> dict[str, Any]:
+        """Return a part of the description: `"config"`, `"serving"` or `"model"`."""
+        found = self.described.get(part)
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def source(self) -> str:
+        """The model's path or id, empty if the edits do not say."""
+        return str(self.about("model").get("source") or "")
+
+
+def read_edits_of(directory: Path) -> SavedEdits:
+    """Read a directory of edits, without a model.
+
+    Raises:
+        CommandError: there is no such directory, or no edits in it.
+        StoreError: its files are incomplete, altered or of a newer format.
+    """
+    if not (directory / "grace_config.json").is_file():
+        what = "no grace_config.json in it" if directory.is_dir() else "no such directory"
+        raise CommandError(NOT_FOUND, f"{directory}: must be a directory of saved edits, {what}")
+    return SavedEdits(*store.load(directory))
+
+
+def attach_edits(loaded: Loaded, directory: Path) -> GraceEditor:
+    """Attach saved edits, whose files have been read before, to a model.
+
+    Raises:
+        CommandError: they belong to another model, layer or dtype.
+    """
+    try:
+        return GraceEditor.from_pretrained(loaded.model, loaded.tokenizer, directory)
+    except StoreError as error:
+        raise CommandError(CONFLICT, str(error)) from error
+
+
+def choose_task(config: Any, task: str) -> tuple[str, str]:
+    """Return the task and the reason, from the class that a model's configuration names.
+
+    Raises:
+        CommandError: `task` is `"auto"` and the configuration names no class that tells.
+    """
+    if task != "auto":
+        return task, "asked for with --task"
+    names = list(getattr(config, "architectures", None) or [])
+    for name in names:
+        why = f"its configuration names {name}"
+        if name.endswith("ForSequenceClassification"):
+            return "classifier", why
+        if name.endswith("ForMaskedLM"):
+            return "masked", why
+        if name.endswith("ForConditionalGeneration") and config.is_encoder_decoder:
+            return "seq2seq", why
+        if name.endswith(("ForCausalLM", "LMHeadModel")):
+            return "causal", why
+    raise CommandError(
+        USAGE,
+        f"--task must be one of {', '.join(AUTO_CLASSES)} for this model, because its "
+        f"configuration names {' '.join(names) or 'no class'}, which is none of them",
+    )
+
+
+def load_model(source: str, *, task: str, dtype: str | None, device: str) -> Loaded:
+    """Load a model and its tokenizer from a directory or the hub, for inference.
+
+    Args:
+        source: path or hub id.
+        task: of `AUTO_CLASSES`, or `"auto"`.
+        dtype: name of a torch dtype; None: the checkpoint's own.
+        device: where to.
+
+    Raises:
+        CommandError: there is no such model, it has no tokenizer, lacks the head that `task` needs,
+            or the device is not there.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise CommandError(USAGE, "--device must be cpu on this machine, got cuda: torch sees none")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        source = str(path.resolve())
+    elif path.exists() or path.is_absolute() or source.startswith((".", "~")):
+        raise CommandError(NOT_FOUND, f"--model {source}: no such directory of a model")
+    from transformers import AutoConfig, AutoTokenizer
+
+    with quiet(), progress(f"loading {source}"):
+        try:
+            config = AutoConfig.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise CommandError(NOT_FOUND, f"--model {source}: {_first_line(error)}") from error
+        chosen, why = choose_task(config, task)
+        model = _load_weights(source, chosen, dtype)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise CommandError(
+                NOT_FOUND, f"--model {source}: no tokenizer: {_first_line(error)}"
+            ) from error
+        model.to(device).eval()
+    return Loaded(model, tokenizer, chosen, why)
+
+
+def _load_weights(source: str, task: str, dtype: str | None) -> Any:
+    import transformers
+
+    auto = getattr(transformers, AUTO_CLASSES[task])
+    wanted = "auto" if dtype is None else getattr(torch, dtype)
+    try:
+        model, info = auto.from_pretrained(source, dtype=wanted, output_loading_info=True)
+    except OSError as error:
+        raise CommandError(NOT_FOUND, f"--model {source}: {_first_line(error)}") from error
+    except ValueError as error:
+        raise CommandError(USAGE, f"--task {task}: {_first_line(error)}") from error
+    # A head that starts at random differs at every load: no edit of it could be used again.
+    absent = sorted(info["missing_keys"])
+    if absent:
+        raise CommandError(
+            USAGE,
+            f"--model {source}: must hold every weight of {type(model).__name__}, got none for "
+            f"{', '.join(absent[:4])}{', ...' if len(absent) > 4 else ''}",
+        )
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+class Words:
+    """Turns the token ids of saved edits into text; without a tokenizer they stay ids."""
+
+    def __init__(self, saved: SavedEdits, tokenizer: Any, config: Any) -> None:
+        self.tokenizer = tokenizer
+        classifies = saved.about("serving").get("task") == "classifier"
+        self.names: dict[int, str] | None = None
+        if classifies:
+            self.names = dict(getattr(config, "id2label", None) or {})
+
+    @classmethod
+    def of_saved(cls, saved: SavedEdits) -> Words:
+        """Return the words of a model that may not be here: never asks the network."""
+        tokenizer = config = None
+        if saved.source:
+            from transformers import AutoConfig, AutoTokenizer
+
+            with quiet(), contextlib.suppress(OSError, ValueError):
+                config = AutoConfig.from_pretrained(saved.source, local_files_only=True)
+                tokenizer = AutoTokenizer.from_pretrained(saved.source, local_files_only=True)
+        return cls(saved, tokenizer, config)
+
+    def prompt(self, ids: Sequence[int] | None) -> str:
+        """Return a prompt as text."""
+        if ids is None:
+            return "–"
+        if self.tokenizer is None:
+            return str(list(ids))
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def target(self, label: Sequence[int]) -> str:
+        """Return a label as text; the masked prompt of the published code is left out."""
+        ids = [token for token in label if token != -100]
+        if self.names is not None:
+            return str(self.names.get(ids[0], ids[0]))
+        return str(ids) if self.tokenizer is None else str(self.tokenizer.decode(ids))

@@ -1,0 +1,441 @@
+"""grace edit, explain and codebook on small models."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import grace_edit
+import pytest
+import torch
+from grace_edit import GraceEditor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Model
+
+LAYER = "transformer.h.1.mlp"
+FRANCE = ("the capital of france is", "rome")
+ITALY = ("who wrote this long film", "oslo")
+TOO_LONG = ("where was that river", "paris rome madrid oslo vienna warsaw")
+
+
+@pytest.fixture
+def saved(grace, gpt2, edits_file, tmp_path):
+    """Two accepted edits of the GPT-2, as the command line saved them."""
+    out = tmp_path / "saved"
+    done = grace(
+        "edit", "--model", gpt2, "--layer", LAYER, "--edits", edits_file(FRANCE, ITALY),
+        "--out", out,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    return out
+
+
+def edit_json(grace, *arguments):
+    done = grace("edit", "--json", *arguments)
+    return done, (json.loads(done.stdout) if done.stdout else None)
+
+
+def test_edits_are_made_and_a_program_that_loads_them_gives_their_targets(saved, gpt2):
+    model = AutoModelForCausalLM.from_pretrained(gpt2)
+    tokenizer = AutoTokenizer.from_pretrained(gpt2)
+    prompts = [tokenizer(p, return_tensors="pt") for p, _ in (FRANCE, ITALY)]
+
+    def answers():
+        made = [model.generate(**p, max_new_tokens=1, do_sample=False)[0, -1] for p in prompts]
+        return [tokenizer.decode(token) for token in made]
+
+    before = answers()
+    grace_edit.load(model, saved)
+    assert answers() == ["rome", "oslo"]
+    assert before != ["rome", "oslo"]
+
+
+def test_edit_tells_every_decision_as_json_and_nothing_else_on_stdout(
+    grace, gpt2, edits_file, tmp_path
+):
+    done, told = edit_json(
+        grace, "--model", gpt2, "--layer", "h.1.mlp", "--edits", edits_file(FRANCE, ITALY),
+        "--out", tmp_path / "out", "--radius", 0.25,
+    )  # fmt: skip
+    assert done.exit_code == 0
+    assert done.stderr == ""
+    assert done.stdout.count("\n") == 1
+    assert (told["accepted"], told["refused"], told["entries"], told["edits"]) == (2, 0, 2, 2)
+    assert told["layer"] == LAYER
+    assert (told["query"], told["replace"]) == ("last", "last")
+    assert told["model"]["class"] == "GPT2LMHeadModel"
+    assert told["model"]["task"] == "causal"
+    assert told["model"]["dtype"] == "float32"
+    first, second = told["results"]
+    assert (first["line"], first["prompt"], first["target"]) == (1, *FRANCE)
+    assert (first["id"], first["case"], first["distance"]) == (0, "add", None)
+    assert first["radius"] == 0.25
+    assert (second["line"], second["id"]) == (2, 1)
+    assert second["distance"] > 0.5
+    assert second["success"] is True
+
+
+def test_the_closing_table_is_on_stdout_and_no_bar_where_stderr_is_no_terminal(
+    grace, gpt2, edits_file, tmp_path
+):
+    done = grace(
+        "edit", "--model", gpt2, "--layer", LAYER, "--edits", edits_file(FRANCE, ITALY),
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert done.exit_code == 0
+    assert done.stderr == ""
+    for text in ("id", "prompt", "distance", "radius", "steps", FRANCE[0], "rome", "add", "ok"):
+        assert text in done.stdout
+    assert "its configuration names GPT2LMHeadModel" in done.stdout
+    assert "2 of 2 edits accepted; 2 edits in 2 entries in all" in done.stdout
+    assert f"saved in {tmp_path / 'out'}" in done.stdout
+
+
+def test_refused_edits_end_with_4_and_the_accepted_ones_are_saved(
+    grace, gpt2, edits_file, tmp_path
+):
+    out = tmp_path / "out"
+    done, told = edit_json(
+        grace, "--model", gpt2, "--layer", LAYER, "--edits", edits_file(FRANCE, TOO_LONG),
+        "--out", out,
+    )  # fmt: skip
+    assert done.exit_code == 4
+    assert (told["accepted"], told["refused"]) == (1, 1)
+    refused = told["results"][1]
+    assert (refused["success"], refused["id"], refused["radius"]) == (False, None, None)
+    assert refused["reason"]
+    assert done.stderr == (f"error: 1 of 2 edits refused; the 1 accepted are saved in {out}\n")
+    table = json.loads(grace("codebook", out, "--json").stdout)["table"]
+    assert [row["target"] for row in table] == ["rome"]
+
+
+def test_nothing_is_written_when_every_edit_is_refused(grace, gpt2, edits_file, tmp_path):
+    out = tmp_path / "out"
+    done = grace(
+        "edit", "--model", gpt2, "--layer", LAYER, "--edits", edits_file(TOO_LONG), "--out", out
+    )
+    assert done.exit_code == 4
+    assert "refused: " in done.stdout
+    assert "nothing was saved" in done.stdout
+    assert not out.exists()
+
+
+def test_every_bad_line_is_named_before_any_work(grace, gpt2, tmp_path):
+    path = tmp_path / "edits.jsonl"
+    path.write_bytes(
+        b'{"prompt": "the capital", "target": "rome"}\n'
+        b'{"prompt": "the capital"\n'
+        b"\n"
+        b'["the capital", "rome"]\n'
+        b'{"prompt": "", "target": "rome"}\n'
+        b'{"prompt": "the capital", "target": true}\n'
+        b'{"prompt": "\xff", "target": "rome"}\n'
+    )
+    done = grace(
+        "edit", "--model", tmp_path / "absent", "--layer", "x", "--edits", path,
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert [int(re.match(rf"error: {path}:(\d+): ", line)[1]) for line in lines] == [2, 4, 5, 6, 7]
+    assert "must be JSON: " in lines[0]
+    assert lines[1].endswith("must be a JSON object, got list")
+    assert lines[2].endswith("prompt must be a string that is not empty, got ''")
+    assert lines[3].endswith("target must be a string that is not empty or a class id, got True")
+    assert "must be UTF-8" in lines[4]
+
+
+def test_lines_that_the_model_cannot_take_are_named_before_any_edit(
+    grace, gpt2, edits_file, tmp_path
+):
+    path = edits_file(FRANCE, ("the capital", 3), ("the " * 32, "rome"), ("   ", "rome"))
+    done = grace(
+        "edit", "--model", gpt2, "--layer", LAYER, "--edits", path, "--out", tmp_path / "out"
+    )
+    assert done.exit_code == 2
+    assert done.stderr.splitlines() == [
+        f"error: {path}:2: target must be a string or a list of token ids, got 3",
+        f"error: {path}:3: prompt and target must fit 32 tokens, got 33",
+        f"error: {path}:4: prompt must have at least one token, got none",
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "code", "message"),
+    [
+        (
+            {"--layer": "transformer.h.1.mpl"},
+            3,
+            r".* not in the model; near: \[.*h\.1\.mlp",
+        ),
+        ({"--layer": "mlp"}, 3, r"--layer: .* is ambiguous; near: \[.*h\.0\.mlp"),
+        ({"--model": "./absent"}, 3, r"--model \./absent: no such directory of a model"),
+        ({"--edits": "absent.jsonl"}, 3, r"--edits absent\.jsonl: no such file"),
+        ({"--resume": "absent"}, 3, r"absent: must be a directory of saved edits"),
+        ({"--radius": "-1"}, 2, r"radius must be positive and finite, got -1\.0"),
+        ({"--query": "first"}, 2, r"'first' is not one of 'last', 'mean'"),
+        ({"--model": None}, 2, r"--model must be given"),
+        ({"--layer": None}, 2, r"--layer must be given"),
+        ({"--out": None}, 2, r"Missing option '--out'"),
+        ({"--task": "seq2seq"}, 2, r"--task seq2seq: "),
+        ({"--task": "classifier"}, 2, r"must hold every weight of GPT2ForSeq.*score\.weight"),
+    ],
+    ids=lambda value: " ".join(map(str, *value.items())) if isinstance(value, dict) else "",
+)
+def test_a_wrong_option_is_one_line_with_its_own_exit_code(
+    grace, gpt2, edits_file, tmp_path, changed, code, message
+):
+    given = {
+        "--model": gpt2,
+        "--layer": LAYER,
+        "--edits": edits_file(FRANCE),
+        "--out": tmp_path / "out",
+        **changed,
+    }
+    done = grace("edit", *(str(x) for pair in given.items() if pair[1] is not None for x in pair))
+    assert done.exit_code == code
+    assert done.stdout == ""
+    assert re.match("error: .*" + message, done.stderr), done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_without_a_head_asks_for_the_task(grace, gpt2, edits_file, tmp_path):
+    where = tmp_path / "headless"
+    GPT2Model.from_pretrained(gpt2).save_pretrained(where)
+    AutoTokenizer.from_pretrained(gpt2).save_pretrained(where)
+    done = grace(
+        "edit", "--model", where, "--layer", LAYER, "--edits", edits_file(FRANCE),
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert done.exit_code == 2
+    assert "--task must be one of causal, seq2seq, classifier, masked" in done.stderr
+    assert "names GPT2Model" in done.stderr
+
+
+def test_other_peoples_edits_are_never_written_over(grace, gpt2, edits_file, saved):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    done = grace(
+        "edit", "--model", gpt2, "--layer", LAYER, "--edits", edits_file(FRANCE), "--out", saved
+    )
+    assert done.exit_code == 4
+    assert f"--out {saved}: holds saved edits" in done.stderr
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def test_resume_adds_to_saved_edits_with_their_settings(grace, edits_file, saved):
+    path = edits_file(("this was a very good film", "berlin"))
+    done, told = edit_json(grace, "--resume", saved, "--edits", path, "--out", saved)
+    assert done.exit_code == 0, done.stderr
+    assert (told["accepted"], told["edits"], told["layer"]) == (1, 3, LAYER)
+    assert told["results"][0]["id"] == 2
+    table = json.loads(grace("codebook", saved, "--json").stdout)["table"]
+    assert [(row["id"], row["target"]) for row in table] == [
+        (0, "rome"),
+        (1, "oslo"),
+        (2, "berlin"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("option", "code", "message"),
+    [
+        (("--radius", 2.0), 2, "--radius must be left out with --resume, whose edits have 1.0"),
+        (("--layer", "h.0.mlp"), 4, f"--layer must be that of the edits of --resume ({LAYER})"),
+        (("--dtype", "bfloat16"), 4, "dtype must be that of the model's layer"),
+    ],
+    ids=("radius", "layer", "dtype"),
+)
+def test_resume_refuses_settings_that_the_saved_edits_do_not_have(
+    grace, edits_file, saved, tmp_path, option, code, message
+):
+    done = grace(
+        "edit", "--resume", saved, "--edits", edits_file(FRANCE), "--out", tmp_path / "o", *option
+    )
+    assert done.exit_code == code
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_ctrl_c_in_the_middle_leaves_nothing_and_ends_with_130(
+    grace, gpt2, edits_file, tmp_path, monkeypatch
+):
+    made = []
+    honest = GraceEditor.edit
+
+    def second_time_interrupted(self, prompt, target):
+        if made:
+            raise KeyboardInterrupt
+        made.append(honest(self, prompt, target))
+        return made[-1]
+
+    monkeypatch.setattr(GraceEditor, "edit", second_time_interrupted)
+    done = grace(
+        "edit", "--model", gpt2, "--layer", LAYER, "--edits", edits_file(FRANCE, ITALY),
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert made[0].success
+    assert done.exit_code == 130
+    assert done.stdout == ""
+    assert done.stderr == "error: interrupted\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(
+    grace, edits_file, tmp_path, monkeypatch
+):
+    # Permissions do not bind root, who runs the tests in containers.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    done = grace(
+        "edit", "--model", tmp_path / "absent", "--layer", "x", "--edits", edits_file(FRANCE),
+        "--out", tmp_path / "new" / "out",
+    )  # fmt: skip
+    assert done.exit_code == 2
+    assert f"must be writable, got no permission in {tmp_path}" in done.stderr
+
+
+def test_explain_names_the_edit_that_answers_and_both_answers(grace, saved):
+    done = grace("explain", "--codebook", saved, FRANCE[0], "--json")
+    assert done.exit_code == 0, done.stderr
+    assert done.stderr == ""
+    told = json.loads(done.stdout)
+    assert told["hit"] is True
+    near = told["nearest"]
+    assert (near["edit_id"], near["edit_prompt"], near["label"]) == (0, FRANCE[0], "rome")
+    assert (near["distance"], near["radius"], near["d_over_eps"]) == (0.0, 1.0, 0.0)
+    second = told["runner_up"]
+    assert (second["edit_id"], second["label"]) == (1, "oslo")
+    assert second["d_over_eps"] == second["distance"] / second["radius"] > 1
+    assert told["with_edits"].split()[0] == "rome"
+    assert told["without_edits"].split()[0] != "rome"
+
+    shown = grace("explain", "--codebook", saved, FRANCE[0]).stdout
+    for text in ("edit 0 answers", "nearest", "runner-up", "d/eps", FRANCE[0], ITALY[0]):
+        assert text in shown
+    assert f"with edits  {told['with_edits']}" in shown
+
+
+def test_explain_says_that_an_unrelated_prompt_is_left_alone(grace, saved):
+    told = json.loads(grace("explain", "--codebook", saved, "a very bad river", "--json").stdout)
+    assert told["hit"] is False
+    assert told["nearest"]["d_over_eps"] > 1
+    assert told["with_edits"] == told["without_edits"]
+    shown = grace("explain", "--codebook", saved, "a very bad river").stdout
+    assert "no edit answers: the nearest is too far" in shown
+
+
+def test_explain_refuses_another_model_with_4(grace, saved, gpt2, tmp_path):
+    other = tmp_path / "other"
+    model = AutoModelForCausalLM.from_pretrained(gpt2)
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight += 1
+    model.save_pretrained(other)
+    AutoTokenizer.from_pretrained(gpt2).save_pretrained(other)
+    done = grace("explain", "--codebook", saved, "--model", other, FRANCE[0])
+    assert done.exit_code == 4
+    assert "edits of another model" in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("codebook", "{saved}"),
+        ("explain", "--codebook", "{saved}", "the"),
+        ("edit", "--resume", "{saved}", "--edits", "{edits}", "--out", "{saved}"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_an_altered_file_ends_with_5_and_is_named(grace, saved, edits_file, command):
+    tensors = saved / "codebook.safetensors"
+    data = bytearray(tensors.read_bytes())
+    data[-3] ^= 1
+    tensors.write_bytes(data)
+    places = {"saved": saved, "edits": edits_file(FRANCE)}
+    done = grace(*(part.format(**places) for part in command))
+    assert done.exit_code == 5
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert "codebook.safetensors" in done.stderr
+    assert tensors.read_bytes() == data
+
+
+def test_codebook_shows_entries_radii_and_cases_without_a_model(grace, saved, monkeypatch):
+    def load(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
+    told = json.loads(grace("codebook", saved, "--json").stdout)
+    assert (told["entries"], told["edits"], told["superseded"]) == (2, 2, 0)
+    assert told["radii"] == {"min": 1.0, "median": 1.0, "max": 1.0}
+    assert told["cases"] == {"add": 2}
+    assert (told["key_dim"], told["value_dim"], told["dtype"]) == (32, 32, "float32")
+    assert told["layer"] == LAYER
+    assert told["model"]["class"] == "GPT2LMHeadModel"
+    assert [(r["prompt"], r["target"]) for r in told["table"]] == [FRANCE, ITALY]
+    shown = grace("codebook", saved).stdout
+    for text in (LAYER, "min 1, median 1, max 1", "add 2", *FRANCE, *ITALY):
+        assert text in shown
+
+
+def test_codebook_shows_token_ids_where_the_model_is_gone(grace, gpt2, edits_file, tmp_path):
+    moved, out = tmp_path / "moved", tmp_path / "out"
+    moved.symlink_to(gpt2)
+    copy = tmp_path / "copy"
+    AutoModelForCausalLM.from_pretrained(gpt2).save_pretrained(copy)
+    AutoTokenizer.from_pretrained(gpt2).save_pretrained(copy)
+    done = grace(
+        "edit", "--model", copy, "--layer", LAYER, "--edits", edits_file(FRANCE), "--out", out
+    )
+    assert done.exit_code == 0
+    copy.rename(tmp_path / "gone")
+    row = json.loads(grace("codebook", out, "--json").stdout)["table"][0]
+    ids = AutoTokenizer.from_pretrained(gpt2)(FRANCE[0]).input_ids
+    assert row["prompt"] == str(ids)
+    missing = grace("explain", "--codebook", out, FRANCE[0])
+    assert missing.exit_code == 3
+    found = grace("explain", "--codebook", out, "--model", tmp_path / "gone", FRANCE[0])
+    assert found.exit_code == 0
+    assert "edit 0 answers" in found.stdout
+
+
+def test_a_prompt_cannot_colour_or_move_the_cursor(grace, gpt2, edits_file, tmp_path):
+    nasty = "[bold]the[/] capital :smile: \x1b[2J\nof"
+    done = grace(
+        "edit", "--model", gpt2, "--layer", LAYER, "--edits", edits_file((nasty, "rome")),
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert done.exit_code == 0
+    assert "\x1b" not in done.stdout
+    assert r"[bold]the[/] capital :smile: \x1b[2J\nof" in done.stdout
+
+
+def test_a_classifier_takes_label_names_and_class_ids(grace, bert, edits_file, tmp_path):
+    pairs = [(prompt, None) for prompt in ("this film was good", "a very bad river")]
+    out = tmp_path / "out"
+    wanted = []
+    for prompt, target in zip((p for p, _ in pairs), ("good", 0), strict=True):
+        wanted.append((prompt, target))
+    done, told = edit_json(
+        grace, "--model", bert, "--layer", "bert.encoder.layer.0.intermediate.dense",
+        "--edits", edits_file(*wanted), "--out", out, "--radius", 0.5,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    assert (told["model"]["task"], told["query"], told["replace"]) == ("classifier", "mean", "all")
+    table = json.loads(grace("codebook", out, "--json").stdout)["table"]
+    assert [(row["prompt"], row["target"]) for row in table] == [
+        ("this film was good", "good"),
+        ("a very bad river", "bad"),
+    ]
+    answer = json.loads(grace("explain", "--codebook", out, wanted[0][0], "--json").stdout)
+    assert (answer["hit"], answer["with_edits"]) == (True, "good")
+    unknown = grace(
+        "edit", "--model", bert, "--layer", "encoder.layer.0.output", "--edits",
+        edits_file(("this film", "great"), ("this film", 3)), "--out", tmp_path / "other",
+    )  # fmt: skip
+    assert unknown.exit_code == 2
+    assert ":1: target must be one of ['bad', 'fair', 'good'], got 'great'" in unknown.stderr
+    assert ":2: target must be a class id below 3, got 3" in unknown.stderr
