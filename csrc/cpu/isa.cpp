@@ -57,8 +57,8 @@ const Kernels& chosen_kernels() {
   const Kernels* kernels = chosen.load(std::memory_order_acquire);
   if (kernels == nullptr) {
     const char* name = std::getenv("GRACE_KERNELS_ISA");
-    kernels = name == nullptr || *name == '\0' ? runnable().front()
-                                               : by_name("GRACE_KERNELS_ISA", name);
+    kernels =
+        name == nullptr || *name == '\0' ? runnable().front() : by_name("GRACE_KERNELS_ISA", name);
     chosen.store(kernels, std::memory_order_release);
   }
   return *kernels;

@@ -27,9 +27,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr int64_t kBlock = 128;              // queries per pass over the keys
+constexpr int64_t kBlock = 128;                // queries per pass over the keys
 constexpr int64_t kWorkPerThread = 256 << 10;  // bytes of keys below which a thread does not pay
-constexpr int64_t kChunkBytes = 512 << 10;   // what a thread takes from the common pile at a time
+constexpr int64_t kChunkBytes = 512 << 10;     // what a thread takes from the common pile at a time
 
 // A query's distances must not depend on what the process did to rounding or subnormals
 // (torch.set_flush_denormal).
@@ -60,8 +60,8 @@ class DefaultFloatingPoint {
 // Key n cannot be nearer than or tie with key b if the fp64 sums are more than an fp32 step apart,
 // for which S_n (1 - 2^-28) > S_b (1 + 2^-28) (1 + 2^-23) + 2^-149 is enough, hence
 //     c_n > c_b (1 + r) + a,  r = 2.5 g + 2^-20,  a = (D + 16) 2^-147
-// for g <= 0.1: (1 + g) / (1 - g) <= 1 + 2.23 g, and 2^-20 leaves room for the fp32 rounding of this
-// very bound. Where c_b overflows, the bound is +inf and every key stays a candidate. The same
+// for g <= 0.1: (1 + g) / (1 - g) <= 1 + 2.23 g, and 2^-20 leaves room for the fp32 rounding of
+// this very bound. Where c_b overflows, the bound is +inf and every key stays a candidate. The same
 // holds with the canonical s_b in place of c_b, and so with the square of a radius.
 void set_coarse_margin(Scan& p) {
   const double m = static_cast<double>(p.dim) / 8 + 16;
@@ -138,9 +138,9 @@ class Search {
                     "query and keys must have rank 2 and radii rank 1");
     STD_TORCH_CHECK(query.size(1) == keys.size(1) && radii.size(0) == keys.size(0),
                     "query, keys and radii must fit together");
-    STD_TORCH_CHECK(query.scalar_type() == keys.scalar_type() &&
-                        radii.scalar_type() == ScalarType::Float,
-                    "query and keys must share a dtype and radii be float32");
+    STD_TORCH_CHECK(
+        query.scalar_type() == keys.scalar_type() && radii.scalar_type() == ScalarType::Float,
+        "query and keys must share a dtype and radii be float32");
     count_ = keys.size(0);
     if (count.has_value()) {
       STD_TORCH_CHECK(count->numel() == 1 && count->scalar_type() == ScalarType::Long,
@@ -160,6 +160,7 @@ class Search {
 
   void run(const Asking& asking, int64_t* index, float* distance) {
     const Kernels& kernels = chosen_kernels();
+    DefaultFloatingPoint guard;
     std::fill(index, index + asking.batch, int64_t{-1});
     std::fill(distance, distance + asking.batch, kInf);
     set_limit();
@@ -179,18 +180,12 @@ class Search {
     int64_t b = 0;
     while (b < asking.batch) {
       scan_.batch = 0;
-      {
-        DefaultFloatingPoint guard;
-        for (; b < asking.batch && scan_.batch < most; ++b) {
-          const int64_t row = asking.row == nullptr ? b : asking.row[b];
-          if (row < 0) continue;
-          float* out = queries + scan_.batch * scan_.query_stride;
-          if (!kernels.prepare(asking.source + row * asking.stride_bytes, scan_.dtype, scan_.dim,
-                               out)) {
-            continue;
-          }
-          who[scan_.batch++] = b;
-        }
+      for (; b < asking.batch && scan_.batch < most; ++b) {
+        const int64_t row = asking.row == nullptr ? b : asking.row[b];
+        if (row < 0) continue;
+        const void* query = asking.source + row * asking.stride_bytes;
+        float* widened = queries + scan_.batch * scan_.query_stride;
+        if (kernels.prepare(query, scan_.dtype, scan_.dim, widened)) who[scan_.batch++] = b;
       }
       if (scan_.batch == 0) continue;
       search(kernels, threads, best);

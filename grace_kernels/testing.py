@@ -1,0 +1,210 @@
+"""An independent oracle, inputs by regime and bitwise comparison, for tests and benchmarks.
+
+The oracle shares no code with the reference: it is plain Python arithmetic (IEEE fp64), one pair at
+a time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+INF, NAN = math.inf, math.nan
+
+
+def oracle_squared_distance(query: list[float], key: list[float]) -> float:
+    """Return the canonical s of one pair, a float32 value; NaN where an element is NaN."""
+    lanes = [0.0] * 32
+    for i, (x, k) in enumerate(zip(query, key, strict=True)):
+        difference = x - k
+        lanes[i // 8 % 32] += difference * difference
+    for step in (16, 8, 4, 2, 1):
+        for lane in range(step):
+            lanes[lane] += lanes[lane + step]
+    with np.errstate(over="ignore"):
+        return float(np.float32(lanes[0]))
+
+
+def oracle(
+    query: Tensor, keys: Tensor, radii: Tensor, count: int | None, *, bounded: bool
+) -> tuple[Tensor, Tensor]:
+    """Return what `lookup` (`bounded`) or `nearest` must return, by brute force in Python."""
+    rows = keys.double().tolist()
+    radius = radii.double().tolist()
+    index, distance = [], []
+    for x in query.double().tolist():
+        best, slot = INF, -1
+        for n in range(len(rows) if count is None else count):
+            if radius[n] == -INF:
+                continue
+            s = oracle_squared_distance(x, rows[n])
+            s = INF if math.isnan(s) else s
+            if slot < 0 or s < best:
+                best, slot = s, n
+        d = float(np.float32(math.sqrt(best)))
+        hit = slot >= 0 and not any(math.isnan(v) for v in x)
+        if bounded:
+            hit = hit and d <= radius[slot]
+        index.append(slot if hit else -1)
+        distance.append(d if hit else INF)
+    return torch.tensor(index, dtype=torch.int64), torch.tensor(distance, dtype=torch.float32)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Tell whether two tensors have the same dtype, shape and bits."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[a.element_size()]
+    return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of one lookup and why they are there."""
+
+    name: str
+    query: Tensor
+    keys: Tensor
+    radii: Tensor
+    count: int | None = None
+
+
+def ties_within_rounding(
+    dtype: torch.dtype, keys: int, dim: int, scale: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Return a query `[1, dim]` and `[keys, dim]` keys around it whose distances nearly tie.
+
+    Every key is the query plus a shuffle, with random signs, of one vector, some elements one step
+    aside: exact distances agree to some 1e-7, while fp32 sums scatter more widely.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    offset = normal(dim) * scale
+    shuffle = torch.rand(keys, dim, generator=generator).argsort(dim=1)
+    sign = torch.where(normal(keys, dim) < 0, -1.0, 1.0)
+    near = (offset[shuffle] * sign).to(dtype)
+    aside = normal(keys, dim) > 2.0
+    stepped = (near.float() * (1 + torch.finfo(dtype).eps)).to(dtype)
+    return torch.zeros(1, dim, dtype=dtype), torch.where(aside, stepped, near)
+
+
+def order_shows(dtype: torch.dtype, batch: int, dim: int) -> tuple[Tensor, Tensor]:
+    """Return queries `[batch, dim]` and one key of zeros whose s depends on the order of the sum.
+
+    One square is 1 (times a scale), one 2^-24, which leaves the sum half way between two float32,
+    and a few 2^-54: whether they are lost one by one or first add up to something that tips the
+    balance depends on where they stand.
+    """
+    generator = torch.Generator().manual_seed(dim)
+    query = torch.where(torch.rand(batch, dim, generator=generator) < 6 / dim, 2.0**-17, 0.0)
+    for row in query:
+        one, half = torch.randperm(dim, generator=generator)[:2].tolist()
+        row[one], row[half] = 2.0**10, 2.0**-2
+    return query.to(dtype), torch.zeros(1, dim, dtype=dtype)
+
+
+def fusion_shows(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return a query and a key `[1, 300]` for which a fused multiply-add gives another s.
+
+    In lane 0 (scaled by 2^20): 6 * 2^-56, then 3 * 2^-26, then (1 + 2^-27)^2 = 1 + 2^-26 + 2^-54,
+    whose last term is lost unless fused, and with which the sum passes the middle of two float32.
+    """
+    query, key = torch.zeros(1, 300), torch.zeros(1, 300)
+    query[0, :6] = 2.0**-18
+    query[0, 256:259] = 2.0**-3
+    query[0, 259], key[0, 259] = 2.0**10, -(2.0**-17)
+    return query.to(dtype), key.to(dtype)
+
+
+def regimes(dtype: torch.dtype) -> Iterator[Case]:
+    """Yield small inputs by regime: shapes, norms, ties, special values, liveness, counts."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def case(
+        name: str, query: Tensor, keys: Tensor, radii: Tensor | float, count: int | None = None
+    ) -> Case:
+        if not isinstance(radii, Tensor):
+            radii = torch.full((keys.shape[0],), radii)
+        return Case(name, query.to(dtype), keys.to(dtype), radii.float(), count)
+
+    for dim in (1, 2, 7, 8, 9, 63, 64, 65, 255, 256, 257, 300):
+        keys = normal(11, dim)
+        query = torch.cat([normal(3, dim), keys[4:5]])
+        yield case(f"width {dim}", query, keys, math.sqrt(2 * dim))
+    yield case("no elements per row", normal(2, 0), normal(3, 0), 0.0)
+    for n in (0, 1, 2, 3, 9):
+        for batch in (0, 1, 2, 3, 5):
+            yield case(f"{n} keys, {batch} queries", normal(batch, 40), normal(n, 40), 9.0)
+
+    largest = float(torch.finfo(dtype).max)
+    for scale in (1e-3, 1.0, 1e2, 1e4):
+        if scale * 5 > largest:
+            continue
+        keys = normal(17, 96) * scale
+        query = torch.cat([keys[:2], keys[2:4] * 1.0005, normal(2, 96) * scale])
+        yield case(f"elements near {scale:g}", query, keys, 5 * scale)
+
+    x = normal(1, 80)
+    yield case("all keys equal", x + 0.25, x.expand(20, 80), 100.0)
+    twin = normal(12, 80)
+    twin[9] = twin[3]
+    yield case("a duplicate of an earlier key", twin[9:10], twin, 0.0)
+    step = x.to(dtype).repeat(10, 1)
+    for n in range(10):
+        step[n, n * 7] = torch.nextafter(step[n, n * 7], torch.tensor(9.0, dtype=dtype))
+    yield case("keys one step of the last place apart", x, step, 1.0)
+    yield case("distances that nearly tie", *ties_within_rounding(dtype, 40, 200, 1.0, 1), 99.0)
+
+    for dim in (40, 300, 700):
+        yield case(f"the order of {dim} squares shows", *order_shows(dtype, 24, dim), INF)
+    yield case("a fused multiply-add would show", *fusion_shows(dtype), INF)
+
+    tiny = float(torch.finfo(dtype).tiny)
+    yield case("subnormal elements", normal(3, 50) * tiny / 8, normal(9, 50) * tiny / 8, tiny)
+    yield case("a radius of zero, squares underflow", x * tiny, (x * tiny).repeat(3, 1), 0.0)
+    yield case("differences overflow", normal(2, 33).sign() * largest, normal(9, 33) * 1.0, INF)
+    if dtype != torch.float16:
+        edge = torch.full((6, 64), math.sqrt(3.4028234e38 / 64))
+        edge *= torch.tensor([1.01, 1.000001, 1.0, 1.0000001, 0.999999, 1.01])[:, None]
+        yield case("squares overflow at the edge", torch.zeros(1, 64), edge, INF)
+
+    def with_one(value: float) -> Tensor:
+        rows = normal(8, 70)
+        rows[3, 65] = value
+        return rows
+
+    for value in (NAN, INF, -INF):
+        yield case(f"{value} in a query", with_one(value), normal(9, 70), INF)
+        yield case(f"{value} in a key", normal(2, 70), with_one(value), 99.0)
+        yield case(f"{value} in every key", normal(2, 70), normal(5, 70) * value, INF)
+    both = with_one(INF)
+    yield case("an infinity in query and key", both[3:4], both, INF)
+
+    keys = normal(10, 30)
+    near = keys + 0.01 * normal(10, 30)
+    radii = torch.full((10,), 1.0)
+    radii[torch.tensor([0, 4])] = -INF
+    yield case("dead slots", near, keys, radii)
+    yield case("every slot dead", near, keys, -INF)
+    yield case("negative radii block", near, keys, torch.arange(-5.0, 5.0))
+    yield case("only negative radii", near, keys, -1.0)
+    yield case("a NaN radius never answers", near, keys, torch.tensor([NAN, 1.0] * 5))
+    yield case("only NaN radii", near, keys, NAN)
+    yield case("one radius of +inf", normal(6, 30), keys, torch.tensor([0.1] * 9 + [INF]))
+    yield case("a radius of -0.0", keys, keys, -0.0)
+
+    poisoned = torch.cat([keys, torch.full((5, 30), NAN)])
+    wide = torch.cat([radii, torch.tensor([INF, NAN, 1.0, INF, -INF])])
+    for count in (0, 1, 9, 10):
+        yield case(f"count {count}, poisoned rows after it", near, poisoned, wide, count)

@@ -1,0 +1,187 @@
+"""nearest and lookup: the right answer to the bit, regime by regime, on every implementation."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+import grace_kernels
+from grace_kernels import reference
+from grace_kernels.testing import (
+    Case,
+    fusion_shows,
+    oracle,
+    oracle_squared_distance,
+    order_shows,
+    regimes,
+    same_bits,
+    ties_within_rounding,
+)
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+CASES = [
+    pytest.param(case, id=f"{str(dtype)[6:]}: {case.name}")
+    for dtype in DTYPES
+    for case in regimes(dtype)
+]
+_oracle_answers: dict[int, tuple] = {}
+
+
+def answers_of_the_oracle(case: Case) -> tuple:
+    """Both operations' answers, computed once for all implementations."""
+    if id(case) not in _oracle_answers:
+        _oracle_answers[id(case)] = tuple(
+            oracle(case.query, case.keys, case.radii, case.count, bounded=bounded)
+            for bounded in (False, True)
+        )
+    return _oracle_answers[id(case)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_index_and_distance_equal_the_oracle_to_the_bit(case: Case, backend: str) -> None:
+    counts = [case.count]
+    if case.count is not None:
+        counts.append(torch.tensor(case.count))
+    operations = (grace_kernels.nearest, grace_kernels.lookup)
+    for operation, expected in zip(operations, answers_of_the_oracle(case), strict=True):
+        for count in counts:
+            index, distance = operation(case.query, case.keys, case.radii, count, backend=backend)
+            assert index.tolist() == expected[0].tolist()
+            assert same_bits(distance, expected[1]), (distance, expected[1])
+
+
+@pytest.mark.parametrize("dim", [1, 8, 100, 256, 700])
+def test_the_reference_sums_in_the_order_of_the_oracle(dim: int) -> None:
+    generator = torch.Generator().manual_seed(dim)
+    query = torch.randn(3, dim, generator=generator) * 100
+    keys = torch.randn(4, dim, generator=generator)
+    expected = [
+        [oracle_squared_distance(x, k) for k in keys.double().tolist()]
+        for x in query.double().tolist()
+    ]
+    assert reference.squared_distances(query, keys).tolist() == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_inputs_tell_one_order_of_the_sum_from_another(dtype: torch.dtype) -> None:
+    # Otherwise the comparisons above could not see a kernel that sums in an order of its own.
+    query, _ = order_shows(dtype, 24, 700)
+    squares = query.double().square()
+    canonical = [oracle_squared_distance(x, [0.0] * 700) for x in query.double().tolist()]
+    assert len(set(canonical)) > 1
+    for other in (squares, squares.flip(1), squares.unflatten(1, (-1, 7)).transpose(1, 2)):
+        assert other.reshape(24, -1).cumsum(1)[:, -1].float().tolist() != canonical
+    query, key = fusion_shows(dtype)
+    assert oracle_squared_distance(query[0].tolist(), key[0].tolist()) == 2.0**20
+    differences = (query.double() - key.double())[0].tolist()
+    fused = Fraction(0)
+    for difference in differences:
+        fused = Fraction(float(fused + Fraction(difference) ** 2))
+    assert float(np.float32(float(fused))) > 2.0**20
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", [1e-3, 1.0, 64.0, 200.0, 1e4])
+def test_a_key_is_at_distance_zero_from_itself(
+    dtype: torch.dtype, norm: float, backend: str
+) -> None:
+    keys = torch.randn(30, 768, generator=torch.Generator().manual_seed(1))
+    keys = (keys * (norm / keys.norm(dim=1, keepdim=True))).to(dtype)
+    index, distance = grace_kernels.lookup(keys, keys, torch.zeros(30), backend=backend)
+    assert index.tolist() == list(range(30))
+    assert distance.tolist() == [0.0] * 30
+
+
+def test_a_hit_includes_a_distance_equal_to_the_radius(backend: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    query, keys = torch.randn(1, 50, generator=generator), torch.randn(1, 50, generator=generator)
+    _, distance = grace_kernels.nearest(query, keys, torch.zeros(1), backend=backend)
+    below = torch.nextafter(distance, torch.zeros(1))
+    assert grace_kernels.lookup(query, keys, distance, backend=backend)[0].item() == 0
+    assert grace_kernels.lookup(query, keys, below, backend=backend)[0].item() == -1
+
+
+def test_the_nearest_entry_decides_even_if_a_farther_ball_covers_the_query(backend: str) -> None:
+    keys = torch.tensor([[0.0, 0.0], [3.0, 0.0]])
+    radii = torch.tensor([10.0, 0.5])
+    index, distance = grace_kernels.lookup(torch.tensor([[2.0, 0.0]]), keys, radii, backend=backend)
+    assert index.item() == -1
+    assert distance.item() == math.inf
+
+
+def test_rows_may_have_any_stride(backend: str) -> None:
+    generator = torch.Generator().manual_seed(3)
+    query = torch.randn(5, 33, generator=generator)
+    keys = torch.randn(40, 33, generator=generator)
+    radii = torch.full((40,), 7.0)
+    expected = grace_kernels.lookup(query, keys, radii, backend=backend)
+    apart = torch.full((40, 90), math.nan)
+    apart[:, 20:53] = keys
+    views = {
+        "rows apart": (query, apart[:, 20:53], radii),
+        "columns first": (query.T.contiguous().T, keys.T.contiguous().T, radii),
+        "every other radius": (query, keys, radii.repeat_interleave(2)[::2]),
+        "one key for all": (query, keys[3:4].expand(40, 33), radii),
+        "reversed queries": (query.flip(0).contiguous().flip(0), keys, radii),
+    }
+    for name, arguments in views.items():
+        index, distance = grace_kernels.lookup(*arguments, backend=backend)
+        if name == "one key for all":
+            assert set(index.tolist()) <= {0, -1}
+            continue
+        assert torch.equal(index, expected[0]), name
+        assert same_bits(distance, expected[1]), name
+
+
+def test_row_offsets_beyond_two_to_the_31_elements_are_right(backend: str) -> None:
+    step = 2**30 + 8
+    memory = torch.empty(2 * step + 64, dtype=torch.bfloat16)  # address space; three rows are used
+    keys = memory.as_strided((3, 64), (step, 1))
+    for n in range(3):
+        keys[n] = float(n)
+    query = torch.full((1, 64), 2.0, dtype=torch.bfloat16)
+    index, distance = grace_kernels.nearest(query, keys, torch.ones(3), backend=backend)
+    assert (index.item(), distance.item()) == (2, 0.0)
+
+
+@pytest.mark.parametrize("norm", [1e-3, 1.0, 1e2, 1e4])
+@pytest.mark.parametrize("dim", [40, 768, 2100])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_coarse_pass_never_loses_the_winner(
+    dtype: torch.dtype, dim: int, norm: float, isa: str
+) -> None:
+    # Several hundred keys tie to within an fp32 rounding of the sum, so a coarse pass that trusted
+    # its own order would take another key. That it does is asserted, lest this test prove nothing.
+    scale = norm / math.sqrt(dim)
+    misled = 0
+    for seed in range(2):
+        query, keys = ties_within_rounding(dtype, 300, dim, scale, seed)
+        radii = torch.full((300,), math.inf)
+        fp32 = (query.float() - keys.float()).square().sum(dim=1)
+        for operation in (grace_kernels.nearest, grace_kernels.lookup):
+            index, distance = operation(query, keys, radii, backend="cpu")
+            expected = operation(query, keys, radii, backend="reference")
+            assert index.item() == expected[0].item()
+            assert same_bits(distance, expected[1])
+            misled += int(fp32.argmin().item() != index.item())
+    if dtype == torch.float32:
+        assert misled > 0
+
+
+def test_many_candidates_are_pruned_without_losing_the_winner(isa: str) -> None:
+    # Ever nearer keys: each is a candidate when it is met and fills the list.
+    key = torch.zeros(1, 300)
+    keys = key + torch.linspace(2.0, 1.0, 500)[:, None]
+    keys = torch.cat([keys, keys.flip(0)])
+    for batch in (1, 2, 3, 4, 6):
+        index, distance = grace_kernels.nearest(
+            key.expand(batch, 300), keys, torch.ones(1000), backend="cpu"
+        )
+        assert index.tolist() == [499] * batch
+        assert distance.tolist() == [math.sqrt(300.0)] * batch or same_bits(
+            distance, torch.full((batch,), 300.0).double().sqrt().float()
+        )
