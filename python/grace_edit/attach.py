@@ -87,7 +87,7 @@ class GraceGenerator(GraceSeam):
         generate = super().generate  # type: ignore[misc]
         if not adaptor.active or adaptor.plan is not None:
             return generate(*args, **kwargs)
-        _whole_prefill(adaptor, kwargs)
+        _whole_prefill(adaptor, kwargs, getattr(self, "generation_config", None))
         with adaptor.using(generation=Generation(_prompt_length(args, kwargs))):
             return generate(*args, **kwargs)
 
@@ -300,13 +300,13 @@ def _plan_step(
     if mask is None or mask.ndim != 2 or mask.shape[1] < total:
         mask = torch.ones((batch, total), device=pieces.device)
     mask = mask[:, :total].bool()
-    if total > state.prompt_len:
+    if computed >= state.prompt_len or state.index is not None:
         return plan_latched(
             mask, replace=adaptor.replace, prompt_len=state.prompt_len, computed=computed
         )
-    # A chunk that ends before the prompt does: only the columns up to the prompt's end count, and
-    # those that are still to come hold tokens.
-    coming = mask.new_ones((batch, state.prompt_len - total))
+    # This piece ends before the prompt does (a chunk: the columns still to come hold tokens), with
+    # it, or beyond it (assisted generation appends guesses to the prompt).
+    coming = mask.new_ones((batch, max(0, state.prompt_len - total)))
     ids = inputs.get("input_ids")
     plan = plan_prompts(
         adaptor,
@@ -339,10 +339,12 @@ def _prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return length
 
 
-def _whole_prefill(adaptor: GraceAdaptor, kwargs: dict[str, Any]) -> None:
+def _whole_prefill(adaptor: GraceAdaptor, kwargs: dict[str, Any], default: Any) -> None:
     # Pieces of the prompt that ran before the query is known could not be replaced or pooled.
-    config = kwargs.get("generation_config")
-    chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
+    sizes = [getattr(kwargs.get("generation_config"), "prefill_chunk_size", None)]
+    sizes += [getattr(default, "prefill_chunk_size", None)]
+    chunk = next((size for size in sizes if size is not None), None)
+    chunk = kwargs.get("prefill_chunk_size", chunk)
     if chunk is not None and (adaptor.replace != "last" or adaptor.query == "mean"):
         warnings.warn(
             f"prefill_chunk_size is ignored: replace={adaptor.replace!r} and "
