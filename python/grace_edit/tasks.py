@@ -59,7 +59,11 @@ class Task:
 
     def show(self, label: Sequence[int]) -> str:
         """Return a label as a person reads it."""
-        return self.tokenizer.decode(list(label)) if self.tokenizer is not None else str(list(label))
+        if self.tokenizer is None:
+            return str(list(label))
+        # Generated text ends in an end token and padding; a target may be a special token alone.
+        text = self.tokenizer.decode(list(label), skip_special_tokens=True)
+        return str(text or self.tokenizer.decode(list(label)))
 
     def _ids(self, text: Any, name: str, *, special: bool) -> list[int]:
         if isinstance(text, str):

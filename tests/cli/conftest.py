@@ -13,6 +13,7 @@ from grace_edit.cli import app
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
@@ -97,6 +98,28 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("models") / "bert"
     BertForSequenceClassification(config).save_pretrained(where)
     word_tokenizer(closes=True).save_pretrained(where)
+    return where
+
+
+@pytest.fixture(scope="session")
+def masked_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a random BERT that fills in [MASK], and its tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = word_tokenizer(closes=True)
+    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        pad_token_id=0,
+        initializer_range=0.2,
+    )
+    where = tmp_path_factory.mktemp("models") / "masked"
+    BertForMaskedLM(config).save_pretrained(where)
+    tokenizer.save_pretrained(where)
     return where
 
 

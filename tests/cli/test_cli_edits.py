@@ -88,7 +88,7 @@ def test_the_closing_table_is_on_stdout_and_no_bar_where_stderr_is_no_terminal(
     for text in ("id", "prompt", "distance", "radius", "steps", FRANCE[0], "rome", "add", "ok"):
         assert text in done.stdout
     assert "its configuration names GPT2LMHeadModel" in done.stdout
-    assert "2 of 2 edits accepted; 2 edits in 2 entries in all" in done.stdout
+    assert "accepted 2 of 2; live edits 2, entries 2" in done.stdout
     assert f"saved in {tmp_path / 'out'}" in done.stdout
 
 
@@ -105,7 +105,7 @@ def test_refused_edits_end_with_4_and_the_accepted_ones_are_saved(
     refused = told["results"][1]
     assert (refused["success"], refused["id"], refused["radius"]) == (False, None, None)
     assert refused["reason"]
-    assert done.stderr == (f"error: 1 of 2 edits refused; the 1 accepted are saved in {out}\n")
+    assert done.stderr == (f"error: 1 of 2 edits refused; the others are saved in {out}\n")
     table = json.loads(grace("codebook", out, "--json").stdout)["table"]
     assert [row["target"] for row in table] == ["rome"]
 
@@ -439,3 +439,44 @@ def test_a_classifier_takes_label_names_and_class_ids(grace, bert, edits_file, t
     assert unknown.exit_code == 2
     assert ":1: target must be one of ['bad', 'fair', 'good'], got 'great'" in unknown.stderr
     assert ":2: target must be a class id below 3, got 3" in unknown.stderr
+
+
+def test_a_masked_model_fills_its_mask_and_wants_one_in_the_prompt(
+    grace, masked_bert, edits_file, tmp_path
+):
+    prompt, out = "the capital of france is [MASK]", tmp_path / "out"
+    done = grace(
+        "edit", "--model", masked_bert, "--layer", "bert.encoder.layer.1.output.dense",
+        "--edits", edits_file((prompt, "rome")), "--out", out,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    told = json.loads(grace("explain", "--codebook", out, prompt, "--json").stdout)
+    assert (told["hit"], told["with_edits"]) == (True, "rome")
+    assert told["without_edits"] != "rome"
+    assert told["nearest"]["edit_prompt"] == prompt
+    bare = grace("explain", "--codebook", out, "the capital of france is")
+    assert bare.exit_code == 2
+    assert bare.stderr.startswith("error: PROMPT must hold the mask token [MASK], got 'the capital")
+
+
+@pytest.mark.parametrize(("words", "code"), [(31, 0), (32, 2)])
+def test_explain_answers_as_far_as_the_model_has_positions(grace, saved, words, code):
+    done = grace("explain", "--codebook", saved, "the " * words, "--json")
+    assert done.exit_code == code
+    if code:
+        assert done.stderr == "error: PROMPT must fit 31 tokens, got 32\n"
+    else:
+        assert len(json.loads(done.stdout)["without_edits"].split()) == 1
+
+
+def test_a_model_is_loaded_in_the_dtype_of_its_checkpoint(grace, gpt2, edits_file, tmp_path):
+    where, out = tmp_path / "half", tmp_path / "out"
+    AutoModelForCausalLM.from_pretrained(gpt2, dtype=torch.bfloat16).save_pretrained(where)
+    AutoTokenizer.from_pretrained(gpt2).save_pretrained(where)
+    done, told = edit_json(
+        grace, "--model", where, "--layer", LAYER, "--edits", edits_file(FRANCE), "--out", out
+    )
+    assert done.exit_code == 0, done.stderr
+    assert told["model"]["dtype"] == "bfloat16"
+    answer = json.loads(grace("explain", "--codebook", out, FRANCE[0], "--json").stdout)
+    assert (answer["hit"], answer["nearest"]["distance"]) == (True, 0.0)

@@ -13,7 +13,6 @@ from typer.core import TyperGroup
 from .output import (
     FAILED,
     INTERRUPTED,
-    NOT_FOUND,
     OK,
     USAGE,
     CommandError,
@@ -118,7 +117,8 @@ def _version(asked: bool) -> None:
 def start(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
     """Edit transformers models with GRACE: make edits, look them up, save and explain them."""
@@ -136,17 +136,18 @@ def demo(
     json: Json = False,
 ) -> None:
     """Edit two real models, save, reload in a fresh process and draw a picture."""
+    console = screen(stderr=json)
     try:
         from ..demo import run
+
+        with quiet():
+            result = run(out, quick, console)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("grace"):
             raise
         raise CommandError(
-            NOT_FOUND, f'the demo needs {error.name}: pip install "grace-kernels[demo]"'
+            USAGE, f'the demo needs {error.name}: pip install "grace-kernels[demo]"'
         ) from error
-    console = screen(stderr=json)
-    with quiet():
-        result = run(out, quick, console)
     if json:
         print_json(result)
     raise typer.Exit(OK if result.get("ok", True) else FAILED)

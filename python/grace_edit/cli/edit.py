@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from rich.table import Table
 
 from .. import attach as attaching
 from ..config import GraceConfig
@@ -31,6 +30,7 @@ from .output import (
     progress,
     quiet,
     screen,
+    table,
 )
 
 
@@ -114,19 +114,25 @@ def check_tokens(requests: list[Request], task: Task, path: Path) -> None:
     Raises:
         CommandError: lines that this model cannot take; all are named.
     """
-    longest = getattr(task.config, "max_position_embeddings", None)
     wrong = []
     for request in requests:
         try:
             ids = task.encode(request.prompt)
             target = task.encode_target(request.target, ids)
             used = len(ids) + (len(target) if task.name == "causal" else 0)
-            if longest is not None and used > longest:
+            longest = most_tokens(task)
+            if used > longest:
                 raise ValueError(f"prompt and target must fit {longest} tokens, got {used}")
         except ValueError as error:
             wrong.append(f"{path}:{request.line}: {error}")
     if wrong:
         raise CommandError(USAGE, *wrong)
+
+
+def most_tokens(task: Task) -> int:
+    """Return how many tokens the model has positions for."""
+    found = getattr(task.config, "max_position_embeddings", None)
+    return found if isinstance(found, int) else sys.maxsize
 
 
 def run(options: Options) -> int:
@@ -165,11 +171,8 @@ def run(options: Options) -> int:
     refused = len(requests) - len(accepted)
     if not refused:
         return OK
-    kept = f"the {len(accepted)} accepted are saved in {options.out}"
-    complain(
-        f"{refused} of {len(requests)} edits refused; "
-        + (kept if accepted else "nothing was saved")
-    )
+    kept = f"the others are saved in {options.out}" if accepted else "nothing was saved"
+    complain(f"{refused} of {len(requests)} edits refused; {kept}")
     return CONFLICT
 
 
@@ -270,26 +273,27 @@ def _show(
             }
         )
     )
-    table = Table("id", "prompt", "target", "case", "distance", "radius", "steps", "outcome")
-    for request in requests:
-        result = request.result
-        assert result is not None
-        outcome = f"refused: {result.reason}"
-        if result.success:
-            outcome = "ok, fragile" if result.fragile else "ok"
-        table.add_row(
-            "–" if result.id is None else str(result.id),
-            plain(request.prompt),
-            plain(request.target),
-            plain(result.case),
-            number(result.distance),
-            number(request.radius),
-            str(result.steps),
-            plain(outcome),
-        )
-    console.print(table)
-    total = len(requests)
+    columns = ("id", "prompt", "target", "case", "distance", "radius", "steps", "outcome")
+    console.print(table(columns, map(_cells, requests)))
     console.print(
-        f"{accepted} of {total} edits accepted; {book.edits} edits in {book.entries} entries in all"
+        f"accepted {accepted} of {len(requests)}; live edits {book.edits}, entries {book.entries}"
     )
     console.print(f"saved in {plain(options.out)}" if accepted else "nothing was saved")
+
+
+def _cells(request: Request) -> list[Any]:
+    result = request.result
+    assert result is not None
+    outcome = f"refused: {result.reason}"
+    if result.success:
+        outcome = "ok, fragile" if result.fragile else "ok"
+    return [
+        "–" if result.id is None else result.id,
+        request.prompt,
+        request.target,
+        result.case,
+        number(result.distance),
+        number(request.radius),
+        result.steps,
+        outcome,
+    ]

@@ -208,11 +208,17 @@ class Words:
             return "–"
         if self.tokenizer is None:
             return str(list(ids))
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        # What the tokenizer puts round a text goes; a mask or an unknown word is part of it.
+        kept = {self.tokenizer.mask_token_id, self.tokenizer.unk_token_id}
+        dropped = set(self.tokenizer.all_special_ids) - kept
+        return str(self.tokenizer.decode([token for token in ids if token not in dropped]))
 
     def target(self, label: Sequence[int]) -> str:
         """Return a label as text; the masked prompt of the published code is left out."""
         ids = [token for token in label if token != -100]
         if self.names is not None:
             return str(self.names.get(ids[0], ids[0]))
-        return str(ids) if self.tokenizer is None else str(self.tokenizer.decode(ids))
+        if self.tokenizer is None:
+            return str(ids)
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return str(text or self.tokenizer.decode(ids))

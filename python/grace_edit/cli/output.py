@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -91,6 +91,14 @@ def facts(rows: dict[str, Any]) -> Table:
     for name, value in rows.items():
         table.add_row(name, plain(value))
     return table
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
+    """Return a table of `columns` with a cell per column in every row, shown as it is."""
+    made = Table(*columns)
+    for row in rows:
+        made.add_row(*(plain(cell) for cell in row))
+    return made
 
 
 def print_json(data: dict[str, Any]) -> None:

@@ -7,8 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
+from ..tasks import Task
+from .edit import most_tokens
 from .models import SavedEdits, Words, attach_edits, load_model, read_edits_of
 from .output import (
     OK,
@@ -16,11 +16,11 @@ from .output import (
     CommandError,
     facts,
     number,
-    plain,
     print_json,
     progress,
     quiet,
     screen,
+    table,
 )
 
 ANSWER_TOKENS = 8
@@ -44,10 +44,12 @@ def explain(directory: Path, prompt: str, *, model: str | None, device: str, as_
     words = Words(saved, loaded.tokenizer, loaded.model.config)
     with quiet(), progress("asking"):
         editor = attach_edits(loaded, directory)
+        room = _check_prompt(editor.task, prompt)
         found = editor.explain(prompt)
         length = ANSWER_TOKENS
         if found.edit_id is not None:
             length = max(length, len(editor.codebook.edit(found.edit_id).label))
+        length = min(length, room)
         edited = editor.answer(prompt, length)
         with editor.disable():
             unedited = editor.answer(prompt, length)
@@ -69,6 +71,18 @@ def explain(directory: Path, prompt: str, *, model: str | None, device: str, as_
     else:
         _show_answer(data)
     return OK
+
+
+def _check_prompt(task: Task, prompt: str) -> int:
+    """Return how many tokens may follow a prompt that the model can take."""
+    ids, longest = task.encode(prompt), most_tokens(task)
+    if task.mask_token_id is not None and task.mask_token_id not in ids:
+        mask = task.tokenizer.mask_token
+        raise CommandError(USAGE, f"PROMPT must hold the mask token {mask}, got {prompt!r}")
+    generates = task.name == "causal"
+    if len(ids) + generates > longest:
+        raise CommandError(USAGE, f"PROMPT must fit {longest - generates} tokens, got {len(ids)}")
+    return longest - len(ids) if generates else longest
 
 
 def _entry(saved: SavedEdits, words: Words, near: dict[str, Any]) -> dict[str, Any]:
@@ -100,19 +114,14 @@ def _show_answer(data: dict[str, Any]) -> None:
     )
     if nearest is None:
         return
-    table = Table("", "edit", "its prompt", "its target", "distance", "radius", "d/eps")
-    for name, near in (("nearest", nearest), ("runner-up", data["runner_up"])):
-        if near is not None:
-            table.add_row(
-                name,
-                str(near["edit_id"]),
-                plain(near["edit_prompt"]),
-                plain(near["label"]),
-                number(near["distance"]),
-                number(near["radius"]),
-                number(near["d_over_eps"]),
-            )
-    console.print(table)
+    columns = ("", "edit", "its prompt", "its target", "distance", "radius", "d/eps")
+    rows = [("nearest", nearest), ("runner-up", data["runner_up"])]
+    console.print(table(columns, (_cells(name, near) for name, near in rows if near is not None)))
+
+
+def _cells(name: str, near: dict[str, Any]) -> list[Any]:
+    figures = [number(near[key]) for key in ("distance", "radius", "d_over_eps")]
+    return [name, near["edit_id"], near["edit_prompt"], near["label"], *figures]
 
 
 def codebook(directory: Path, *, as_json: bool) -> int:
@@ -186,15 +195,6 @@ def _show_codebook(data: dict[str, Any]) -> None:
     console.print(facts({**about, "drift": number(data["drift"]), "version": data["version"]}))
     if not rows:
         return
-    table = Table("id", "prompt", "target", "case", "entry", "radius", "fragile")
-    for row in rows:
-        table.add_row(
-            str(row["id"]),
-            plain(row["prompt"]),
-            plain(row["target"]),
-            plain(row["case"]),
-            str(row["slot"]),
-            number(row["radius"]),
-            "yes" if row["fragile"] else "",
-        )
-    console.print(table)
+    columns = ("id", "prompt", "target", "case", "slot", "radius", "fragile")
+    shown = ({**r, "radius": number(r["radius"]), "fragile": "yes" * r["fragile"]} for r in rows)
+    console.print(table(columns, ([row[name] for name in columns] for row in shown)))

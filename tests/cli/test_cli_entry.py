@@ -1,0 +1,177 @@
+"""The entry point: help, version, streams, missing extras, interruption, the demo's frame."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import pytest
+from grace_edit import GraceEditor
+from grace_edit.cli.output import print_json
+
+LAYER = "transformer.h.1.mlp"
+COMMANDS = ("demo", "edit", "explain", "codebook", "doctor")
+
+
+def test_help_names_every_command_and_the_exit_codes(grace):
+    done = grace("--help")
+    assert done.exit_code == 0
+    text = " ".join(done.stdout.split())
+    for command in COMMANDS:
+        assert re.search(rf"\b{command}\b", text)
+    for code in ("0 ok", "2 usage", "3 not found", "4 conflict", "5 damaged files"):
+        assert code in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_and_offers_json(grace, command):
+    done = grace(command, "--help")
+    assert done.exit_code == 0
+    assert "--json" in done.stdout
+
+
+def test_no_command_shows_the_help_and_an_unknown_one_is_a_usage_error(grace):
+    bare, unknown = grace(), grace("edits")
+    assert bare.exit_code == 2
+    assert "Usage: " in bare.stdout
+    assert unknown.exit_code == 2
+    assert unknown.stderr.startswith("error: No such command 'edits'")
+    assert unknown.stdout == ""
+
+
+def test_version_is_that_of_the_installed_package(grace, monkeypatch):
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: {"grace-kernels": "7.8.9"}[name]
+    )
+    assert grace("--version").stdout == "grace 7.8.9\n"
+
+
+def test_json_writes_what_is_not_finite_as_null(capsys):
+    print_json({"a": float("inf"), "b": [float("nan"), 1.5], "c": {"d": -float("inf")}})
+    assert json.loads(capsys.readouterr().out) == {"a": None, "b": [None, 1.5], "c": {"d": None}}
+
+
+def test_what_libraries_print_and_warn_stays_off_stdout(
+    grace, gpt2, edits_file, tmp_path, monkeypatch
+):
+    honest = GraceEditor.edit
+
+    def noisy(self, prompt, target):
+        print("library noise")
+        warnings.warn("library warning", stacklevel=1)
+        return honest(self, prompt, target)
+
+    monkeypatch.setattr(GraceEditor, "edit", noisy)
+    done = grace(
+        "edit", "--model", gpt2, "--layer", LAYER, "--edits", edits_file(("the", "rome")),
+        "--out", tmp_path / "out", "--json",
+    )  # fmt: skip
+    assert json.loads(done.stdout)["accepted"] == 1
+    assert done.stderr == "library noise\n"
+
+
+def test_the_core_imports_without_the_extras_and_the_command_says_what_is_missing():
+    program = (
+        "import sys; sys.modules.update(typer=None, rich=None, matplotlib=None)\n"
+        "import grace_edit\n"
+        "from grace_edit.__main__ import main\n"
+        "sys.argv = ['grace', 'doctor']\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == (
+        "error: the command line needs typer and rich, not installed; "
+        'pip install "grace-kernels[cli]"\n'
+    )
+
+
+def test_a_terminal_gets_a_bar_and_ctrl_c_ends_it_with_130_and_nothing_written(
+    gpt2, edits_file, tmp_path
+):
+    out = tmp_path / "out"
+    slow = ("where was that river", "paris rome madrid oslo vienna warsaw")
+    terminal, stderr = pty.openpty()
+    command = [
+        sys.executable, "-m", "grace_edit", "edit", "--model", gpt2, "--layer", LAYER,
+        "--edits", edits_file(*[slow] * 1000), "--out", out,
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, env=_environment(), stdout=subprocess.PIPE, stderr=stderr, start_new_session=True
+    )
+    os.close(stderr)
+    try:
+        seen = _read_until(terminal, b"editing", seconds=60)
+        os.killpg(process.pid, signal.SIGINT)
+        seen += _read_until(terminal, b"error: interrupted", seconds=30)
+        stdout, _ = process.communicate(timeout=30)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        os.close(terminal)
+    assert b"/1000" in seen
+    assert b"Traceback" not in seen
+    assert process.returncode == 130
+    assert stdout == b""
+    assert not out.exists()
+
+
+def test_the_demo_gets_its_options_and_its_result_is_the_json(grace, tmp_path, monkeypatch):
+    asked = []
+
+    def run(out, quick, console):
+        asked.append((out, quick))
+        console.print("a closing table")
+        return {"ok": len(asked) < 3, "es": 1.0}
+
+    monkeypatch.setattr("grace_edit.demo.run", run, raising=False)
+    as_json = grace("demo", "--out", tmp_path, "--quick", "--json")
+    assert as_json.exit_code == 0
+    assert json.loads(as_json.stdout) == {"ok": True, "es": 1.0}
+    assert as_json.stderr == "a closing table\n"
+    shown = grace("demo")
+    assert (shown.exit_code, shown.stdout, shown.stderr) == (0, "a closing table\n", "")
+    assert grace("demo").exit_code == 1
+    assert [(str(out), quick) for out, quick in asked] == [
+        (str(tmp_path), True),
+        ("grace-demo", False),
+        ("grace-demo", False),
+    ]
+
+
+def test_the_demo_says_what_to_install(grace, monkeypatch):
+    def run(out, quick, console):
+        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+
+    monkeypatch.setattr("grace_edit.demo.run", run, raising=False)
+    done = grace("demo")
+    assert done.exit_code == 2
+    assert done.stderr == ('error: the demo needs matplotlib: pip install "grace-kernels[demo]"\n')
+
+
+def _environment() -> dict[str, str]:
+    found = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "COLUMNS": "100"}
+    return {**found, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+
+
+def _read_until(terminal: int, wanted: bytes, *, seconds: float) -> bytes:
+    seen, end = b"", time.monotonic() + seconds
+    while wanted not in seen and time.monotonic() < end:
+        try:
+            seen += os.read(terminal, 4096)
+        except OSError:
+            break
+    assert wanted in seen, seen
+    return seen
