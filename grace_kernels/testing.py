@@ -79,8 +79,9 @@ def ties_within_rounding(
 ) -> tuple[Tensor, Tensor]:
     """Return a query `[1, dim]` and `[keys, dim]` keys around it whose distances nearly tie.
 
-    Every key is the query plus a shuffle, with random signs, of one vector, some elements one step
-    aside: exact distances agree to some 1e-7, while fp32 sums scatter more widely.
+    Every key is the query (zero) plus a shuffle, with random signs, of one vector: the exact
+    distances tie, while fp32 sums scatter. In float32 some elements are moved by some units in the
+    last place besides, which takes the distances a few such units apart.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -91,9 +92,10 @@ def ties_within_rounding(
     shuffle = torch.rand(keys, dim, generator=generator).argsort(dim=1)
     sign = torch.where(normal(keys, dim) < 0, -1.0, 1.0)
     near = (offset[shuffle] * sign).to(dtype)
-    aside = normal(keys, dim) > 2.0
-    stepped = (near.float() * (1 + torch.finfo(dtype).eps)).to(dtype)
-    return torch.zeros(1, dim, dtype=dtype), torch.where(aside, stepped, near)
+    if dtype == torch.float32:
+        moved = near * (1 + torch.finfo(dtype).eps * (normal(keys, dim) * dim**0.5 / 3).round())
+        near = torch.where(normal(keys, dim) > 1.0, moved, near)
+    return torch.zeros(1, dim, dtype=dtype), near
 
 
 def order_shows(dtype: torch.dtype, batch: int, dim: int) -> tuple[Tensor, Tensor]:
