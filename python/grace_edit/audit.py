@@ -39,11 +39,12 @@ def _rows(book: Codebook) -> None:
     dead = torch.tensor([slot not in live for slot in range(book.capacity)], device=book.device)
     _require(bool(((book.radii == -math.inf) == dead).all()), "radius -inf and dead disagree")
     _require(not book.keys[dead].any() and not book.values[dead].any(), "a dead row holds data")
-    for slot in live:
+    numbers = book._label_ids.tolist()
+    owners = []
+    for slot in sorted(live):
         entry = book._entry(slot)
         assert entry is not None
-        number = int(book._label_ids[slot])
-        _require(number == book._label_numbers[book._label_key(entry.label)], "label number")
+        _require(numbers[slot] == book._label_numbers[book._label_key(entry.label)], "label number")
         _require(bool(entry.members), f"row {slot} answers for no edit")
         for member in entry.members:
             edit = book._edit(member)
@@ -52,8 +53,10 @@ def _rows(book: Codebook) -> None:
             known = edit.verified is None or edit.stamp in edit.verified
             _require(known, f"the value of row {slot} was not verified for edit {member}")
         _require(list(entry.members) == sorted(entry.members), "members are not in order")
-        query = book._stored_query(book._edit(entry.owner)).to(book.device)
-        _require(same_bits(query, book.keys[slot]), f"key {slot} is not its edit's query")
+        owners.append(book._stored_query(book._edit(entry.owner)).cpu())
+    if owners:
+        keys = book.keys[~dead].cpu()
+        _require(same_bits(torch.stack(owners), keys), "a key is not its edit's query")
 
 
 def _edits(book: Codebook) -> None:
@@ -67,13 +70,12 @@ def _edits(book: Codebook) -> None:
     held = {entry.stamp for entry in map(book._entry, range(book._row_count)) if entry}
     wanted = {edit.stamp for edit in book.history if edit.state != "deleted"} - held
     _require(set(book._pool) == wanted, "the values kept are not those that edits refer to")
+    owners = book._query_owner.tolist()
     rows = [edit.row for edit in book.history if edit.row >= 0]
     _require(len(rows) == len(set(rows)), "two edits share a stored query")
     for edit in book.history:
         if edit.row >= 0:
-            _require(
-                int(book._query_owner[edit.row]) == edit.id, "a stored query has lost its edit"
-            )
+            _require(owners[edit.row] == edit.id, "a stored query has lost its edit")
     if book.policy != PAPER:
         stored = [edit for edit in live if edit.row >= 0]
         by_query = {digest(book._stored_query(edit)): edit.id for edit in stored}
@@ -85,6 +87,7 @@ def _edits(book: Codebook) -> None:
 
 def _answers(book: Codebook) -> None:
     live = [edit for edit in book.history if edit.live]
+    slots, distances = book._answer_slot.tolist(), book._answer_distance.tolist()
     for start in range(0, len(live), 1024):
         part = live[start : start + 1024]
         queries = torch.stack([book._stored_query(edit).cpu() for edit in part])
@@ -98,5 +101,5 @@ def _answers(book: Codebook) -> None:
             )
             _require(slot == edit.slot, f"edit {edit.id} is answered by another row")
             if edit.row >= 0:
-                noted = book._answer_slot[edit.row].item(), book._answer_distance[edit.row].item()
+                noted = slots[edit.row], distances[edit.row]
                 _require(noted == (slot, d), f"the answer of edit {edit.id} is not as noted")

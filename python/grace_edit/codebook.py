@@ -89,8 +89,6 @@ class Codebook(Retention):
         self.radius = rules.fp32(radius)
         self.drift = rules.fp32(drift)
         self.max_radius = rules.fp32(3.0 * self.radius if max_radius is None else max_radius)
-        self._layout = {}
-        self._reserved = frozenset()
 
     # ------------------------------------------------------------------ reading
 

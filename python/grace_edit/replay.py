@@ -48,7 +48,9 @@ def delete(book: Codebook, id: int, purge: bool) -> None:
 def _replay(book: Codebook) -> None:
     """Take every decision of the history again, in order, with the stored queries.
 
-    An entry that comes about again keeps its row. Its value is the one that answers its edit now.
+    Entries are made in rows in the order of their making, as in a new codebook, so that exact ties
+    between them fall as they would there. Then each goes back to the row it had, if it had one. Its
+    value is the one that answers its edit now.
     """
     history = sorted(
         (e for e in book._edits.values() if e and e.state != "deleted" and e.row >= 0),
@@ -57,18 +59,82 @@ def _replay(book: Codebook) -> None:
     layout = _clear(book)
     for edit in history:
         book._put("_edits", edit.id, replace(edit, state="live", slot=-1, superseded_by=None))
-    book._layout, book._reserved = layout, frozenset(layout.values())
-    try:
-        for edit in history:
-            _again(book, book._edit(edit.id))
-    finally:
-        book._layout, book._reserved = {}, frozenset()
+    for edit in history:
+        _again(book, book._edit(edit.id))
+    _settle(book, layout)
     for hole in sorted(book._holes, reverse=True):
         book._write("keys", hole, torch.zeros_like(book.keys[hole]))
         book._write("values", hole, torch.zeros_like(book.values[hole]))
         if hole == book._row_count - 1:
             book._put("_holes", hole)
             book._set_number("_row_count", hole)
+
+
+class _Tied(Exception):
+    """In their old rows the entries would answer a query differently, for an exact tie."""
+
+
+def _settle(book: Codebook, layout: dict[int | bytes, int]) -> None:
+    """Move the entries back to the rows they had; leave all as they are if a tie forbids it."""
+    made = sorted(s for s, e in book._entries.items() if e and not _is_imported(book, s))
+    target = {slot: layout[name] for slot in made if (name := _name(book, slot)) in layout}
+    taken = set(target.values())
+    free = (s for s in range(book._row_count) if s not in taken and not _is_imported(book, s))
+    for slot in made:
+        if slot not in target:
+            target[slot] = next(free)
+    order = [target[slot] for slot in made]
+    try:
+        with book.transaction():
+            _move(book, {slot: to for slot, to in target.items() if slot != to})
+            # Where the order of the rows is kept, so is the lowest row of every tie.
+            if order != sorted(order) and book.policy != PAPER:
+                live = (book._answer_slot[: book._query_count] >= 0).nonzero()[:, 0]
+                queries = book._queries[live].to(book.device)
+                if not torch.equal(book.lookup(queries)[0].cpu(), book._answer_slot[live]):
+                    raise _Tied
+    except _Tied:
+        pass
+
+
+def _move(book: Codebook, target: dict[int, int]) -> None:
+    moved = []
+    for slot, to in target.items():
+        entry = book._entry(slot)
+        assert entry is not None
+        key, value, radius = book.keys[slot], book.values[slot], book.radii[slot].item()
+        moved.append((to, entry, key.clone(), value.clone(), radius))
+    for slot in target:
+        _vacate(book, slot)
+    for to, entry, key, value, radius in moved:
+        book._put("_holes", to)
+        book._write("keys", to, key)
+        book._write("values", to, value)
+        book._write("radii", to, radius)
+        book._write_entry(to, entry, None, book._label_number(entry.label))
+        for member in entry.members:
+            edit = book._edit(member)
+            book._put("_edits", member, replace(edit, slot=to))
+            if book._answer_slot[edit.row] >= 0:
+                book._write_answer(edit.row, to, book._answer_distance[edit.row].item())
+
+
+def _vacate(book: Codebook, slot: int) -> None:
+    """Make a row a hole; what it holds stays for now."""
+    book._write("radii", slot, -math.inf)
+    book._write("_label_ids", slot, -1)
+    if slot < len(book._imported_labels):
+        book._put("_entries", slot, None)
+    else:
+        book._put("_entries", slot)
+    book._put("_holes", slot, None)
+
+
+def _name(book: Codebook, slot: int) -> int | bytes:
+    """Return what an entry is known by across a replay: its key, which the paper's may share."""
+    entry = book._entry(slot)
+    assert entry is not None
+    return entry.owner if book.policy == PAPER else digest(book.keys[slot])
 
 
 def _again(book: Codebook, edit: Edit) -> None:
@@ -94,25 +160,18 @@ def _clear(book: Codebook) -> dict[int | bytes, int]:
     The rows keep their contents for now, and their values go to the pool.
     """
     layout: dict[int | bytes, int] = {}
-    live = 0
     for slot, entry in list(book._entries.items()):
         if entry is None:
             continue
         book._retire_value(slot)
         if _is_imported(book, slot):
             continue
-        layout[entry.owner if book.policy == PAPER else digest(book.keys[slot])] = slot
-        book._write("radii", slot, -math.inf)
-        book._write("_label_ids", slot, -1)
-        if slot < len(book._imported_labels):
-            book._put("_entries", slot, None)
-        else:
-            book._put("_entries", slot)
-        book._put("_holes", slot, None)
+        layout[_name(book, slot)] = slot
+        _vacate(book, slot)
 
     imported = len(book._imported_labels)
     live = imported
-    for id in [i for i in book._edits if i < imported]:
+    for id in sorted(i for i in {*book._edits, *book._entries} if i < imported):
         if _is_imported(book, id):
             _restore_import(book, id)
         else:

@@ -29,8 +29,6 @@ class Retention(Rows):
     policy: str
     radius: float
     drift: float
-    _layout: dict[int | bytes, int]  # where a replay finds the old row of an entry
-    _reserved: frozenset[int]  # those rows
 
     def _apply(self, plan: Plan, edit: Edit, value: Tensor | None) -> set[int]:
         """Carry a plan out for `edit`; return the live edits that may have lost their answer."""
@@ -73,8 +71,7 @@ class Retention(Rows):
 
     def _new_entry(self, edit: Edit, query: Tensor, value: Tensor | None, radius: float) -> int:
         assert value is not None
-        hint = edit.id if self.policy == rules.PAPER else digest(query)
-        slot = self._new_slot(self._layout.get(hint), self._reserved)
+        slot = self._new_slot()
         self._write("keys", slot, query)
         self._write("radii", slot, radius)
         entry = Entry(edit.label, edit.stamp, edit.id, (edit.id,))

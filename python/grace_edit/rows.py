@@ -211,13 +211,10 @@ class Rows:
         self._save("_answers", row)
         self._answer_slot[row], self._answer_distance[row] = slot, distance
 
-    def _new_slot(self, wanted: int | None = None, reserved: frozenset[int] = frozenset()) -> int:
-        """Take `wanted` if it is dead, else the lowest dead row not reserved, else a new one."""
-        if wanted in self._holes:
-            slot = wanted
-        else:
-            slot = min((hole for hole in self._holes if hole not in reserved), default=-1)
-        if slot is not None and slot >= 0:
+    def _new_slot(self) -> int:
+        """Take the lowest dead row, else a new one."""
+        if self._holes:
+            slot = min(self._holes)
             self._put("_holes", slot)
             return slot
         slot = self._row_count

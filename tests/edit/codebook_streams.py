@@ -1,0 +1,97 @@
+"""Streams of edits, and pictures of a codebook's state to compare."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grace_edit.codebook import Codebook
+
+VALUE_DIM = 2
+
+
+def bits(tensor: Tensor) -> bytes:
+    """Return the bytes of a tensor, so that -0 and 0 differ and NaN equals itself."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def state(book: Codebook) -> dict[str, Any]:
+    """Return everything a codebook holds to the bit, `version` and the numbering apart."""
+    rows = book._query_count
+    return {
+        "capacity": book.capacity,
+        "keys": bits(book.keys),
+        "values": bits(book.values),
+        "radii": bits(book.radii),
+        "count": int(book.count),
+        "label_ids": bits(book._label_ids),
+        "queries": bits(book._queries[:rows]),
+        "answers": (bits(book._answer_slot[:rows]), bits(book._answer_distance[:rows])),
+        "history": book.history,
+        "ids": book.ids,
+        "labels": book.labels,
+        "members": [book.members(slot) for slot in range(int(book.count))],
+        "records": (book._entries.copy(), book._edits.copy(), set(book._holes), book.edits),
+        "index": (book._by_prompt.copy(), book._by_query.copy()),
+        "pool": {stamp: bits(value) for stamp, value in book._pool.items()},
+    }
+
+
+def entries(book: Codebook, names: dict[int, int] | None = None) -> list[Any]:
+    """Return key, radius, label and members of every entry, in an order of their own."""
+    return sorted(
+        (
+            bits(book.keys[slot]),
+            bits(book.radii[slot]),
+            label,
+            tuple(sorted(names[m] if names else m for m in book.members(slot))),
+        )
+        for slot, label in enumerate(book.labels)
+        if label is not None
+    )
+
+
+def fed_anew(book: Codebook) -> tuple[Codebook, dict[int, int]]:
+    """Feed a new codebook the history of one, with the stored queries; map new ids to old."""
+    fresh = Codebook(
+        book.keys.shape[1],
+        book.values.shape[1],
+        radius=book.radius,
+        policy=book.policy,
+        drift=book.drift,
+        max_radius=book.max_radius,
+        dtype=book.keys.dtype,
+    )
+    names = {}
+    for edit in book.history:
+        if edit.state != "deleted":
+            query = book.query_of(edit.id)
+            result = fresh.insert(query, edit.label, torch.zeros(VALUE_DIM), edit.prompt)
+            assert result.id is not None
+            names[result.id] = edit.id
+    return fresh, names
+
+
+class Stream:
+    """Random edits that conflict: few dimensions, few labels, some queries and prompts twice."""
+
+    def __init__(self, seed: int, *, dim: int = 3, spread: float = 1.5, labels: int = 3) -> None:
+        self.random = random.Random(seed)
+        self.torch = torch.Generator().manual_seed(seed)
+        self.dim, self.spread, self.labels = dim, spread, labels
+        self.queries: list[Tensor] = []
+
+    def next(self, repeats: float = 0.15) -> tuple[Tensor, list[int], Tensor, list[int] | None]:
+        """Return query, label, value and prompt of the next edit."""
+        query = torch.randn(self.dim, generator=self.torch) * self.spread
+        if self.queries and self.random.random() < repeats:
+            query = self.random.choice(self.queries)
+        self.queries.append(query)
+        prompt = None
+        if self.random.random() < 0.5 and repeats:
+            prompt = [self.random.randrange(100), self.random.randrange(2)]
+        label = [self.random.randrange(self.labels)]
+        return query, label, torch.randn(VALUE_DIM, generator=self.torch), prompt

@@ -1,0 +1,226 @@
+"""No edit is lost: repair, verified values, and what happens when something goes wrong in it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from codebook_streams import Stream, bits, entries, state
+from torch import Tensor
+
+from grace_edit.codebook import Codebook
+from grace_edit.records import Edit
+
+
+def vec(*numbers: float) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float32)
+
+
+def value(number: float) -> Tensor:
+    return torch.full((2,), float(number))
+
+
+def lost(book: Codebook) -> list[int]:
+    """Return the live edits that no entry of their label answers."""
+    index, _ = book.lookup(torch.stack([book.query_of(id) for id in book.ids]))
+    labels = book.labels
+    return [
+        id
+        for id, slot in zip(book.ids, index.tolist(), strict=True)
+        if slot < 0 or labels[slot] != book.edit(id).label
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seed", "dim", "spread", "labels", "drift"),
+    [
+        pytest.param(0, 2, 1.0, 2, 0.0, id="crowded plane"),
+        pytest.param(1, 3, 1.5, 3, 0.1, id="with drift"),
+        pytest.param(2, 8, 0.8, 4, 0.0, id="more dimensions"),
+    ],
+)
+def test_every_promise_holds_after_every_one_of_500_conflicting_edits(
+    seed: int, dim: int, spread: float, labels: int, drift: float
+) -> None:
+    book = Codebook(dim, 2, capacity=4, drift=drift)
+    stream = Stream(seed, dim=dim, spread=spread, labels=labels)
+    cases: Counter[str | None] = Counter()
+    for number in range(500):
+        cases[book.insert(*stream.next()).case] += 1
+        if number < 100 or number % 4 == 0:
+            book.check()
+        else:
+            assert not lost(book)
+    assert all(cases[case] >= 5 for case in ("add", "update", "expand", "absorb", "split")), cases
+
+
+def conflicting(count: int) -> Codebook:
+    book, stream = Codebook(4, 2, capacity=16), Stream(3, dim=4, spread=1.2, labels=4)
+    for _ in range(count):
+        book.insert(*stream.next(repeats=0.0))
+    return book
+
+
+def test_a_stream_of_2000_conflicting_edits_loses_none() -> None:
+    book = conflicting(2000)
+    assert book.edits == 2000
+    assert lost(book) == []
+    book.check()
+
+
+def test_without_repair_the_same_stream_would_lose_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Codebook, "_repair", lambda *_: False)
+    book = conflicting(2000)
+    assert len(lost(book)) > 200
+    with pytest.raises(AssertionError, match="edit|radius"):
+        book.check()
+
+
+def test_repair_goes_in_order_of_id_until_nothing_changes() -> None:
+    """Repair as the rule reads, edit by edit over and over, gives the same codebook."""
+    stream = Stream(4, dim=2, spread=1.0, labels=3)
+    fast, slow = Codebook(2, 2), Literal(2, 2)
+    for _ in range(200):
+        edit = stream.next()
+        fast.insert(*edit)
+        slow.insert(*edit)
+        assert entries(fast) == entries(slow)
+
+
+class Literal(Codebook):
+    """Repairs by looking every live edit up, in passes over all of them."""
+
+    def _repair(self, affected, answers, by):  # type: ignore[no-untyped-def]
+        changed = True
+        while changed:
+            changed = False
+            for id in self.ids:
+                edit = self._edit(id)
+                query = self._stored_query(edit)
+                slot = int(self.lookup(query[None])[0])
+                entry = self._entry(slot)
+                if entry is not None and entry.label == edit.label:
+                    self._accept(edit, slot, entry.stamp)
+                    continue
+                super()._repair([id], answers, by)
+                changed = True
+        return False
+
+
+def test_a_moved_edit_stays_where_its_model_agrees_and_else_keeps_its_value() -> None:
+    for agrees in (True, False):
+        book, asked = Codebook(2, 2), []
+
+        def answers(edit: Edit, slot: int, agrees: bool = agrees) -> bool:
+            asked.append((edit.id, slot, edit.label))  # noqa: B023
+            return agrees
+
+        book.commit(book.plan(vec(0, 0), [1]), value(1), answers=answers)
+        book.commit(book.plan(vec(1.4, 0), [1]), None, answers=answers)  # expands entry 0
+        assert asked == []
+        plan = book.plan(vec(2.2, 0), [1], own_entry=True)
+        book.commit(plan, value(2), answers=answers)  # nearer to edit 1, same label
+        assert asked == [(1, 1, (1,))]
+        slot = book.edit(1).slot
+        assert slot == (1 if agrees else 2)
+        assert torch.equal(book.values[slot], value(2) if agrees else value(1))
+        assert book.entries == (2 if agrees else 3)
+        book.check()
+
+
+def test_a_value_trained_for_all_members_replaces_the_old_one() -> None:
+    book = Codebook(2, 2)
+
+    def answers(edit: Edit, slot: int) -> bool:
+        raise AssertionError("every member was verified")
+
+    book.commit(book.plan(vec(0, 0), [1]), value(1), answers=answers)
+    plan = book.plan(vec(0.5, 0), [1])
+    assert (plan.case, plan.members) == ("absorb", (0,))
+    result = book.commit(plan, value(2), answers=answers, loss_start=3.0, loss_end=0.5, steps=4)
+    assert (result.loss_start, result.loss_end, result.steps) == (3.0, 0.5, 4)
+    assert torch.equal(book.values[0], value(2))
+    assert book.entries == 1
+    book.check()
+    book.undo()
+    assert torch.equal(book.values[0], value(1))
+    book.check()
+
+
+def test_deleting_gives_a_member_its_own_entry_where_the_value_was_not_verified() -> None:
+    book = Codebook(2, 2)
+
+    def yes(edit: Edit, slot: int) -> bool:
+        return True
+
+    book.commit(book.plan(vec(0, 0), [1]), value(1), answers=yes)
+    # The value of entry 0 does not answer this one, so the editor gave it an entry of its own.
+    book.commit(book.plan(vec(0.6, 0), [1], own_entry=True), value(2), answers=yes)
+    book.commit(book.plan(vec(0.9, 0), [1]), None, answers=yes)  # absorbed by entry 1
+    assert book.members(1) == (1, 2)
+    book.delete(1)
+    # Now edit 2 would be absorbed by entry 0, whose value nobody tried on it.
+    assert book.entries == 2
+    assert torch.equal(book.values[book.edit(2).slot], value(2))
+    assert book.edit(2).slot != book.edit(0).slot
+    book.check()
+
+
+def test_without_a_model_an_equal_label_is_enough_when_an_edit_is_deleted() -> None:
+    book = Codebook(2, 2)
+    book.insert(vec(0, 0), [1], value(1))
+    book.commit(book.plan(vec(0.6, 0), [1], own_entry=True), value(2))
+    book.insert(vec(0.9, 0), [1], value(3))
+    book.delete(1)
+    assert book.members(0) == (0, 2)
+    assert book.entries == 1
+    book.check()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, MemoryError])
+def test_an_exception_out_of_the_model_takes_everything_back_to_the_bit(
+    error: type[BaseException],
+) -> None:
+    interrupted = 0
+    book, stream = Codebook(2, 2, capacity=4), Stream(6, dim=2, labels=1)
+    calls = 0
+
+    def answers(edit: Edit, slot: int) -> bool:
+        nonlocal calls
+        calls += 1
+        if calls % 3 == 0:
+            raise error
+        return calls % 2 == 0
+
+    for _ in range(150):
+        query, label, given, prompt = stream.next()
+        # Entries of their own within a ball of the same label draw its members away.
+        plan = book.plan(query, label, prompt, own_entry=stream.random.random() < 0.4)
+        given = given if plan.slot < 0 or plan.case == "update" else None
+        before, version, next_id = state(book), book.version, book._next_id
+        try:
+            book.commit(plan, given, answers=answers)
+        except error:
+            interrupted += 1
+            assert state(book) == before
+            assert (book.version, book._next_id) == (version, next_id)
+            book.commit(plan, given, answers=lambda edit, slot: True)  # the plan is still good
+        book.check()
+    assert interrupted > 5
+
+
+def test_values_of_superseded_edits_come_back_with_them() -> None:
+    book = Codebook(2, 2)
+    book.insert(vec(0, 0), [1], value(1))
+    book.insert(vec(0, 0), [2], value(2))
+    book.insert(vec(0, 0), [3], value(3))
+    assert bits(torch.stack(list(book._pool.values()))) == bits(torch.stack([value(1), value(2)]))
+    book.delete(2)
+    assert (book.labels[0], book.ids) == ((2,), [1])
+    assert torch.equal(book.values[0], value(2))
+    book.delete(1)
+    assert (book.labels[0], book.ids) == ((1,), [0])
+    assert torch.equal(book.values[0], value(1))
+    assert not book._pool
+    book.check()
