@@ -480,3 +480,14 @@ def test_a_model_is_loaded_in_the_dtype_of_its_checkpoint(grace, gpt2, edits_fil
     assert told["model"]["dtype"] == "bfloat16"
     answer = json.loads(grace("explain", "--codebook", out, FRANCE[0], "--json").stdout)
     assert (answer["hit"], answer["nearest"]["distance"]) == (True, 0.0)
+
+
+def test_a_relative_path_of_a_model_is_remembered_for_every_directory(
+    grace, gpt2, edits_file, tmp_path, monkeypatch
+):
+    path, out = edits_file(FRANCE), tmp_path / "out"
+    monkeypatch.chdir(gpt2.parent)
+    done = grace("edit", "--model", gpt2.name, "--layer", LAYER, "--edits", path, "--out", out)
+    assert done.exit_code == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert "edit 0 answers" in grace("explain", "--codebook", out, FRANCE[0]).stdout

@@ -61,7 +61,7 @@ def test_json_writes_what_is_not_finite_as_null(capsys):
 
 
 def test_what_libraries_print_and_warn_stays_off_stdout(
-    grace, gpt2, edits_file, tmp_path, monkeypatch
+    grace, gpt2, edits_file, tmp_path, monkeypatch, recwarn
 ):
     honest = GraceEditor.edit
 
@@ -77,6 +77,7 @@ def test_what_libraries_print_and_warn_stays_off_stdout(
     )  # fmt: skip
     assert json.loads(done.stdout)["accepted"] == 1
     assert done.stderr == "library noise\n"
+    assert "library warning" not in [str(warning.message) for warning in recwarn]
 
 
 def test_the_core_imports_without_the_extras_and_the_command_says_what_is_missing():
