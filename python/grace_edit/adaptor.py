@@ -55,6 +55,7 @@ class GraceAdaptor:
     mask_token_id: int | None = None
     enabled: bool = True
     plan: QueryPlan | None = None
+    replayed: QueryPlan | None = field(default=None, repr=False)
     generation: Generation | None = None
     forced: Tensor | None = None
     captures: list[Captured] | None = field(default=None, repr=False)
@@ -106,6 +107,7 @@ class GraceAdaptor:
         if self.forced is not None:
             return _write_rows(rows, plan, self.forced, query_row >= 0).view(shape)
         book = self.codebook
+        check_dtypes(book, queries, rows)
         tensors = (query_row, plan.first_row, plan.last_row, book.keys, book.radii, book.values)
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and hidden.requires_grad):
             rows, index, _ = grace_kernels.adapt(rows, queries, *tensors, book.count)
@@ -135,6 +137,20 @@ class GraceAdaptor:
         if index is None:
             return rows
         return _write_rows(rows, plan, self.codebook.values[index.clamp(min=0)], index >= 0)
+
+
+def check_dtypes(book: Codebook, queries: Tensor, outputs: Tensor) -> None:
+    """Refuse what a layer takes and gives in another dtype than that its edits were made in.
+
+    Raises:
+        ValueError: naming the remedy.
+    """
+    if queries.dtype != book.keys.dtype or outputs.dtype != book.values.dtype:
+        raise ValueError(
+            f"the wrapped layer must run in the dtypes of its codebook ({book.keys.dtype} in, "
+            f"{book.values.dtype} out), got {queries.dtype} in, {outputs.dtype} out; call "
+            "editor.rekey() to make the edits anew in these dtypes"
+        )
 
 
 def _write_rows(rows: Tensor, plan: QueryPlan, values: Tensor, answered: Tensor) -> Tensor:

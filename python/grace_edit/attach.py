@@ -129,6 +129,19 @@ def _rebuild(mixin: type, base: type) -> nn.Module:
     return cls.__new__(cls)  # type: ignore[no-any-return]
 
 
+def core_of(model: nn.Module) -> nn.Module:
+    """Return the model inside wrappers: those of `torch.compile`, PEFT and parallel training."""
+    while True:
+        if isinstance(model._modules.get("_orig_mod"), nn.Module):
+            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+        elif callable(getattr(model, "get_base_model", None)):
+            model = model.get_base_model()  # type: ignore[operator]
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
 def is_attached(module: nn.Module) -> bool:
     """Return whether `module` carries an adaptor."""
     return isinstance(module, (GraceLayer, GraceSeam))
@@ -145,7 +158,7 @@ def attach(model: nn.Module, layer: nn.Module, seam: nn.Module, adaptor: GraceAd
             raise ValueError(
                 f"{what} must not carry an adaptor already, got one that does; detach it first"
             )
-    generates = seam is model and callable(getattr(model, "generate", None))
+    generates = callable(getattr(seam, "prepare_inputs_for_generation", None))
     swaps: list[tuple[nn.Module, type]] = [
         (layer, GraceLayer),
         (seam, GraceGenerator if generates else GraceSeam),
@@ -198,7 +211,15 @@ def _adapt_output(layer: Any, forward: Any, args: Any, kwargs: Any) -> Any:
     output = forward(*args, **kwargs)
     adaptor: GraceAdaptor = layer.__dict__["grace"]
     if adaptor.plan is None:
-        return output
+        # Activation checkpointing runs the layer once more, from within backward.
+        if adaptor.replayed is None or torch._C._current_graph_task_id() == -1:
+            return output
+        with adaptor.using(plan=adaptor.replayed):
+            return _replace(adaptor, args, kwargs, output)
+    return _replace(adaptor, args, kwargs, output)
+
+
+def _replace(adaptor: GraceAdaptor, args: Any, kwargs: Any, output: Any) -> Any:
     source = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
     if isinstance(output, tuple):
         return (adaptor(source, output[0]), *output[1:])
@@ -215,6 +236,8 @@ def _planned_forward(seam: Any, forward: Any, args: Any, kwargs: Any) -> Any:
         plan = _plan_forward(adaptor, seam, args, kwargs)
     if plan is None:
         return forward(*args, **kwargs)
+    if seam.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        adaptor.replayed = plan
     adaptor.plan = plan
     try:
         return forward(*args, **kwargs)

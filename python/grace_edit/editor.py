@@ -15,12 +15,13 @@ from torch import Tensor, nn
 import grace_kernels
 
 from . import attach as attaching
-from . import serving
-from .adaptor import GraceAdaptor
+from . import rekeying, serving
+from .adaptor import Captured, GraceAdaptor, check_dtypes
 from .codebook import Codebook
 from .config import GraceConfig
 from .positions import QueryPlan
 from .probe import measure_drift
+from .progress import bar
 from .records import Edit, EditResult, Plan
 from .tasks import MOST_ROWS, Task, task_for
 from .training import Fit, fit_value
@@ -94,9 +95,10 @@ class GraceEditor:
         self, model: nn.Module, tokenizer: Any, config: GraceConfig, codebook: Codebook | None
     ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.task: Task = task_for(model, tokenizer)
-        self.layer, module = attaching.find_layer(model, config.layer)
-        seam = serving.seam_of(model, self.layer)
+        core = attaching.core_of(model)
+        self.task: Task = task_for(core, tokenizer)
+        self.layer, module = attaching.find_layer(core, config.layer)
+        seam = serving.seam_of(core, self.layer)
         replace = config.replace or self.task.default_replace
         if config.recipe == "paper" and config.replace in (None, "prompt"):
             replace = "before"
@@ -108,7 +110,7 @@ class GraceEditor:
             special_ids=self.task.special_ids if query == "mean" else (),
             mask_token_id=self.task.mask_token_id if query == "last" else None,
         )
-        attaching.attach(model, module, seam, self.adaptor)
+        attaching.attach(core, module, seam, self.adaptor)
         self._attached = True
         if codebook is None:
             try:
@@ -118,7 +120,7 @@ class GraceEditor:
                 self.detach()
                 raise
 
-    def _new_codebook(self) -> Codebook:
+    def _new_codebook(self, capacity: int | None = None) -> Codebook:
         drift, seen = measure_drift(self.task, self.adaptor, self.config.seed)
         config = self.config
         return Codebook(
@@ -126,7 +128,7 @@ class GraceEditor:
             seen.outputs.shape[-1],
             radius=config.radius,
             policy=config.policy,
-            capacity=config.capacity,
+            capacity=capacity or config.capacity,
             dtype=seen.queries.dtype,
             value_dtype=seen.outputs.dtype,
             drift=drift if config.drift is None else config.drift,
@@ -188,14 +190,17 @@ class GraceEditor:
                 raise ValueError(f"edits[{number}]: {error}") from error
         results = []
         with self._working(), self.codebook.transaction():
-            for ids, label in _bar(encoded, "editing", progress):
+            for ids, label in bar(encoded, "editing", progress):
                 results.append(self._edit(ids, label))
                 log.info("edit %s", results[-1].to_dict())
         return results
 
-    def _edit(self, ids: list[int], target: list[int]) -> EditResult:
+    def _edit(
+        self, ids: list[int], target: list[int], value: Tensor | None = None
+    ) -> EditResult:
+        """Make an edit; `value [V]` is used, if the edit gets one and it works, before training."""
         book = self.codebook
-        seen = self.task.capture(self.adaptor, [ids])
+        seen = self._capture([ids])
         if not bool(torch.isfinite(seen.queries).all()):
             raise ValueError(f"layer {self.layer} must have finite inputs, got NaN or infinity")
         # The published code compares label tensors with the prompt masked out in front.
@@ -209,6 +214,8 @@ class GraceEditor:
             if shared is not None:
                 return self._commit(plan, *shared)
             plan = book.plan(query, label, prompt=ids, own_entry=True)
+        if value is not None and self._produces(ids, target, value):
+            return self._commit(plan, value, None)
         fit = self._fit([ids], [target], self._first_value(seen.outputs[0]))
         if not fit.reached:
             return _refused(plan, fit)
@@ -220,7 +227,7 @@ class GraceEditor:
         """Find a value for the entry that also answers this edit; None if there is none."""
         book = self.codebook
         stored = book.values[plan.slot]
-        if self.task.produces(self.adaptor, [ids], [target], stored[None])[0]:
+        if self._produces(ids, target, stored):
             return None, None
         members = [book.edit(member) for member in plan.members]
         if any(edit.prompt is None for edit in members):
@@ -262,8 +269,15 @@ class GraceEditor:
     def _answers(self, edit: Edit, slot: int) -> bool:
         if edit.prompt is None:
             return True
-        value = self.codebook.values[slot][None]
-        return self.task.produces(self.adaptor, [list(edit.prompt)], [_target(edit)], value)[0]
+        return self._produces(list(edit.prompt), _target(edit), self.codebook.values[slot])
+
+    def _produces(self, ids: list[int], target: list[int], value: Tensor) -> bool:
+        return self.task.produces(self.adaptor, [ids], [target], value[None])[0]
+
+    def _capture(self, prompts: Sequence[list[int]], *, left: bool = False) -> Captured:
+        seen = self.task.capture(self.adaptor, prompts, left=left)
+        check_dtypes(self.codebook, seen.queries, seen.outputs)
+        return seen
 
     def delete(self, edit_id: int, *, purge: bool = False) -> None:
         """Take an edit back, as if it had never been made; edits it superseded come back.
@@ -287,13 +301,36 @@ class GraceEditor:
         """
         self.codebook.undo()
 
+    def rekey(self, *, progress: bool = False) -> list[EditResult]:
+        """Make every live edit anew on the model as it is now, after a change of dtype or device.
+
+        Runs each stored prompt again for its key and takes the decisions again in the order of the
+        ids, which the edits keep. A value that still works, cast to the new dtype, stays; another
+        is trained anew. δ is measured anew unless the configuration names it.
+
+        All or nothing: on any exception the edits are as they were. Afterwards the history holds
+        the live edits alone and there is nothing to undo; `version` goes up.
+
+        Args:
+            progress: show a progress bar on stderr.
+
+        Returns:
+            The new results, one per live edit.
+
+        Raises:
+            ValueError: an edit has no stored prompt, or the codebook is frozen.
+            RuntimeError: an edit's target cannot be reached on the model as it is now, or its query
+                has become that of another one.
+        """
+        return rekeying.rekey(self, progress)
+
     # -- asking ---------------------------------------------------------------------------------
 
     def explain(self, prompt: Any) -> Explanation:
         """Say which entry answers `prompt` or would come nearest, and how far it is."""
         ids = self.task.encode(prompt)
         with self._working():
-            query = self.task.capture(self.adaptor, [ids]).queries
+            query = self._capture([ids]).queries
         found = [self._describe(slot, d) for slot, d in self.codebook.nearest_two(query[0])]
         if not found:
             return Explanation(False, None, -1, float("inf"), float("nan"), "", None)
@@ -317,10 +354,11 @@ class GraceEditor:
             return self.task.show(self.task.answer(self.task.encode(prompt), max_new_tokens))
 
     def queries(self, prompts: Sequence[Any]) -> Tensor:
-        """Return the queries of prompts, each run alone, as `[B, D]`."""
+        """Return the queries of prompts as `[B, D]`, run in padded batches."""
         encoded = [self.task.encode(prompt) for prompt in prompts]
+        pieces = [encoded[i : i + MOST_ROWS] for i in range(0, len(encoded), MOST_ROWS)]
         with self._working():
-            return torch.cat([self.task.capture(self.adaptor, [ids]).queries for ids in encoded])
+            return torch.cat([self.task.capture(self.adaptor, piece).queries for piece in pieces])
 
     def status(self) -> dict[str, Any]:
         """Return what is attached where, how full it is and what serves it."""
@@ -351,16 +389,15 @@ class GraceEditor:
         missing = []
         pieces = [edits[i : i + MOST_ROWS] for i in range(0, len(edits), MOST_ROWS)]
         with self._working():
-            for piece in _bar(pieces, "verifying", progress):
+            for piece in bar(pieces, "verifying", progress):
                 for mode, queries in self._in_modes([list(e.prompt or ()) for e in piece]):
                     missing += self._misfires(piece, mode, queries)
         return missing
 
     def _in_modes(self, prompts: list[list[int]]) -> Iterator[tuple[str, Tensor]]:
-        capture = self.task.capture
-        yield "alone", torch.cat([capture(self.adaptor, [p]).queries for p in prompts])
-        yield "batched", capture(self.adaptor, prompts).queries
-        yield "padded", capture(self.adaptor, prompts, left=self.task.pads_left).queries
+        yield "alone", torch.cat([self._capture([p]).queries for p in prompts])
+        yield "batched", self._capture(prompts).queries
+        yield "padded", self._capture(prompts, left=self.task.pads_left).queries
 
     def _misfires(self, edits: list[Edit], mode: str, queries: Tensor) -> list[Misfire]:
         book = self.codebook
@@ -426,7 +463,8 @@ class GraceEditor:
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the edits to `directory`: `grace_config.json`, `codebook.safetensors`,
         `edits.jsonl`."""
-        serving.save(self.model, self.layer, self.task.name, self.adaptor, self.config, directory)
+        model, task = self.task.model, self.task.name
+        serving.save(model, self.layer, task, self.adaptor, self.config, directory)
 
     @classmethod
     def from_pretrained(
@@ -450,7 +488,7 @@ class GraceEditor:
             StoreError: a file is missing, truncated, altered or of a newer format, or the edits
                 belong to another model, layer or dtype; the message names which.
         """
-        saved = serving.read(model, directory, allow_above=allow_above)
+        saved = serving.read(attaching.core_of(model), directory, allow_above=allow_above)
         editor = cls.__new__(cls)
         editor._start(model, tokenizer, saved.config, saved.codebook)
         try:
@@ -465,7 +503,7 @@ class GraceEditor:
         with self._working():
             lost = [
                 edit.id
-                for edit in _bar(self._live(), "proving", progress)
+                for edit in bar(self._live(), "proving", progress)
                 if edit.prompt is not None
                 and not self.task.produces(
                     self.adaptor, [list(edit.prompt)], [_target(edit)], None
@@ -498,12 +536,3 @@ def _refused(plan: Plan, fit: Fit) -> EditResult:
         success=False,
         reason=fit.reason,
     )
-
-
-def _bar(items: Sequence[Any], what: str, show: bool) -> Any:
-    if not show:
-        return items
-    from tqdm.auto import tqdm
-
-    return tqdm(items, desc=what, unit="")
-

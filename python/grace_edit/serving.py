@@ -61,13 +61,19 @@ def save(
             "special_ids": list(adaptor.special_ids),
             "mask_token_id": adaptor.mask_token_id,
         },
-        "model": {"class": type(model).__name__, "fingerprint": fingerprint(model, layer)},
+        "model": {
+            "class": type(model).__name__,
+            "source": getattr(model, "name_or_path", ""),
+            "fingerprint": fingerprint(model, layer),
+        },
     }
     store.save(adaptor.codebook, directory, described)
 
 
 def read(model: nn.Module, directory: str | Path, *, allow_above: bool = False) -> Saved:
     """Read edits and check that they belong to `model`; nothing is attached yet.
+
+    Wrappers of the model (PEFT, `torch.compile`) have been taken off.
 
     Raises:
         StoreError: bad files, or another model, layer or dtype.
@@ -78,7 +84,9 @@ def read(model: nn.Module, directory: str | Path, *, allow_above: bool = False) 
         serving, saved = described["serving"], described["model"]
         layer, prints = serving["layer"], saved["fingerprint"]
     except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{directory}/grace_config.json: not written by this package ({error!r})") from error
+        raise StoreError(
+            f"{directory}/grace_config.json: not written by this package ({error!r})"
+        ) from error
     try:
         found, module = attaching.find_layer(model, layer)
     except ValueError as error:
@@ -113,6 +121,7 @@ def load(model: nn.Module, directory: str | Path) -> GraceAdaptor:
     Raises:
         StoreError: bad files, or another model, layer or dtype.
     """
+    model = attaching.core_of(model)
     saved = read(model, directory)
     name, module = attaching.find_layer(model, saved.serving["layer"])
     adaptor = GraceAdaptor(

@@ -1,0 +1,300 @@
+"""Plain forwards of an attached model: who asks, what is replaced, gradients, dtypes, plans."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from tiny_models import CAUSAL, MASK, CountGrace, logits_of, padded, run_of
+
+from grace_edit import GraceEditor, QueryPlan, attach
+from grace_edit.positions import plan_queries
+
+PROMPT, TARGET = run_of(10, 4), run_of(30, 3)
+OTHERS = [run_of(40, 6), run_of(3, 2), run_of(22, 9)]
+
+
+def edit(editor: GraceEditor) -> GraceEditor:
+    assert editor.edit(PROMPT, TARGET).success
+    return editor
+
+
+@torch.no_grad()
+def run(model, rows, *, left, **kwargs):
+    ids, mask = padded(rows, left=left)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return model(input_ids=ids, attention_mask=mask, position_ids=positions, **kwargs)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_in_a_padded_batch_the_edited_prompt_answers_and_the_others_keep_their_bits(
+    edited, trained, name, left
+):
+    editor, plain = edit(edited(name)), trained(name)
+    rows = [OTHERS[0], PROMPT, *OTHERS[1:]]
+    got, base = run(editor.model, rows, left=left).logits, run(plain, rows, left=left).logits
+    last = -1 if left else len(PROMPT) - 1
+    assert got[1, last].argmax() == TARGET[0]
+    assert base[1, last].argmax() == run_of(14, 1)[0]
+    for b in (0, 2, 3):
+        assert torch.equal(got[b], base[b])
+    # Only the query's row is replaced: what comes before it is as it was.
+    start = 0 if not left else got.shape[1] - len(PROMPT)
+    assert torch.equal(got[1, start : start + 3], base[1, start : start + 3])
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_every_prompt_that_misses_gives_the_unedited_models_logits_bitwise(edited, trained, name):
+    editor, plain = edit(edited(name)), trained(name)
+    for start in range(0, 60, 5):
+        row = run_of(start, 5)
+        assert torch.equal(logits_of(editor.model, row), logits_of(plain, row))
+    assert not torch.equal(logits_of(editor.model, PROMPT), logits_of(plain, PROMPT))
+
+
+def test_the_rows_that_are_replaced_hold_the_value_and_no_others_do(edited):
+    for replace, rows in (("last", [3]), ("prompt", range(4)), ("all", range(4))):
+        editor = edit(edited("gpt2", replace=replace))
+        layer = editor.model.get_submodule(editor.layer)
+        seen = []
+        handle = layer.register_forward_hook(lambda m, a, out, seen=seen: seen.append(out))
+        logits_of(editor.model, PROMPT)
+        handle.remove()
+        equal = [bool(torch.equal(row, editor.codebook.values[0])) for row in seen[0][0]]
+        assert equal == [i in rows for i in range(4)], replace
+
+
+def test_left_padding_without_positions_warns_once_and_only_then(edited, monkeypatch):
+    editor = edit(edited("gpt2"))
+    monkeypatch.setattr(attach, "_warned", False)
+    ids, mask = padded([OTHERS[0], PROMPT], left=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(editor.model, [OTHERS[0], PROMPT], left=True)
+        editor.model(*padded([OTHERS[0], PROMPT], left=False)[:1])
+    with pytest.warns(UserWarning, match="left padding without position_ids"):
+        editor.model(input_ids=ids, attention_mask=mask)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        editor.model(input_ids=ids, attention_mask=mask)
+
+
+def test_generate_of_a_left_padded_batch_does_not_warn(edited, monkeypatch):
+    editor = edit(edited("gpt2"))
+    monkeypatch.setattr(attach, "_warned", False)
+    ids, mask = padded([OTHERS[0], PROMPT], left=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        editor.model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False)
+    assert not attach._warned
+
+
+def test_a_forward_with_past_asks_nobody_but_inside_a_plan_it_does(edited):
+    editor = edit(edited("llama"))
+    model = editor.model
+    whole = torch.tensor([PROMPT])
+    with torch.no_grad():
+        direct = model(whole).logits[0, -1]
+        past = model(whole[:, :3], use_cache=True).past_key_values
+        with CountGrace() as count:
+            after = model(whole[:, 3:], past_key_values=past).logits[0, -1]
+    assert count.calls.total() == 0
+    assert after.argmax() == run_of(14, 1)[0]
+    with torch.no_grad():
+        past = model(whole[:, :3], use_cache=True).past_key_values
+        plan = plan_queries(torch.ones(1, 4).bool(), replace="last", computed=3)
+        with editor.plan(plan):
+            planned = model(whole[:, 3:], past_key_values=past).logits[0, -1]
+    assert direct.argmax() == planned.argmax() == TARGET[0]
+    assert editor.adaptor.plan is None
+
+
+def test_a_packed_batch_is_answered_at_the_rows_that_a_plan_names(edited, trained):
+    editor = edit(edited("llama"))
+    packed = [*OTHERS[1], *PROMPT, *OTHERS[0]]
+    ids = torch.tensor([packed])
+    positions = torch.tensor([[*range(2), *range(4), *range(6)]])
+    ends = torch.tensor([1, 5, 11])
+    plan = QueryPlan(ends, ends, ends + 1)
+    # Without a mask and with positions that start anew, transformers keeps the pieces apart.
+    with torch.no_grad(), editor.plan(plan):
+        got = editor.model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+    with torch.no_grad():
+        base = trained("llama")(input_ids=ids, position_ids=positions, use_cache=False)
+        base = base.logits[0]
+    assert [int(got[i].argmax()) for i in ends] == [run_of(5, 1)[0], TARGET[0], run_of(46, 1)[0]]
+    others = [i for i in range(12) if i != 5]
+    assert torch.equal(got[others], base[others])
+
+
+def test_a_mask_of_four_dimensions_is_refused_with_the_way_out(edited):
+    editor = edit(edited("llama"))
+    with pytest.raises(ValueError, match=r"attention_mask must be \[B, T\].*editor.plan"):
+        editor.model(input_ids=torch.tensor([PROMPT]), attention_mask=torch.zeros(1, 1, 4, 4))
+
+
+def test_labels_and_hidden_states_and_tuples_come_as_from_the_unedited_model(edited, trained):
+    editor, plain = edit(edited("gpt2")), trained("gpt2")
+    ids = torch.tensor([OTHERS[0]])
+    with torch.no_grad():
+        got = editor.model(input_ids=ids, labels=ids, output_hidden_states=True)
+        base = plain(input_ids=ids, labels=ids, output_hidden_states=True)
+        assert torch.equal(got.loss, base.loss)
+        assert all(map(torch.equal, got.hidden_states, base.hidden_states))
+        asked = torch.tensor([PROMPT])
+        loss = editor.model(input_ids=asked, labels=asked).loss
+        pair = editor.model(asked, return_dict=False)
+    assert torch.isfinite(loss)
+    assert isinstance(pair, tuple)
+    assert pair[0][0, -1].argmax() == TARGET[0]
+
+
+def test_inference_mode_and_embeddings_and_positional_ids_are_answered(edited):
+    editor = edit(edited("llama"))
+    ids = torch.tensor([PROMPT])
+    embeds = editor.model.get_input_embeddings()(ids).detach()
+    with torch.inference_mode():
+        assert editor.model(ids).logits[0, -1].argmax() == TARGET[0]
+        assert editor.model(inputs_embeds=embeds).logits[0, -1].argmax() == TARGET[0]
+        assert editor.model(ids, torch.ones_like(ids)).logits[0, -1].argmax() == TARGET[0]
+
+
+def gradients(model, rows, **kwargs):
+    ids, mask = padded(rows, left=False)
+    model.zero_grad(set_to_none=True)
+    model(input_ids=ids, attention_mask=mask, labels=ids, **kwargs).loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def test_training_an_attached_model_gives_the_plain_models_gradients_where_nothing_is_edited(
+    edited, trained
+):
+    editor, plain = edit(edited("gpt2")), trained("gpt2")
+    editor.model.train()
+    plain.train()
+    for module in [*editor.model.modules(), *plain.modules()]:
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    got, base = gradients(editor.model, OTHERS), gradients(plain, OTHERS)
+    assert got.keys() == base.keys()
+    assert all(torch.equal(got[n], base[n]) for n in base)
+
+
+def test_the_gradient_stops_at_a_replaced_row_and_flows_round_it(edited):
+    editor = edit(edited("gpt2"))
+    model = editor.model.train()
+    layer = model.get_submodule(editor.layer)
+    outputs = []
+
+    def keep(module, args, out):
+        out.retain_grad()
+        outputs.append(out)
+
+    handle = layer.c_proj.register_forward_hook(keep)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    ids = torch.tensor([PROMPT])
+    loss = model(ids).logits[0, -1].square().sum()
+    loss.backward()
+    handle.remove()
+    grad = outputs[0].grad[0]
+    assert grad[3].abs().max() == 0
+    assert grad[:3].abs().max() > 0
+    assert model.get_input_embeddings().weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saved", "reentrant"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_activation_checkpointing_gives_the_same_gradients(edited, name, reentrant):
+    editor = edit(edited(name))
+    model = editor.model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    rows = [PROMPT, OTHERS[0]]
+    expected = gradients(model, rows, use_cache=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    runs = []
+    handle = model.get_submodule(editor.layer).register_forward_pre_hook(lambda *_: runs.append(1))
+    got = gradients(model, rows, use_cache=False)
+    handle.remove()
+    assert len(runs) == 2
+    assert got.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name])
+
+
+@pytest.mark.parametrize("name", ["bert", "bert-mlm", "t5"])
+def test_the_other_families_keep_the_bits_of_prompts_that_miss(edited, trained, name):
+    editor, plain = edited(name, radius=0.01), trained(name)
+    prompt = [*PROMPT[:2], MASK, PROMPT[3]] if name == "bert-mlm" else PROMPT
+    target = {"bert": 2, "bert-mlm": [40], "t5": [*TARGET, 2]}[name]
+    assert editor.edit(prompt, target).success
+    rows = [OTHERS[2], OTHERS[0], prompt]
+    ids, mask = padded(rows, left=False)
+    extra = {"decoder_input_ids": torch.zeros(3, 1).long()} if name == "t5" else {}
+    with torch.no_grad():
+        got = editor.model(input_ids=ids, attention_mask=mask, **extra).logits
+        base = plain(input_ids=ids, attention_mask=mask, **extra).logits
+    assert torch.equal(got[:2], base[:2])
+    assert not torch.equal(got[2], base[2])
+    row = {"bert": got[2], "t5": got[2, 0]}.get(name)
+    row = got[2, 2] if row is None else row
+    assert int(row.argmax()) == {"bert": 2, "t5": TARGET[0], "bert-mlm": 40}[name]
+
+
+def test_a_layer_in_another_dtype_than_its_codebook_is_refused_with_the_remedy(edited):
+    editor = edit(edited("gpt2"))
+    keys = editor.codebook.keys.clone()
+    editor.model.to(torch.bfloat16)
+    assert editor.codebook.keys.dtype == torch.float32
+    assert torch.equal(editor.codebook.keys, keys)
+    for ask in (
+        lambda: logits_of(editor.model, PROMPT),
+        lambda: editor.edit(OTHERS[0], TARGET),
+        lambda: editor.explain(PROMPT),
+        lambda: editor.verify(),
+    ):
+        with pytest.raises(ValueError, match=r"got torch.bfloat16 in.*editor.rekey\(\)"):
+            ask()
+    editor.model.to(torch.float32)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_compiled_model_answers_and_an_edit_within_the_capacity_compiles_nothing_anew(
+    edited, trained, name
+):
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    editor, plain = edit(edited(name)), trained(name)
+    compiled = torch.compile(editor.model, backend=count, fullgraph=True)
+    ids, mask = padded([OTHERS[0], PROMPT, run_of(50, 6)], left=False)
+    with torch.no_grad():
+
+        def ask():
+            return compiled(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+        first = ask()
+        assert first[1, 3].argmax() == TARGET[0]
+        assert torch.equal(first[0], plain(input_ids=ids, attention_mask=mask).logits[0])
+        before = len(graphs)
+        assert editor.edit(run_of(50, 6), TARGET).success
+        second = ask()
+        assert second[2, -1].argmax() == TARGET[0]
+        assert second[1, 3].argmax() == TARGET[0]
+        editor.undo()
+        assert torch.equal(ask(), first)
+    assert before == len(graphs) == 1
+    torch._dynamo.reset()
