@@ -384,10 +384,15 @@ def _fill_records(book: Codebook, content: bytes, tensors: dict[str, Tensor]) ->
             book._holes[slot] = None
         numbers.append(-1 if entry is None else book._label_number(entry.label))
     book._label_ids[: book._row_count] = torch.tensor(numbers, dtype=torch.int64)
-    for edit in book._edits.values():
-        entry = None if edit is None or not edit.live else book._entry(edit.slot)
-        if edit is not None and edit.live and (entry is None or edit.id not in entry.members):
-            raise ValueError(f"edit {edit.id} is no member of row {edit.slot}")
+    if book._query_count != len(tensors["queries"]):
+        raise ValueError(f"{len(tensors['queries'])} queries for {book._query_count} edits")
+    # Rows and edits without a record of their own are as imported: row i answers for edit i.
+    members = {(m, slot) for slot, entry in book._entries.items() if entry for m in entry.members}
+    live = {(e.id, e.slot) for e in book._edits.values() if e and e.live}
+    members |= {(i, slot) for i, slot in live if i == slot in imported and i not in book._entries}
+    live |= {(i, i) for i in book._entries if i in imported and i not in book._edits}
+    if members != live:
+        raise ValueError("the members of the rows are not the live edits")
 
 
 def _fill_edit(book: Codebook, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:

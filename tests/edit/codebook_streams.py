@@ -6,9 +6,8 @@ import random
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from grace_edit.codebook import Codebook
+from torch import Tensor
 
 VALUE_DIM = 2
 

@@ -8,10 +8,9 @@ import math
 import pytest
 import torch
 from codebook_streams import Stream, bits, state
-from torch import Tensor
-
 from grace_edit.codebook import Codebook
 from grace_edit.records import CapacityError
+from torch import Tensor
 
 
 def vec(*numbers: float) -> Tensor:
@@ -361,9 +360,7 @@ def test_many_rows_are_imported_without_a_record_each() -> None:
         pytest.param({"value_dtype": torch.int64}, "value_dtype must be", id="int values"),
     ],
 )
-def test_a_setting_out_of_its_range_is_refused(
-    arguments: dict[str, object], message: str
-) -> None:
+def test_a_setting_out_of_its_range_is_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Codebook(2, 2, **arguments)  # type: ignore[arg-type]
 
@@ -430,10 +427,8 @@ def test_results_become_plain_json() -> None:
     book = Codebook(2, 2)
     result = book.insert(vec(0, 0), [1], value(1))
     fields = result.to_dict()
-    assert list(fields) == (
-        "id case slot neighbour distance radius_before radius_after loss_start loss_end steps "
-        "fragile success reason"
-    ).split()
+    names = "id case slot neighbour distance radius_before radius_after loss_start loss_end steps"
+    assert " ".join(fields) == f"{names} fragile success reason"
     assert fields["distance"] is None  # there was no neighbour
     assert fields["case"] == "add"
 

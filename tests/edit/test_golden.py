@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
-
 from grace_edit.codebook import Codebook
+from safetensors import safe_open
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = ("add", "split", "expand", "absorb")

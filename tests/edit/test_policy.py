@@ -7,7 +7,6 @@ import random
 
 import pytest
 import torch
-
 from grace_edit.policy import add_up, decide, decide_paper, fp32, label_key, own_radius
 from grace_edit.records import Decision
 
