@@ -99,30 +99,38 @@ def ties_within_rounding(
 
 
 def order_shows(dtype: torch.dtype, batch: int, dim: int) -> tuple[Tensor, Tensor]:
-    """Return queries `[batch, dim]` and one key of zeros whose s depends on the order of the sum.
+    """Return queries `[batch, dim]` and one key of zeros whose distance depends on the sum's order.
 
-    One square is 1 (times a scale), one 2^-24, which leaves the sum half way between two float32,
-    and a few 2^-54: whether they are lost one by one or first add up to something that tips the
-    balance depends on where they stand.
+    In units of 2^16, two squares make up s = 1.01.., one of 2^-24 leaves the sum half way between
+    two float32 (chosen so that their roots differ), and a few are 2^-54: whether these are lost one
+    by one or first add up to something that tips the balance depends on where they stand.
     """
     generator = torch.Generator().manual_seed(dim)
-    query = torch.where(torch.rand(batch, dim, generator=generator) < 6 / dim, 2.0**-17, 0.0)
+    query = torch.where(torch.rand(batch, dim, generator=generator) < 6 / dim, 2.0**-19, 0.0)
     for row in query:
-        one, half = torch.randperm(dim, generator=generator)[:2].tolist()
-        row[one], row[half] = 2.0**10, 2.0**-2
+        where = torch.randperm(dim, generator=generator)[:3]
+        row[where] = torch.tensor([180.0, 184.0, 2.0**-4])
     return query.to(dtype), torch.zeros(1, dim, dtype=dtype)
 
 
 def fusion_shows(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return a query and a key `[1, 300]` for which a fused multiply-add gives another s.
+    """Return queries and a key `[B, 600]` for which a fused multiply-add gives another distance.
 
-    In lane 0 (scaled by 2^20): 6 * 2^-56, then 3 * 2^-26, then (1 + 2^-27)^2 = 1 + 2^-26 + 2^-54,
-    whose last term is lost unless fused, and with which the sum passes the middle of two float32.
+    One lane, in units of 2^20, adds 6 * 2^-56, 3 * 2^-26, r = (20 / 64)^2 and last
+    (1 + 2^-27)^2 = 1 + 2^-26 + 2^-54. Its last term is lost, unless fused: then the sum passes the
+    middle of two float32 whose roots differ. The queries differ in the lane.
     """
-    query, key = torch.zeros(1, 300), torch.zeros(1, 300)
-    query[0, :6] = 2.0**-18
-    query[0, 256:259] = 2.0**-3
-    query[0, 259], key[0, 259] = 2.0**10, -(2.0**-17)
+    lanes = (0, 1, 5, 10)  # the last but one and the last chunk of 256, the latter incomplete
+    starts = [256 + 8 * lane for lane in lanes] + [512 + 8 * lane for lane in lanes]
+    query, key = torch.zeros(len(starts), 600), torch.zeros(1, 600)
+    for row, start in zip(query, starts, strict=True):
+        row[start % 256 : start % 256 + 6] = 2.0**-18
+        row[start : start + 3] = 2.0**-3
+        row[start + 3], row[start + 4] = 320.0, 2.0**10
+        key[0, start + 4] = -(2.0**-17)
+    for row, start in zip(query, starts, strict=True):
+        others = [s + 4 for s in starts if s != start]
+        row[others] = key[0, others]
     return query.to(dtype), key.to(dtype)
 
 
