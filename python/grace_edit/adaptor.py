@@ -93,9 +93,14 @@ class GraceAdaptor:
             return hidden
         shape = hidden.shape
         rows = hidden.reshape(-1, shape[-1])
+        queries = source.reshape(-1, source.shape[-1])
+        if plan.rows is not None and not len(queries) == len(rows) == plan.rows:
+            raise ValueError(
+                f"layer must take and give one row per token ({plan.rows} here), got "
+                f"{list(source.shape)} in and {list(shape)} out"
+            )
         if plan.latched:
             return self._write_kept(rows, plan).view(shape)
-        queries = source.reshape(-1, source.shape[-1])
         query_row = plan.query_row
         if plan.pool is not None:
             queries = pooled_mean(queries.view(*plan.pool.shape, -1), plan.pool)

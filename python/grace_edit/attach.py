@@ -105,6 +105,7 @@ def _swapped(mixin: type, base: type) -> type:
     # shows in print(model).
     name = f"Grace{base.__name__}" if mixin is GraceLayer else base.__name__
     members: dict[str, Any] = {"grace_base": base, "__module__": base.__module__}
+    members["grace_arguments"] = tuple(inspect.signature(base.forward).parameters)[1:]  # type: ignore[attr-defined]
     for method in ("forward", "generate", "prepare_inputs_for_generation"):
         if hasattr(mixin, method):
             members[method] = _with_signature(getattr(mixin, method), getattr(base, method))
@@ -221,9 +222,14 @@ def _adapt_output(layer: Any, forward: Any, args: Any, kwargs: Any) -> Any:
 
 def _replace(adaptor: GraceAdaptor, args: Any, kwargs: Any, output: Any) -> Any:
     source = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
-    if isinstance(output, tuple):
-        return (adaptor(source, output[0]), *output[1:])
-    return adaptor(source, output)
+    hidden = output[0] if isinstance(output, tuple) else output
+    if not isinstance(source, Tensor) or not isinstance(hidden, Tensor):
+        raise ValueError(
+            "layer must take a tensor and return one, or a tuple that begins with one, got "
+            f"{type(source).__name__} in and {type(hidden).__name__} out"
+        )
+    adapted = adaptor(source, hidden)
+    return (adapted, *output[1:]) if isinstance(output, tuple) else adapted
 
 
 def _planned_forward(seam: Any, forward: Any, args: Any, kwargs: Any) -> Any:
@@ -245,15 +251,10 @@ def _planned_forward(seam: Any, forward: Any, args: Any, kwargs: Any) -> Any:
         adaptor.plan = None
 
 
-@functools.cache
-def _parameter_names(forward: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(forward).parameters)[1:]
-
-
 def _arguments(seam: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     if not args:
         return kwargs  # type: ignore[no-any-return]
-    return {**dict(zip(_parameter_names(type(seam).grace_base.forward), args)), **kwargs}
+    return {**dict(zip(type(seam).grace_arguments, args)), **kwargs}
 
 
 def _plan_forward(adaptor: GraceAdaptor, seam: Any, args: Any, kwargs: Any) -> QueryPlan | None:

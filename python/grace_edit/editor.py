@@ -99,6 +99,12 @@ class GraceEditor:
         self.task: Task = task_for(core, tokenizer)
         self.layer, module = attaching.find_layer(core, config.layer)
         seam = serving.seam_of(core, self.layer)
+        head = getattr(core, "get_output_embeddings", lambda: None)()
+        if module is head:
+            raise ValueError(
+                f"layer must be inside the model, got its output projection {self.layer!r}, to "
+                "which generate gives the last token only"
+            )
         replace = config.replace or self.task.default_replace
         if config.recipe == "paper" and config.replace in (None, "prompt"):
             replace = "before"

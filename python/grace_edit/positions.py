@@ -26,6 +26,7 @@ class QueryPlan:
             and `query_row` only says (by its sign) whether b asks.
         latch: keep the answers for the later forwards of this generation.
         latched: do not look anything up, write the answers that were kept.
+        rows: how many rows the layer must see, one per token; None: not checked.
     """
 
     query_row: Tensor
@@ -34,6 +35,7 @@ class QueryPlan:
     pool: Tensor | None = None
     latch: bool = False
     latched: bool = False
+    rows: int | None = None
 
 
 def last_column(mask: Tensor) -> Tensor:
@@ -99,6 +101,7 @@ def plan_queries(
         query_row=torch.where(asks, start + query, none),
         first_row=torch.where(asks, start + first, 0),
         last_row=torch.where(asks, start + torch.maximum(last, first), 0),
+        rows=batch * scheduled,
     )
     if pool_mask is not None:
         marked = in_prompt & pool_mask
