@@ -76,6 +76,10 @@ class Task:
         ids = text.tolist() if isinstance(text, Tensor) else text
         if not isinstance(ids, (list, tuple)) or not all(type(i) is int for i in ids):
             raise ValueError(f"{name} must be a string or a list of token ids, got {text!r}")
+        size = getattr(self.config, "vocab_size", None)
+        for i in ids:
+            if i < 0 or (size is not None and i >= size):
+                raise ValueError(f"{name} must hold token ids below {size}, got {i}")
         return list(ids)
 
     def _special(self, name: str) -> int | None:

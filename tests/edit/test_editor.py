@@ -1,0 +1,510 @@
+"""The editor on real models: every case of an edit, refusals, asking, taking back."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+
+import pytest
+import torch
+from tiny_models import book_of, generated, logits_of, run_of, same, state_of
+
+from grace_edit import CapacityError, GraceConfig, GraceEditor, UndoError
+from grace_edit import editor as editor_module
+from grace_edit.training import Fit
+
+# B ends like A but is shorter, so that its query is near; C is far from both.
+A, B, C = run_of(10, 5), run_of(11, 4), run_of(40, 6)
+X, Y = run_of(30, 3), run_of(50, 3)
+
+
+@pytest.fixture
+def near(edited) -> float:
+    """Return the distance between the queries of A and B."""
+    editor = edited("gpt2")
+    queries = editor.queries([A, B, C])
+    apart = torch.cdist(queries.double(), queries.double())
+    assert 0 < apart[0, 1] < apart[0, 2] / 2
+    return float(apart[0, 1])
+
+
+def answer(editor, prompt, length=3):
+    return generated(editor.model, [prompt], length)[0]
+
+
+def test_a_first_edit_adds_an_entry_with_the_initial_radius(edited):
+    editor = edited("gpt2", radius=0.25)
+    result = editor.edit(A, X)
+    assert (result.id, result.case, result.slot, result.neighbour) == (0, "add", 0, -1)
+    assert result.distance == math.inf
+    assert result.success
+    assert result.loss_end < result.loss_start
+    assert result.steps > 0
+    assert editor.codebook.radii[0] == 0.25
+    assert torch.equal(editor.codebook.keys[0], editor.queries([A])[0])
+    assert answer(editor, A) == X
+
+
+def test_a_far_edit_adds_another_entry(edited):
+    editor = edited("gpt2")
+    assert editor.edit(A, X).success
+    assert editor.edit(C, X).case == "add"
+    assert answer(editor, A) == answer(editor, C) == X
+    assert editor.status()["entries"] == 2
+
+
+def test_a_query_within_the_radius_takes_the_edit_and_one_outside_does_not(edited, near):
+    editor = edited("gpt2", radius=near * 1.01)
+    assert editor.edit(A, X).success
+    assert editor.explain(B).hit
+    assert answer(editor, B) == X
+    smaller = edited("gpt2", radius=near * 0.99)
+    assert smaller.edit(A, X).success
+    assert not smaller.explain(B).hit
+    assert answer(smaller, B) == run_of(15, 3)
+
+
+def test_an_edit_with_the_same_label_that_is_covered_is_absorbed(edited, near):
+    editor = edited("gpt2", radius=near * 1.5)
+    assert editor.edit(A, X).success
+    result = editor.edit(B, X)
+    assert (result.case, result.slot, result.steps) == ("absorb", 0, 0)
+    assert editor.codebook.entries == 1
+    assert editor.codebook.members(0) == (0, 1)
+    assert answer(editor, A) == answer(editor, B) == X
+
+
+def test_an_edit_with_the_same_label_that_is_near_expands_the_entry_by_the_drift(edited, near):
+    editor = edited("gpt2", radius=near * 0.7)
+    assert editor.edit(A, X).success
+    result = editor.edit(B, X)
+    assert result.case == "expand"
+    assert result.radius_before == pytest.approx(near * 0.7)
+    assert result.radius_after >= result.distance + editor.codebook.drift
+    assert result.radius_after == pytest.approx(near, rel=1e-4)
+    assert editor.codebook.entries == 1
+    assert answer(editor, A) == answer(editor, B) == X
+    assert editor.verify() == []
+
+
+def test_an_edit_with_another_label_that_is_near_splits_the_ball(edited, near):
+    editor = edited("gpt2", radius=near * 1.5)
+    assert editor.edit(A, X).success
+    result = editor.edit(B, Y)
+    assert (result.case, result.neighbour, result.slot) == ("split", 0, 1)
+    assert result.distance == pytest.approx(near)
+    assert editor.codebook.radii[:2].tolist() == pytest.approx([near / 2] * 2)
+    assert (answer(editor, A), answer(editor, B)) == (X, Y)
+
+
+def test_an_edit_of_the_same_prompt_updates_it_and_supersedes_the_earlier_one(edited):
+    editor = edited("gpt2")
+    first = editor.edit(A, X)
+    result = editor.edit(A, Y)
+    assert (result.case, result.slot, result.distance) == ("update", first.slot, 0.0)
+    assert answer(editor, A) == Y
+    assert editor.codebook.ids == [1]
+    assert editor.codebook.edit(0).state == "superseded"
+    again = editor.edit(A, Y)
+    assert again.case == "absorb"
+    assert editor.codebook.ids == [2]
+
+
+def test_a_value_that_does_not_serve_a_new_member_is_trained_on_all_of_them(edited):
+    # A value that barely works for the first prompt.
+    editor = edited("gpt2", radius=100.0, margin=0.0, lr=0.02)
+    assert editor.edit(A, X).success
+    before = editor.codebook.values[0].clone()
+    prompts = [A]
+    retrained = 0
+    for prompt in (C, run_of(3, 2), run_of(22, 9), run_of(55, 4)):
+        result = editor.edit(prompt, X)
+        assert (result.case, result.slot) == ("absorb", 0)
+        retrained += result.steps > 0
+        prompts.append(prompt)
+        assert [answer(editor, p) for p in prompts] == [X] * len(prompts)
+    assert retrained
+    assert not torch.equal(editor.codebook.values[0], before)
+
+
+def test_a_member_that_no_shared_value_serves_gets_an_entry_of_its_own(edited, monkeypatch):
+    editor = edited("gpt2", radius=100.0)
+    fit_value, produces = editor_module.fit_value, editor.task.produces
+
+    def never_together(task, adaptor, prompts, labels, start, *args, **kwargs):
+        if len(prompts) > 1:
+            return Fit(start, False, 1.0, 1.0, 3, "never")
+        return fit_value(task, adaptor, prompts, labels, start, *args, **kwargs)
+
+    assert editor.edit(A, X).success
+    value = editor.codebook.values[0].clone()
+    monkeypatch.setattr(editor_module, "fit_value", never_together)
+    editor.task.produces = lambda adaptor, prompts, labels, values: (
+        [False] if torch.equal(values[0], value) else produces(adaptor, prompts, labels, values)
+    )
+    result = editor.edit(C, X)
+    editor.task.produces = produces
+    assert (result.case, result.slot, result.success) == ("add", 1, True)
+    assert torch.equal(editor.codebook.values[0], value)
+    assert answer(editor, A) == answer(editor, C) == X
+
+
+def test_a_target_that_is_not_reached_is_refused_with_a_reason_and_changes_nothing(edited):
+    editor = edited("gpt2")
+    assert editor.edit(C, X).success
+    editor.config = GraceConfig(layer=editor.config.layer, max_steps=1, lr=1e-4)
+    before, version = book_of(editor.codebook), editor.codebook.version
+    result = editor.edit(A, X)
+    assert not result.success
+    assert result.id is None
+    assert result.slot is None
+    assert (result.case, result.steps) == ("add", 1)
+    assert "target not produced after 1 steps" in result.reason
+    assert same(book_of(editor.codebook), before)
+    assert editor.codebook.version == version
+    assert answer(editor, A) == run_of(15, 3)
+
+
+def test_prompts_and_targets_that_make_no_sense_are_named(edited):
+    editor = edited("gpt2")
+    for prompt, target, message in (
+        ([], X, "prompt must have at least one token"),
+        (A, [], "target must have at least one token"),
+        ("text", X, "prompt must be a list of token ids when the editor has no tokenizer"),
+        (A, "text", "target must be a list of token ids"),
+        ([1.5], X, "prompt must be a string or a list of token ids"),
+        (A, [True], "target must be a string or a list of token ids"),
+        (None, X, "prompt must be a string"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            editor.edit(prompt, target)
+    with pytest.raises(ValueError, match=r"edits\[1\]: target must have at least one token"):
+        editor.edit_batch([(A, X), (B, [])])
+    assert editor.codebook.entries == 0
+
+
+def test_token_ids_beyond_the_vocabulary_are_refused_by_name(edited):
+    editor = edited("gpt2")
+    with pytest.raises(ValueError, match="prompt must hold token ids below 64, got 64"):
+        editor.edit([*A, 64], X)
+    with pytest.raises(ValueError, match="target must hold token ids below 64, got -1"):
+        editor.edit(A, [-1])
+
+
+def test_a_tensor_of_ids_is_as_good_as_a_list(edited):
+    editor = edited("gpt2")
+    assert editor.edit(torch.tensor(A), torch.tensor(X)).success
+    assert answer(editor, A) == X
+
+
+def test_a_batch_of_edits_decides_as_one_by_one_to_the_bit(edited, near):
+    edits = [(A, X), (B, X), (C, Y), (A, Y), (B, Y), (run_of(3, 2), X)]
+    one, all_at_once = edited("gpt2", radius=near * 0.8), edited("gpt2", radius=near * 0.8)
+    singles = [one.edit(*pair) for pair in edits]
+    batch = all_at_once.edit_batch(edits)
+    assert batch == singles
+    assert same(book_of(all_at_once.codebook), book_of(one.codebook))
+    assert torch.equal(logits_of(one.model, A), logits_of(all_at_once.model, A))
+
+
+def test_a_batch_is_one_step_of_undo(edited):
+    editor = edited("gpt2")
+    assert editor.edit(A, X).success
+    before = book_of(editor.codebook)
+    editor.edit_batch([(B, Y), (C, X)])
+    assert editor.codebook.edits == 3
+    editor.undo()
+    assert same(book_of(editor.codebook), before)
+    assert answer(editor, A) == X
+    editor.undo()
+    with pytest.raises(UndoError):
+        editor.undo()
+
+
+def test_a_refused_edit_does_not_stop_a_batch(edited, monkeypatch):
+    editor = edited("gpt2")
+    fit_value = editor_module.fit_value
+    monkeypatch.setattr(
+        editor_module,
+        "fit_value",
+        lambda *args, **kwargs: (
+            Fit(args[4], False, 1.0, 1.0, 9, "never")
+            if args[2] == [B]
+            else fit_value(*args, **kwargs)
+        ),
+    )
+    results = editor.edit_batch([(A, X), (B, Y), (C, X)])
+    assert [r.success for r in results] == [True, False, True]
+    assert [r.id for r in results] == [0, None, 1]
+    assert answer(editor, C) == X
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()])
+def test_a_batch_that_breaks_takes_all_of_its_edits_back(edited, monkeypatch, error):
+    editor = edited("gpt2")
+    assert editor.edit(A, X).success
+    model, before = state_of(editor.model), book_of(editor.codebook)
+    fit_value, calls = editor_module.fit_value, []
+
+    def third_breaks(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise error
+        return fit_value(*args, **kwargs)
+
+    monkeypatch.setattr(editor_module, "fit_value", third_breaks)
+    with pytest.raises(type(error)):
+        editor.edit_batch([(C, X), (run_of(3, 2), Y), (run_of(22, 9), X), (B, Y)])
+    assert same(book_of(editor.codebook), before)
+    assert same(state_of(editor.model), model)
+    assert answer(editor, A) == X
+    editor.undo()
+    assert editor.codebook.entries == 0
+
+
+POINTS = ["capture", "training", "second-step", "verification", "commit", "repair", "after"]
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("broken"), KeyboardInterrupt()], ids=["error", "Ctrl-C"]
+)
+@pytest.mark.parametrize("point", POINTS)
+def test_whatever_breaks_an_edit_leaves_model_and_codebook_as_they_were(
+    edited, monkeypatch, near, point, error
+):
+    editor = edited("gpt2", radius=near * 1.5)
+    model = editor.model
+    assert editor.edit(A, X).success
+    model.transformer.h[0].train()
+    model.transformer.h[2].mlp.dropout.train()
+    model.requires_grad_(False)
+    model.transformer.wte.weight.requires_grad_(True)
+    model.transformer.wpe.weight.grad = torch.ones_like(model.transformer.wpe.weight)
+    state, book = state_of(model), book_of(editor.codebook)
+    version, adaptor = editor.codebook.version, dict(vars(editor.adaptor))
+
+    def breaking(owner, name, on_call=1):
+        inner, calls = getattr(owner, name), []
+
+        def wrapped(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == on_call:
+                raise error
+            return inner(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    task, codebook = editor.task, editor.codebook
+    owner, name, on_call = {
+        "capture": (editor.adaptor, "_capture", 1),
+        "training": (task, "target_logits", 1),
+        "second-step": (task, "target_logits", 2),
+        "verification": (task, "produces", 1),
+        "commit": (codebook, "_apply", 1),
+        "repair": (codebook, "_repair", 1),
+        "after": (codebook, "_prune_pool", 1),
+    }[point]
+    breaking(owner, name, on_call)
+    with pytest.raises(type(error)):
+        editor.edit(B, Y)
+    monkeypatch.undo()
+    assert same(state_of(model), state)
+    assert same(book_of(codebook), book)
+    assert codebook.version == version
+    assert same(dict(vars(editor.adaptor)), adaptor)
+    codebook.check()
+    model.eval()
+    assert answer(editor, A) == X
+    assert editor.edit(B, Y).success
+
+
+def test_an_edit_touches_no_parameter_no_gradient_and_no_mode(edited):
+    editor = edited("llama")
+    editor.model.train()
+    editor.model.model.layers[0].eval()
+    before = state_of(editor.model)
+    assert editor.edit(A, X).success
+    editor.explain(A)
+    editor.verify()
+    editor.answer(A)
+    assert same(state_of(editor.model), before)
+
+
+def test_explain_tells_the_entry_its_distance_and_the_runner_up(edited, near):
+    editor = edited("gpt2", radius=near * 0.4)
+    empty = editor.explain(A)
+    assert (empty.hit, empty.edit_id, empty.slot, empty.runner_up) == (False, None, -1, None)
+    assert editor.edit(C, Y).success
+    assert editor.edit(A, X).success
+    found = editor.explain(A)
+    assert (found.hit, found.edit_id, found.slot, found.distance) == (True, 1, 1, 0.0)
+    assert found.label == str(X)
+    assert found.runner_up["edit_id"] == 0
+    assert found.runner_up["label"] == str(Y)
+    missed = editor.explain(B)
+    assert (missed.hit, missed.edit_id) == (False, 1)
+    assert missed.distance == pytest.approx(near)
+    assert missed.radius == pytest.approx(near * 0.4)
+    assert json.loads(json.dumps(missed.to_dict()))["edit_id"] == 1
+
+
+def test_status_counts_and_says_what_serves(edited):
+    editor = edited("gpt2", capacity=7)
+    assert editor.edit(A, X).success
+    status = editor.status()
+    assert status["layer"] == "transformer.h.1.mlp"
+    assert (status["entries"], status["edits"], status["capacity"]) == (1, 1, 7)
+    assert (status["query"], status["replace"]) == ("last", "last")
+    assert (status["attached"], status["fragile"], status["shadowed"]) == (True, [], [])
+    assert status["drift"] == editor.codebook.drift > 0
+    assert status["version"] == editor.codebook.version > 0
+
+
+def test_verify_finds_nothing_in_a_sound_codebook_and_an_entry_that_was_shrunk_by_hand(edited):
+    editor = edited("gpt2")
+    for start, length in ((10, 5), (40, 6), (3, 2), (22, 9)):
+        assert editor.edit(run_of(start, length), X).success
+    assert editor.verify() == []
+    editor.codebook.radii[2] = -1.0
+    found = editor.verify()
+    assert {(m.edit_id, m.mode) for m in found} == {
+        (2, "alone"),
+        (2, "batched"),
+        (2, "padded"),
+    }
+    assert {m.radius for m in found} == {-1.0}
+    assert found[0].distance == 0.0
+
+
+def test_verify_looks_at_more_edits_than_go_into_one_forward(edited, monkeypatch):
+    monkeypatch.setattr(editor_module, "MOST_ROWS", 2)
+    editor = edited("gpt2")
+    for start in (0, 10, 20, 30, 40):
+        assert editor.edit(run_of(start, 4), [40]).success
+    assert editor.verify() == []
+    editor.codebook.radii[4] = -1.0
+    assert {m.edit_id for m in editor.verify()} == {4}
+
+
+def test_undo_brings_the_answer_before_back_and_delete_the_one_it_superseded(edited):
+    editor = edited("gpt2")
+    first = editor.edit(A, X)
+    second = editor.edit(A, Y)
+    assert answer(editor, A) == Y
+    editor.delete(second.id)
+    assert answer(editor, A) == X
+    editor.undo()
+    assert answer(editor, A) == Y
+    editor.delete(second.id)
+    editor.delete(first.id)
+    assert answer(editor, A) == run_of(15, 3)
+    assert editor.codebook.entries == 0
+    with pytest.raises(KeyError):
+        editor.delete(first.id)
+
+
+def test_a_purged_edit_is_gone_from_the_history_and_cannot_be_undone(edited):
+    editor = edited("gpt2")
+    result = editor.edit(A, X)
+    editor.delete(result.id, purge=True)
+    assert editor.codebook.history == []
+    assert answer(editor, A) == run_of(15, 3)
+    with pytest.raises(UndoError):
+        editor.undo()
+
+
+def test_a_frozen_full_codebook_refuses_to_grow_and_an_open_one_grows(edited):
+    editor = edited("gpt2", capacity=1)
+    assert editor.edit(A, X).success
+    editor.frozen = True
+    assert editor.frozen
+    before, version = book_of(editor.codebook), editor.codebook.version
+    with pytest.raises(CapacityError):
+        editor.edit(C, X)
+    assert same(book_of(editor.codebook), before)
+    assert editor.codebook.version == version
+    editor.frozen = False
+    assert editor.edit(C, X).success
+    assert editor.codebook.capacity == 2
+    assert answer(editor, A) == answer(editor, C) == X
+
+
+def test_merging_is_refused_with_the_reason(edited):
+    with pytest.raises(TypeError, match="cannot be merged into weights"):
+        edited("gpt2").merge_and_unload()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("layer", ""),
+        ("layer", None),
+        ("radius", 0.0),
+        ("radius", math.inf),
+        ("radius", math.nan),
+        ("policy", "best"),
+        ("recipe", "fast"),
+        ("replace", "first"),
+        ("query", "max"),
+        ("init", "hot"),
+        ("lr", -1.0),
+        ("margin", -0.1),
+        ("max_steps", 0),
+        ("max_steps", 1.5),
+        ("capacity", 0),
+        ("drift", -1.0),
+        ("max_radius", math.nan),
+    ],
+)
+def test_a_bad_setting_is_named(field, value):
+    with pytest.raises(ValueError, match=rf"^{field} must be"):
+        GraceConfig(**{"layer": "h.1.mlp", field: value})
+
+
+def test_every_decision_is_logged(edited, caplog):
+    editor = edited("gpt2")
+    with caplog.at_level(logging.INFO, logger="grace_edit"):
+        editor.edit(A, X)
+        editor.edit_batch([(B, Y), (C, X)])
+    assert len([r for r in caplog.records if "'case'" in r.getMessage()]) == 3
+
+
+def test_a_fragile_edit_says_so(edited, near):
+    editor = edited("gpt2", drift=near, radius=near * 2)
+    assert editor.edit(A, X).fragile is False
+    result = editor.edit(B, Y)
+    assert result.case == "split"
+    assert result.fragile
+    assert editor.status()["fragile"] == [1]
+
+
+def test_no_live_edit_of_a_conflicting_stream_ever_loses_its_answer(edited):
+    editor = edited("gpt2", radius=20.0)
+    wanted = {}
+    for n in range(60):
+        prompt = run_of((n * 7) % 60, 1 + n % 3)
+        target = [(X, Y, run_of(20, 2))[n % 3], run_of(5, 1)][n % 4 == 3]
+        result = editor.edit(prompt, target)
+        assert result.success, result.reason
+        wanted[tuple(prompt)] = target
+        if n % 6 == 5 or n < 6:
+            rows = [list(p) for p in wanted]
+            got = generated(editor.model, rows, 3)
+            lost = [p for p, g in zip(wanted, got, strict=True) if g[: len(wanted[p])] != wanted[p]]
+            assert not lost, (n, lost)
+    cases = {e.result.case for e in editor.codebook.history}
+    assert {"split", "expand", "add"} <= cases
+    assert editor.verify() == []
+    editor.codebook.check()
+
+
+@pytest.mark.parametrize("policy", ["default", "paper"])
+def test_the_published_recipe_edits_too(edited, policy):
+    editor = edited("gpt2", policy=policy, recipe="paper")
+    assert editor.status()["replace"] == "before"
+    result = editor.edit(A, X)
+    assert result.steps in (0, 100)
+    if result.success:
+        assert answer(editor, A) == X
+    assert editor.edit(A, X).case in ("absorb", "add")
