@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from grace_edit import GraceConfig, GraceEditor
 from tiny_models import LAYERS, train
 from torch import nn
-
-from grace_edit import GraceConfig, GraceEditor
 
 
 @pytest.fixture(scope="session", autouse=True)

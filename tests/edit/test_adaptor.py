@@ -6,10 +6,9 @@ import warnings
 
 import pytest
 import torch
-from tiny_models import CAUSAL, MASK, CountGrace, logits_of, padded, run_of
-
 from grace_edit import GraceEditor, QueryPlan, attach
 from grace_edit.positions import plan_queries
+from tiny_models import CAUSAL, MASK, CountGrace, logits_of, padded, run_of
 
 PROMPT, TARGET = run_of(10, 4), run_of(30, 3)
 OTHERS = [run_of(40, 6), run_of(3, 2), run_of(22, 9)]

@@ -7,14 +7,13 @@ import functools
 import io
 import pickle
 
+import grace_edit
 import pytest
 import torch
-from tiny_models import CAUSAL, LAYERS, generated, logits_of, run_of, same, state_of
-from torch import nn
-
-import grace_edit
 from grace_edit import GraceConfig, GraceEditor
 from grace_edit.attach import find_layer, shadowed
+from tiny_models import CAUSAL, LAYERS, generated, logits_of, run_of, same, state_of
+from torch import nn
 
 PROMPT, TARGET = run_of(10, 4), run_of(30, 3)
 OTHER = run_of(40, 6)

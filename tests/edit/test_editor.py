@@ -8,11 +8,10 @@ import math
 
 import pytest
 import torch
-from tiny_models import book_of, generated, logits_of, run_of, same, state_of
-
-from grace_edit import CapacityError, GraceConfig, GraceEditor, UndoError
+from grace_edit import CapacityError, GraceConfig, UndoError
 from grace_edit import editor as editor_module
 from grace_edit.training import Fit
+from tiny_models import book_of, generated, logits_of, run_of, same, state_of
 
 # B ends like A but is shorter, so that its query is near; C is far from both.
 A, B, C = run_of(10, 5), run_of(11, 4), run_of(40, 6)
@@ -113,7 +112,7 @@ def test_an_edit_of_the_same_prompt_updates_it_and_supersedes_the_earlier_one(ed
 
 def test_a_value_that_does_not_serve_a_new_member_is_trained_on_all_of_them(edited):
     # A value that barely works for the first prompt.
-    editor = edited("gpt2", radius=100.0, margin=0.0, lr=0.02)
+    editor = edited("gpt2", radius=100.0, margin=0.0, lr=0.05, max_steps=300)
     assert editor.edit(A, X).success
     before = editor.codebook.values[0].clone()
     prompts = [A]

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from grace_edit import GraceConfig, GraceEditor
 from tiny_models import (
     CAUSAL,
     EOS,
@@ -16,8 +17,6 @@ from tiny_models import (
     run_of,
     watching,
 )
-
-from grace_edit import GraceConfig, GraceEditor
 
 PROMPT, TARGET = run_of(10, 4), run_of(30, 3)
 OTHERS = [run_of(40, 6), run_of(3, 2), run_of(22, 9)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from grace_edit import positions
 from grace_edit.positions import plan_latched, plan_queries, pooled_mean
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import LAYERS, run_of, same, state_of
-
 from grace_edit import GraceConfig, GraceEditor
 from grace_edit.training import fit_value
+from tiny_models import LAYERS, run_of, same, state_of
 
 PROMPT, TARGET = run_of(10, 4), run_of(30, 3)
 
