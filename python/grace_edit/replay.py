@@ -59,15 +59,27 @@ def _replay(book: Codebook) -> None:
     layout = _clear(book)
     for edit in history:
         book._put("_edits", edit.id, replace(edit, state="live", slot=-1, superseded_by=None))
+    rows = book._row_count
+    _cut(book)  # a lookup need not pass rows that are still to be filled
     for edit in history:
         _again(book, book._edit(edit.id))
+    for slot in range(book._row_count, rows):
+        book._put("_holes", slot, None)
+    book._set_number("_row_count", max(rows, book._row_count))
     _settle(book, layout)
-    for hole in sorted(book._holes, reverse=True):
+    for hole in book._holes:
         book._write("keys", hole, torch.zeros_like(book.keys[hole]))
         book._write("values", hole, torch.zeros_like(book.values[hole]))
-        if hole == book._row_count - 1:
-            book._put("_holes", hole)
-            book._set_number("_row_count", hole)
+    _cut(book)
+
+
+def _cut(book: Codebook) -> None:
+    """Let the rows in use end with a live one."""
+    for hole in sorted(book._holes, reverse=True):
+        if hole != book._row_count - 1:
+            break
+        book._put("_holes", hole)
+        book._set_number("_row_count", hole)
 
 
 class _Tied(Exception):

@@ -92,10 +92,12 @@ def test_an_edit_with_a_query_equal_to_the_bit_supersedes_the_earlier_one() -> N
     book.insert(vec(0.5, 0), [1], value(1))
     same_label = book.insert(vec(0.5, 0), [1], value(1))  # was a member, not a key
     assert (same_label.case, book.ids) == ("absorb", [0, 2])
+    book.insert(vec(0.5, -0.0), [1], value(1))
+    assert book.ids == [0, 3]
     zero = book.insert(vec(-0.0, 0), [1], value(9))  # at distance 0 from the key
-    assert (zero.case, book.ids) == ("absorb", [2, 3])
-    assert bits(book.query_of(3)) == bits(vec(0, 0))
-    assert book.members(0) == (2, 3)
+    assert (zero.case, book.ids) == ("absorb", [3, 4])
+    assert bits(book.query_of(4)) == bits(vec(0, 0))
+    assert book.members(0) == (3, 4)
     book.check()
 
 
@@ -438,3 +440,23 @@ def test_a_small_or_contested_entry_is_reported_fragile() -> None:
     assert not book.insert(vec(0, 0), [1], value(1)).fragile
     assert not book.insert(vec(0.5, 0), [2], value(2)).fragile
     assert book.insert(vec(0, 0.3), [3], value(3)).fragile
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_codebook_on_a_gpu_decides_and_restores_as_on_a_cpu() -> None:
+    here, there = Codebook(3, 2, capacity=4), Codebook(3, 2, capacity=4, device="cuda")
+    stream = Stream(13)
+    for number in range(120):
+        query, label, new, prompt = stream.next()
+        assert there.insert(query.cuda(), label, new.cuda(), prompt) == here.insert(
+            query, label, new, prompt
+        )
+        if number % 20 == 19:
+            there.delete(there.ids[number // 3])
+            here.delete(here.ids[number // 3])
+        assert state(there) == state(here)
+    there.check()
+    there.undo()
+    here.undo()
+    assert state(there.to("cpu")) == state(here)
+    there.check()

@@ -59,6 +59,17 @@ def test_deleting_equals_feeding_the_remaining_edits_to_a_new_codebook(
             book.check()
 
 
+def test_an_exact_tie_falls_as_in_a_new_codebook_although_rows_were_used_before() -> None:
+    book = Codebook(2, 2)
+    for point, label in ((vec(0, 0), 0), (vec(-1, 0), 0), (vec(0, -0.5), 0), (vec(1, -1), 1)):
+        book.insert(point, [label], value(label))
+    assert [book.edit(id).slot for id in (1, 3)] == [2, 1]
+    book.delete(0)  # edit 2 is now as far from the entry of edit 1 as from that of edit 3
+    fresh, names = fed_anew(book)
+    assert entries(book) == entries(fresh, names)
+    book.check()
+
+
 def test_deleting_every_edit_in_any_order_leaves_nothing() -> None:
     book, stream = Codebook(3, 2), Stream(7)
     for _ in range(40):

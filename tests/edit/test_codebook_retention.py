@@ -78,7 +78,7 @@ def test_without_repair_the_same_stream_would_lose_many(monkeypatch: pytest.Monk
 
 def test_repair_goes_in_order_of_id_until_nothing_changes() -> None:
     """Repair as the rule reads, edit by edit over and over, gives the same codebook."""
-    stream = Stream(4, dim=2, spread=1.0, labels=3)
+    stream = Stream(6, dim=2, spread=1.0, labels=3)  # here the order makes a difference
     fast, slow = Codebook(2, 2), Literal(2, 2)
     for _ in range(200):
         edit = stream.next()
@@ -106,6 +106,10 @@ class Literal(Codebook):
                 changed = True
         return False
 
+    def _drawn_to(self, slot):  # type: ignore[no-untyped-def]
+        super()._drawn_to(slot)
+        return []  # the passes find them
+
 
 def test_a_moved_edit_stays_where_its_model_agrees_and_else_keeps_its_value() -> None:
     for agrees in (True, False):
@@ -126,6 +130,33 @@ def test_a_moved_edit_stays_where_its_model_agrees_and_else_keeps_its_value() ->
         assert torch.equal(book.values[slot], value(2) if agrees else value(1))
         assert book.entries == (2 if agrees else 3)
         book.check()
+
+
+def test_a_tie_with_a_new_entry_in_a_lower_row_is_noticed() -> None:
+    book = Codebook(2, 2)
+    book.insert(vec(10, 10), [9], value(9))
+    book.insert(vec(-1, 0), [1], value(1))
+    book.insert(vec(0, 0), [1], value(1))
+    book.delete(0)
+    assert book.insert(vec(1, 0), [2], value(2)).slot == 0  # as far from edit 2 as its entry is
+    assert book.labels[book.edit(2).slot] == (1,)
+    assert book.entries == 3
+    book.check()
+
+
+def test_a_value_that_is_known_to_answer_an_edit_is_not_tried_again() -> None:
+    book = Codebook(2, 2)
+
+    def answers(edit: Edit, slot: int) -> bool:
+        raise AssertionError("the value is known to answer")
+
+    for point in (vec(0, 0), vec(1.0, 0), vec(1.2, 0)):
+        plan = book.plan(point, [1])
+        book.commit(plan, value(1) if plan.slot < 0 else None, answers=answers)
+    # Uncovers edits 1 and 2; the entry that edit 1 gets has the value that answered both.
+    assert book.commit(book.plan(vec(0, -1.2), [2]), value(2), answers=answers).case == "split"
+    assert [book.members(slot) for slot in range(3)] == [(0,), (3,), (1, 2)]
+    book.check()
 
 
 def test_a_value_trained_for_all_members_replaces_the_old_one() -> None:
