@@ -102,7 +102,7 @@ def test_calls_from_several_python_threads_do_not_disturb_each_other(isa: str) -
 
     def ask(worker: int) -> bool:
         right = True
-        for _ in range(6):
+        for _ in range(6 if len(problems[worker][1]) > 100 else 60):
             index, distance = grace_kernels.lookup(*problems[worker], backend="cpu")
             right &= torch.equal(index, expected[worker][0])
             right &= same_bits(distance, expected[worker][1])
