@@ -8,7 +8,7 @@ Peers, all in float32 and with the same number of threads:
 * faiss: IndexFlatL2, k = 1.
 * cdist: torch.cdist(keys, queries).min(0), the published code's way.
 
-`nearest` reads every key to its end, or nearly so, on such data. `lookup` may stop within a key once
+On such data `nearest` reads nearly every key to its end. `lookup` may stop within a key once
 that is farther than the largest radius (here a third of the typical distance between two keys),
 which a peer has no way to know.
 
