@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,6 +34,22 @@ class Generation:
     index: Tensor | None = None
 
 
+class _Running(threading.local):
+    """What a thread is doing with the layer: several may serve at once, while one edits."""
+
+    plan: QueryPlan | None = None
+    generation: Generation | None = None
+    forced: Tensor | None = None
+    captures: list[Captured] | None = None
+
+
+def _of_running(name: str) -> Any:
+    return property(
+        lambda self: getattr(self.running, name),
+        lambda self, value: setattr(self.running, name, value),
+    )
+
+
 @dataclass(eq=False)
 class GraceAdaptor:
     """Look the queries of a forward up and replace rows of the layer's output.
@@ -54,11 +71,20 @@ class GraceAdaptor:
     special_ids: tuple[int, ...] = ()
     mask_token_id: int | None = None
     enabled: bool = True
-    plan: QueryPlan | None = None
+    # Not per thread: a GPU's backward runs in a thread of its own.
     replayed: QueryPlan | None = field(default=None, repr=False)
-    generation: Generation | None = None
-    forced: Tensor | None = None
-    captures: list[Captured] | None = field(default=None, repr=False)
+    running: _Running = field(default_factory=_Running, repr=False)
+
+    plan = _of_running("plan")
+    generation = _of_running("generation")
+    forced = _of_running("forced")
+    captures = _of_running("captures")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: item for name, item in vars(self).items() if name != "running"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, running=_Running())
 
     def move(self, device: torch.device) -> None:
         """Move the codebook to `device`; its dtype never changes with the model's."""

@@ -126,17 +126,18 @@ def _with_signature(function: Any, like: Any) -> Any:
 
 def _rebuild(mixin: type, base: type) -> nn.Module:
     # Unpickling and deepcopy: the swapped class exists only in the process that made it.
-    cls = _swapped(mixin, base)
-    return cls.__new__(cls)  # type: ignore[no-any-return]
+    cls: Any = _swapped(mixin, base)
+    module: nn.Module = cls.__new__(cls)
+    return module
 
 
 def core_of(model: nn.Module) -> nn.Module:
     """Return the model inside wrappers: those of `torch.compile`, PEFT and parallel training."""
     while True:
         if isinstance(model._modules.get("_orig_mod"), nn.Module):
-            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+            model = model._modules["_orig_mod"]
         elif callable(getattr(model, "get_base_model", None)):
-            model = model.get_base_model()  # type: ignore[operator]
+            model = model.get_base_model()
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         else:
@@ -171,7 +172,8 @@ def attach(model: nn.Module, layer: nn.Module, seam: nn.Module, adaptor: GraceAd
             # accelerate and others set forward on the instance, where it would shadow the class.
             wrap = _adapt_output if mixin is GraceLayer else _planned_forward
             module.__dict__["forward"] = _InstanceForward(wrap, module, own)
-        module.__class__ = _swapped(mixin, type(module))
+        base: Any = type(module)
+        module.__class__ = _swapped(mixin, base)
 
 
 def detach(model: nn.Module) -> None:
@@ -179,7 +181,7 @@ def detach(model: nn.Module) -> None:
     for module in model.modules():
         if not is_attached(module):
             continue
-        module.__class__ = type(module).grace_base  # type: ignore[attr-defined]
+        module.__class__ = type(module).grace_base
         del module.__dict__["grace"]
         own = module.__dict__.get("forward")
         if isinstance(own, _InstanceForward):
@@ -253,8 +255,8 @@ def _planned_forward(seam: Any, forward: Any, args: Any, kwargs: Any) -> Any:
 
 def _arguments(seam: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     if not args:
-        return kwargs  # type: ignore[no-any-return]
-    return {**dict(zip(type(seam).grace_arguments, args)), **kwargs}
+        return kwargs
+    return {**dict(zip(type(seam).grace_arguments, args, strict=False)), **kwargs}
 
 
 def _plan_forward(adaptor: GraceAdaptor, seam: Any, args: Any, kwargs: Any) -> QueryPlan | None:
@@ -265,6 +267,11 @@ def _plan_forward(adaptor: GraceAdaptor, seam: Any, args: Any, kwargs: Any) -> Q
     if tokens is None or _cached(given.get("past_key_values")):
         return None
     mask = given.get("attention_mask")
+    if given.get("cu_seq_lens_q") is not None:
+        raise ValueError(
+            "cu_seq_lens_q must be None for an edited model, got a packed batch; name the rows "
+            "yourself with editor.plan(QueryPlan(...))"
+        )
     if mask is None:
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     elif mask.ndim != 2:

@@ -411,7 +411,7 @@ class GraceEditor:
         near, distance = grace_kernels.nearest(queries, book.keys, book.radii, book.count)
         return [
             Misfire(edit.id, mode, float(d), float(book.radii[n]))
-            for edit, i, n, d in zip(edits, index.tolist(), near.tolist(), distance.tolist())
+            for edit, i, n, d in zip(edits, index.tolist(), near.tolist(), distance.tolist(), strict=True)
             if i < 0 or book.edit_of_slot(i).label != edit.label
         ]
 

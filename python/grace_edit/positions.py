@@ -40,8 +40,9 @@ class QueryPlan:
 
 def last_column(mask: Tensor) -> Tensor:
     """Return the last True column of each row of `mask [B, L]` as `[B]` int64, −1 where none."""
-    columns = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    return (mask * columns).amax(dim=1) - 1 if mask.shape[1] else mask.new_zeros(len(mask)).long() - 1
+    # With a column of zeros in front the largest marked number is there for every mask.
+    columns = torch.arange(mask.shape[1] + 1, device=mask.device)
+    return (torch.nn.functional.pad(mask, (1, 0)) * columns).amax(dim=1) - 1
 
 
 def first_column(mask: Tensor) -> Tensor:

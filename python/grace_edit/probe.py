@@ -36,7 +36,7 @@ def measure_drift(task: Task, adaptor: GraceAdaptor, seed: int) -> tuple[float, 
     drift = 0.0
     for left in {False, task.pads_left}:
         batch = task.capture(adaptor, probes, left=left)
-        for one, padded in zip(alone, batch.queries):
+        for one, padded in zip(alone, batch.queries, strict=True):
             radii = torch.zeros(1, device=padded.device)
             _, distance = grace_kernels.nearest(one.queries, padded[None], radii)
             drift = max(drift, float(distance))

@@ -35,7 +35,7 @@ def seam_of(model: nn.Module, layer: str) -> nn.Module:
     """
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return model
-    encoder: nn.Module = model.get_encoder()  # type: ignore[operator]
+    encoder: nn.Module = model.get_encoder()
     prefix = next(name for name, module in model.named_modules() if module is encoder)
     if not layer.startswith(prefix + "."):
         raise ValueError(f"layer must be in the encoder of an encoder-decoder, got {layer!r}")

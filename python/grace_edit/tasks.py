@@ -181,16 +181,14 @@ class CausalTask(Task):
     def target_logits(
         self, adaptor: GraceAdaptor, prompts: Any, labels: Any, values: Tensor
     ) -> tuple[Tensor, Tensor]:
-        batch = self.inputs([[*p, *y] for p, y in zip(prompts, labels)])
+        batch = self.inputs([[*p, *y] for p, y in zip(prompts, labels, strict=True)])
         lengths = torch.tensor([len(p) for p in prompts], device=self.device)
         ids, mask = batch["input_ids"], batch["attention_mask"].bool()
         plan = plan_prompts(adaptor, mask, ids, prompt_len=lengths)
         with adaptor.using(plan=plan, forced=values, generation=None):
             logits = self.model(**batch).logits
         row = torch.cat([torch.full((len(y),), b) for b, y in enumerate(labels)])
-        col = torch.cat(
-            [torch.arange(len(y)) + len(p) - 1 for p, y in zip(prompts, labels)]
-        )
+        col = torch.cat([torch.arange(len(y)) + len(p) - 1 for p, y in zip(prompts, labels, strict=True)])
         wanted = torch.tensor([token for y in labels for token in y], device=self.device)
         return logits[row.to(self.device), col.to(self.device)].float(), wanted
 
@@ -201,7 +199,7 @@ class CausalTask(Task):
         # One prompt goes in unpadded, as it will be served; several go in as a padded batch.
         with adaptor.using(forced=values, plan=None, generation=None):
             new = self._generate(prompts, longest)
-        return [n[: len(y)] == list(y) for n, y in zip(new, labels)]
+        return [n[: len(y)] == list(y) for n, y in zip(new, labels, strict=True)]
 
     def answer(self, prompt: Sequence[int], length: int) -> list[int]:
         return self._generate([prompt], length)[0]
@@ -225,7 +223,7 @@ class CausalTask(Task):
             pad_token_id=self.pad_id,
         )
         skip = 1 if self.name == "seq2seq" else ids.shape[1]
-        return produced[:, skip:].tolist()  # type: ignore[no-any-return]
+        return produced[:, skip:].tolist()
 
 
 class Seq2SeqTask(CausalTask):
@@ -262,6 +260,15 @@ class ClassifierTask(Task):
 
     name = "classifier"
 
+    def run_prompts(self, batch: dict[str, Tensor]) -> Any:
+        output = self.model(**batch)
+        if getattr(getattr(output, "logits", None), "ndim", None) != 2:
+            raise ValueError(
+                "model must be a causal, encoder-decoder or masked language model or a sequence "
+                f"classifier, got {type(self.model).__name__}"
+            )
+        return output
+
     def encode_target(self, target: Any, prompt: list[int]) -> list[int]:
         names = getattr(self.config, "label2id", None) or {}
         if isinstance(target, str):
@@ -294,7 +301,7 @@ class ClassifierTask(Task):
     ) -> list[bool]:
         with adaptor.using(forced=values, plan=None, generation=None):
             found = self.model(**self.inputs(prompts)).logits.argmax(dim=-1).tolist()
-        return [f == y[0] for f, y in zip(found, labels)]
+        return [f == y[0] for f, y in zip(found, labels, strict=True)]
 
     @torch.no_grad()
     def answer(self, prompt: Sequence[int], length: int) -> list[int]:
@@ -345,7 +352,7 @@ class MaskedTask(Task):
 
     @torch.no_grad()
     def answer(self, prompt: Sequence[int], length: int) -> list[int]:
-        return self._masked_logits(self.inputs([prompt])).argmax(dim=-1).tolist()  # type: ignore[no-any-return]
+        return self._masked_logits(self.inputs([prompt])).argmax(dim=-1).tolist()
 
 
 def task_for(model: nn.Module, tokenizer: Any) -> Task:
@@ -360,10 +367,10 @@ def task_for(model: nn.Module, tokenizer: Any) -> Task:
         return Seq2SeqTask(model, tokenizer)
     if name.endswith("ForMaskedLM"):
         return MaskedTask(model, tokenizer)
-    if name.endswith("Classification") or getattr(config, "num_labels", None) and "Causal" not in name:
-        can_generate = getattr(model, "can_generate", None)
-        if not (callable(can_generate) and can_generate()):
-            return ClassifierTask(model, tokenizer)
+    can_generate = getattr(model, "can_generate", None)
+    classifies = name.endswith("Classification") or getattr(config, "num_labels", None)
+    if classifies and not (callable(can_generate) and can_generate()):
+        return ClassifierTask(model, tokenizer)
     if callable(getattr(model, "generate", None)):
         return CausalTask(model, tokenizer)
     raise ValueError(

@@ -109,5 +109,5 @@ def _verified(
     # One prompt at a time: the way each was served when its query was recorded.
     return all(
         task.produces(adaptor, [prompt], [label], stored[None])[0]
-        for prompt, label in zip(prompts, labels)
+        for prompt, label in zip(prompts, labels, strict=True)
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 
 import pytest
 import torch
 from grace_edit import GraceEditor, QueryPlan, attach
 from grace_edit.positions import plan_queries
-from tiny_models import CAUSAL, MASK, CountGrace, logits_of, padded, run_of
+from tiny_models import CAUSAL, MASK, CountGrace, generated, logits_of, padded, run_of
 
 PROMPT, TARGET = run_of(10, 4), run_of(30, 3)
 OTHERS = [run_of(40, 6), run_of(3, 2), run_of(22, 9)]
@@ -132,6 +133,47 @@ def test_a_mask_of_four_dimensions_is_refused_with_the_way_out(edited):
     editor = edit(edited("llama"))
     with pytest.raises(ValueError, match=r"attention_mask must be \[B, T\].*editor.plan"):
         editor.model(input_ids=torch.tensor([PROMPT]), attention_mask=torch.zeros(1, 1, 4, 4))
+
+
+def test_a_packed_batch_without_a_plan_is_refused_with_the_way_out(edited):
+    editor = edit(edited("llama"))
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q must be None.*editor.plan"):
+        editor.model(input_ids=torch.tensor([PROMPT]), cu_seq_lens_q=torch.tensor([0, 4]))
+
+
+def test_threads_serve_at_the_same_time_and_while_another_one_edits(edited):
+    editor = edit(edited("llama"))
+    torch._dynamo.reset()
+    compiled = torch.compile(editor.model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        compiled(input_ids=torch.tensor([PROMPT]), use_cache=False)
+    wrong = []
+
+    def serve(row, expected):
+        for _ in range(8):
+            if generated(editor.model, [row], 3) != [expected]:
+                wrong.append((row, "generate"))
+            with torch.no_grad():
+                logits = compiled(input_ids=torch.tensor([row]), use_cache=False).logits
+            if int(logits[0, -1].argmax()) != expected[0]:
+                wrong.append((row, "compiled"))
+
+    def guarded(row, expected):
+        try:
+            serve(row, expected)
+        except Exception as error:
+            wrong.append((row, repr(error)))
+
+    work = [(PROMPT, TARGET), (OTHERS[0], run_of(46, 3)), (OTHERS[2], run_of(31, 3))]
+    threads = [threading.Thread(target=guarded, args=args) for args in work]
+    for thread in threads:
+        thread.start()
+    for start in (3, 15, 50):
+        assert editor.edit(run_of(start, 7), TARGET).success
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    torch._dynamo.reset()
 
 
 def test_labels_and_hidden_states_and_tuples_come_as_from_the_unedited_model(edited, trained):

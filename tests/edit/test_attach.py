@@ -10,6 +10,7 @@ import pickle
 import grace_edit
 import pytest
 import torch
+import transformers
 from grace_edit import GraceConfig, GraceEditor
 from grace_edit.attach import find_layer, shadowed
 from tiny_models import CAUSAL, LAYERS, generated, logits_of, run_of, same, state_of
@@ -122,6 +123,15 @@ def test_an_attach_that_fails_leaves_the_model_as_it_was(trained, layer):
     before = state_of(model)
     with pytest.raises(ValueError, match="layer"):
         GraceEditor(model, None, GraceConfig(layer=layer))
+    assert same(state_of(model), before)
+
+
+@pytest.mark.parametrize("kind", ["BertModel", "BertForTokenClassification"])
+def test_a_model_of_another_kind_is_refused_by_name(trained, kind):
+    model = getattr(transformers, kind)(trained("bert").config)
+    before = state_of(model)
+    with pytest.raises(ValueError, match=f"model must be a causal.*got {kind}"):
+        GraceEditor(model, None, GraceConfig(layer="encoder.layer.1.output.dense"))
     assert same(state_of(model), before)
 
 

@@ -281,7 +281,7 @@ def test_whatever_breaks_an_edit_leaves_model_and_codebook_as_they_were(
     model.transformer.wte.weight.requires_grad_(True)
     model.transformer.wpe.weight.grad = torch.ones_like(model.transformer.wpe.weight)
     state, book = state_of(model), book_of(editor.codebook)
-    version, adaptor = editor.codebook.version, dict(vars(editor.adaptor))
+    version = editor.codebook.version
 
     def breaking(owner, name, on_call=1):
         inner, calls = getattr(owner, name), []
@@ -311,7 +311,9 @@ def test_whatever_breaks_an_edit_leaves_model_and_codebook_as_they_were(
     assert same(state_of(model), state)
     assert same(book_of(codebook), book)
     assert codebook.version == version
-    assert same(dict(vars(editor.adaptor)), adaptor)
+    adaptor = editor.adaptor
+    assert (adaptor.plan, adaptor.generation, adaptor.forced, adaptor.captures) == (None,) * 4
+    assert adaptor.enabled
     codebook.check()
     model.eval()
     assert answer(editor, A) == X

@@ -6,6 +6,7 @@ import pytest
 import torch
 from grace_edit import positions
 from grace_edit.positions import plan_latched, plan_queries, pooled_mean
+import itertools
 
 # Three sequences of 5, 3 and 1 tokens, padded to 5 columns on each side.
 RIGHT = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)
@@ -13,7 +14,9 @@ LEFT = RIGHT.flip(1)
 
 
 def ranges(plan: positions.QueryPlan) -> list[tuple[int, int, int]]:
-    return list(zip(plan.query_row.tolist(), plan.first_row.tolist(), plan.last_row.tolist()))
+    return list(
+        zip(plan.query_row.tolist(), plan.first_row.tolist(), plan.last_row.tolist(), strict=False)
+    )
 
 
 def test_the_last_true_column_is_found_on_either_side_and_is_minus_one_where_there_is_none():
@@ -69,7 +72,7 @@ def test_a_named_column_asks_instead_of_the_last_and_a_negative_one_does_not():
 def test_a_prompt_that_arrives_in_pieces_asks_once_with_the_piece_that_holds_its_end(mask, cuts):
     whole = plan_queries(mask, replace="last").query_row
     asked = torch.full((3,), -1)
-    for start, end in zip(cuts, cuts[1:]):
+    for start, end in itertools.pairwise(cuts):
         plan = plan_queries(mask, replace="last", computed=start, scheduled=end - start)
         for b, row in enumerate(plan.query_row.tolist()):
             if row >= 0:
