@@ -409,9 +409,10 @@ class GraceEditor:
         book = self.codebook
         index, _ = book.lookup(queries)
         near, distance = grace_kernels.nearest(queries, book.keys, book.radii, book.count)
+        found = zip(edits, index.tolist(), near.tolist(), distance.tolist(), strict=True)
         return [
             Misfire(edit.id, mode, float(d), float(book.radii[n]))
-            for edit, i, n, d in zip(edits, index.tolist(), near.tolist(), distance.tolist(), strict=True)
+            for edit, i, n, d in found
             if i < 0 or book.edit_of_slot(i).label != edit.label
         ]
 

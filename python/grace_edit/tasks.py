@@ -188,7 +188,8 @@ class CausalTask(Task):
         with adaptor.using(plan=plan, forced=values, generation=None):
             logits = self.model(**batch).logits
         row = torch.cat([torch.full((len(y),), b) for b, y in enumerate(labels)])
-        col = torch.cat([torch.arange(len(y)) + len(p) - 1 for p, y in zip(prompts, labels, strict=True)])
+        pairs = zip(prompts, labels, strict=True)
+        col = torch.cat([torch.arange(len(y)) + len(p) - 1 for p, y in pairs])
         wanted = torch.tensor([token for y in labels for token in y], device=self.device)
         return logits[row.to(self.device), col.to(self.device)].float(), wanted
 

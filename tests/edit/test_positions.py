@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from grace_edit import positions
 from grace_edit.positions import plan_latched, plan_queries, pooled_mean
-import itertools
 
 # Three sequences of 5, 3 and 1 tokens, padded to 5 columns on each side.
 RIGHT = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)
@@ -15,7 +16,7 @@ LEFT = RIGHT.flip(1)
 
 def ranges(plan: positions.QueryPlan) -> list[tuple[int, int, int]]:
     return list(
-        zip(plan.query_row.tolist(), plan.first_row.tolist(), plan.last_row.tolist(), strict=False)
+        zip(plan.query_row.tolist(), plan.first_row.tolist(), plan.last_row.tolist(), strict=True)
     )
 
 
