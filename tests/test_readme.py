@@ -11,7 +11,19 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 README = Path(__file__).parents[1] / "README.md"
-WORDS = "The capital of Australia is Sydney Canberra Australia's has its in".split()
+WORDS = [
+    "The",
+    "capital",
+    "of",
+    "Australia",
+    "is",
+    "Sydney",
+    "Canberra",
+    "Australia's",
+    "has",
+    "its",
+    "in",
+]
 
 
 @pytest.fixture

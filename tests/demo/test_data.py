@@ -56,8 +56,10 @@ def test_the_label_shift_comes_in_two_steps() -> None:
     }
     asked = [r.topic for r in data.stream if r.cluster in wearables]
     assert set(asked) == {"health", "sport"}
-    places = {topic: [i for i, r in enumerate(data.stream) if r.cluster in wearables
-                      and r.topic == topic] for topic in ("health", "sport")}
+    places = {
+        topic: [i for i, r in enumerate(data.stream) if r.cluster in wearables and r.topic == topic]
+        for topic in ("health", "sport")
+    }
     assert max(places["health"]) < min(places["sport"])
 
 

@@ -44,9 +44,7 @@ def run(out: Path, quick: bool, console: Console) -> dict[str, Any]:
         "topics": _topics(out, quick, console),
         "facts": _facts(out, quick, console),
     }
-    result["reloaded"] = {
-        part: _reload(out, part, console) for part in ("topics", "facts")
-    }
+    result["reloaded"] = {part: _reload(out, part, console) for part in ("topics", "facts")}
     result["ok"] = all(result["reloaded"].values())
     result["seconds"] = time.perf_counter() - start
     result["picture"] = str(draw(result, out / "demo.png"))
@@ -79,9 +77,7 @@ def _topics(out: Path, quick: bool, console: Console) -> dict[str, Any]:
     )
     rows = []
     for factor in (1.0,) if quick else (0.1, 3.0, 1.0):
-        editor, row = part1.run_stream(
-            model, tokenizer, data, stream, factor * part1.RADIUS, _bar
-        )
+        editor, row = part1.run_stream(model, tokenizer, data, stream, factor * part1.RADIUS, _bar)
         rows.append(row)
         if factor != 1.0:
             editor.detach()

@@ -12,7 +12,7 @@ TOPICS = ("arts", "finance", "food", "health", "science", "sport", "technology",
 
 def read_table(name: str) -> list[dict[str, str]]:
     """Return the rows of a bundled tab-separated file."""
-    text = resources.files(__package__).joinpath("data", name).read_text(encoding="utf-8")
+    text = (resources.files(__package__) / "data" / name).read_text(encoding="utf-8")
     return list(csv.DictReader(text.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
 
 

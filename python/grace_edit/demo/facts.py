@@ -17,10 +17,10 @@ from .data import read_table
 
 RELATIONS = ("capital", "symbol", "author", "currency")
 WORDINGS = (1, 2, 3)
-LAYER = "transformer.h.2.mlp"
-RADIUS = 1.0
-EPOCHS = 40
-BATCH = 32
+LAYER = "transformer.h.1.mlp"
+RADIUS = 2.5
+EPOCHS = 16
+BATCH = 16
 CHANGED = 8
 """Every eighth fact is changed."""
 Progress = Callable[[Sequence[Any], str], Iterable[Any]]
@@ -47,9 +47,7 @@ def load_facts() -> list[Fact]:
             row["relation"],
             row["subject"],
             row["answer"],
-            tuple(
-                templates[row["relation"], w].format(subject=row["subject"]) for w in WORDINGS
-            ),
+            tuple(templates[row["relation"], w].format(subject=row["subject"]) for w in WORDINGS),
         )
         for row in read_table("facts.tsv")
         if row["relation"] in RELATIONS
@@ -87,9 +85,12 @@ def build_model(
         config = GPT2Config(
             vocab_size=len(tokenizer),
             n_positions=64,
-            n_embd=128,
-            n_layer=4,
+            n_embd=96,
+            n_layer=3,
             n_head=4,
+            # Larger, untied embeddings learn the facts in a quarter of the epochs.
+            initializer_range=0.08,
+            tie_word_embeddings=False,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
@@ -123,7 +124,7 @@ def _train(
     by_length: dict[tuple[int, int], list[list[int]]] = {}
     for ids, prompt in sequences:
         by_length.setdefault((len(ids), prompt), []).append(ids)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0)
     steps = epochs * sum(-(-len(rows) // BATCH) for rows in by_length.values())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.1)
     model.train()
@@ -136,7 +137,9 @@ def _train(
             ids, prompt = batches[number]
             hidden = model.transformer(input_ids=ids[:, :-1]).last_hidden_state[:, prompt - 1 :]
             logits = model.lm_head(hidden)
-            loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, prompt:].flatten())
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), ids[:, prompt:].flatten()
+            )
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -181,10 +184,10 @@ def run(
     """Change facts by edits and compare every answer with the one before."""
     firsts = [fact.prompts[0] for fact in facts]
     before = generate(model, tokenizer, firsts)
-    known = sum(b == fact.answer for b, fact in zip(before, facts))
+    known = sum(b == fact.answer for b, fact in zip(before, facts, strict=True))
     changed = changes(facts)
     others = [p for f in facts for p in f.prompts[1:]]
-    before_others = dict(zip(others, generate(model, tokenizer, others)))
+    before_others = dict(zip(others, generate(model, tokenizer, others), strict=True))
     editor = GraceEditor(model, tokenizer, GraceConfig(layer=LAYER, radius=radius))
     start = time.perf_counter()
     results = []
@@ -193,10 +196,10 @@ def run(
         # With end-of-sequence, so that generation stops after the new answer as it does elsewhere.
         results.append(editor.edit(fact.prompts[0], f" {answer}{eos}"))
     seconds = time.perf_counter() - start
-    after = dict(zip(firsts, generate(model, tokenizer, firsts)))
+    after = dict(zip(firsts, generate(model, tokenizer, firsts), strict=True))
     wanted = {fact.prompts[0]: answer for fact, answer in changed}
     untouched = [fact for fact in facts if fact.prompts[0] not in wanted]
-    was = dict(zip(firsts, before))
+    was = dict(zip(firsts, before, strict=True))
     paraphrases = [(p, answer) for fact, answer in changed for p in fact.prompts[1:]]
     takes = generate(model, tokenizer, [p for p, _ in paraphrases])
     far = [p for fact in untouched for p in fact.prompts[1:]]
@@ -209,11 +212,13 @@ def run(
         "accepted": sum(r.success for r in results),
         "answered_after": sum(after[p] == a for p, a in wanted.items()),
         "paraphrases": len(paraphrases),
-        "paraphrases_take": sum(t == a for t, (_, a) in zip(takes, paraphrases)),
+        "paraphrases_take": sum(t == a for t, (_, a) in zip(takes, paraphrases, strict=True)),
         "untouched": len(untouched),
         "unchanged": sum(after[f.prompts[0]] == was[f.prompts[0]] for f in untouched),
         "untouched_paraphrases": len(far),
-        "unchanged_paraphrases": sum(a == before_others[p] for a, p in zip(after_far, far)),
+        "unchanged_paraphrases": sum(
+            a == before_others[p] for a, p in zip(after_far, far, strict=True)
+        ),
         "keys": editor.codebook.entries,
         "seconds_per_edit": seconds / len(changed),
         "examples": [

@@ -64,7 +64,7 @@ def _methods(axis: Any, rows: list[dict[str, Any]], trr: float) -> None:
     }
     colours = [BLUE, GREEN, "#56B4E9", ORANGE]
     width = 0.8 / len(ordered)
-    for number, (row, colour) in enumerate(zip(ordered, colours)):
+    for number, (row, colour) in enumerate(zip(ordered, colours, strict=False)):
         name = row["method"] + (f", ε = {row['radius']:.3g}" if row["radius"] else "")
         known = [(i, row[f]) for i, f in enumerate(measures.values()) if row.get(f) is not None]
         places = [i + (number - (len(ordered) - 1) / 2) * width for i, _ in known]

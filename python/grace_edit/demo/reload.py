@@ -1,6 +1,6 @@
 """Part 3: load a saved model and its edits in a fresh process; the answers must be the same.
 
-    python -m grace_edit.demo.reload DIRECTORY topics|facts
+python -m grace_edit.demo.reload DIRECTORY topics|facts
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(directory: Path, part: str) -> int:
     serving.load(model, directory / f"{part}-edits")
     saved = json.loads((directory / f"{part}-answers.json").read_text(encoding="utf-8"))
     now = answers_of(model, tokenizer, saved["prompts"])
-    same = sum(a == b for a, b in zip(now["answers"], saved["answers"]))
+    same = sum(a == b for a, b in zip(now["answers"], saved["answers"], strict=True))
     bits = "the same bits" if now["lookups"] == saved["lookups"] else "OTHER BITS"
     print(f"{same}/{len(saved['answers'])} answers the same, lookups: {bits}")
     return int(now != saved)

@@ -111,7 +111,7 @@ def predict(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> list[str]
 def accuracy(model: nn.Module, tokenizer: Any, rows: Sequence[tuple[str, str]]) -> float:
     """Return the share of `(text, topic)` rows that the model gets right."""
     found = predict(model, tokenizer, [text for text, _ in rows])
-    return sum(f == topic for f, (_, topic) in zip(found, rows)) / len(rows)
+    return sum(f == topic for f, (_, topic) in zip(found, rows, strict=True)) / len(rows)
 
 
 def stream_of(
@@ -119,7 +119,7 @@ def stream_of(
 ) -> list[tuple[Request, bool]]:
     """Return the stream, each request with whether the unedited model fails it."""
     found = predict(model, tokenizer, [request.text for request in stream])
-    return [(request, f != request.topic) for request, f in zip(stream, found)]
+    return [(request, f != request.topic) for request, f in zip(stream, found, strict=True)]
 
 
 def run_stream(
@@ -141,7 +141,8 @@ def run_stream(
     editor = GraceEditor(model, tokenizer, config)
     cases: Counter[str] = Counter()
     right_after, seconds = 0, 0.0
-    accepted, edited, curve = set(), [], []
+    accepted: set[str] = set()
+    edited, curve = [], []
     for request, fails in progress(stream, f"editing at ε = {radius:.3g}"):
         if not fails and predict(model, tokenizer, [request.text]) == [request.topic]:
             continue
@@ -155,7 +156,7 @@ def run_stream(
         curve.append({"edits": len(edited), "keys": editor.codebook.entries})
     final = _last_wanted(stream, edited)
     kept = [text for text in final if text in accepted]
-    found = dict(zip(final, predict(model, tokenizer, list(final))))
+    found = dict(zip(final, predict(model, tokenizer, list(final)), strict=True))
     figures = {
         "method": "GRACE",
         "radius": radius,
@@ -192,7 +193,7 @@ def _measure(editor: GraceEditor, data: Topics, edits: Sequence[Request]) -> dic
     taken = nearest_entries(editor, [r.text for r in related])
     fired = nearest_entries(editor, unrelated)
     found = predict(editor.model, editor.tokenizer, [r.text for r in related])
-    takes = [t["hit"] and f == r.topic for t, f, r in zip(taken, found, related)]
+    takes = [t["hit"] and f == r.topic for t, f, r in zip(taken, found, related, strict=True)]
     return {
         "paraphrases": len(related),
         "paraphrase_takes": sum(takes) / max(1, len(takes)),
@@ -216,7 +217,9 @@ def nearest_entries(editor: GraceEditor, texts: Sequence[str]) -> list[dict[str,
         index = book.lookup(queries)[0].tolist()
         near, distance = grace_kernels.nearest(queries, book.keys, book.radii, book.count)
         ratios = (distance / book.radii[near.clamp(min=0)]).tolist()
-        found += [{"hit": i >= 0, "slot": i, "ratio": r} for i, r in zip(index, ratios)]
+        found += [
+            {"hit": i >= 0, "slot": i, "ratio": r} for i, r in zip(index, ratios, strict=True)
+        ]
     return found
 
 
@@ -263,7 +266,7 @@ def run_fine_tuning(
         "attempted": len(edited),
         "accepted": len(edited),
         "es": right_after / len(edited),
-        "err": sum(f == topic for f, topic in zip(found, final.values())) / len(final),
+        "err": sum(f == topic for f, topic in zip(found, final.values(), strict=True)) / len(final),
         "trr": accuracy(tuned, tokenizer, data.test),
         "seconds_per_edit": seconds / len(edited),
     }
