@@ -75,10 +75,15 @@ def _topics(out: Path, quick: bool, console: Console) -> dict[str, Any]:
         "from the middle on\n   and all of them under sport in the last part. A request is edited "
         "if the model, unedited or as edited so far, fails it."
     )
+    before = part1.stream_accuracy(model, tokenizer, stream)
     rows = []
     for factor in (1.0,) if quick else (0.1, 3.0, 1.0):
         editor, row = part1.run_stream(model, tokenizer, data, stream, factor * part1.RADIUS, _bar)
         rows.append(row)
+        console.print(
+            f"   ε = {row['radius']:.3g}: {row['accepted']} of {row['attempted']} edits accepted, "
+            f"{number(row['seconds_per_edit'])} s each"
+        )
         if factor != 1.0:
             editor.detach()
     model.save_pretrained(out / "topics-model")
@@ -87,13 +92,18 @@ def _topics(out: Path, quick: bool, console: Console) -> dict[str, Any]:
     _remember(out, "topics", model, tokenizer, [r.text for r, _ in stream])
     editor.detach()
     rows.append(part1.run_fine_tuning(model, tokenizer, data, stream, _bar))
-    console.print(_topics_table(rows, trr))
+    console.print(_topics_table(rows, trr, before))
     cases = ", ".join(f"{case} {n}" for case, n in sorted(rows[-2]["cases"].items()))
     console.print(f"   cases at ε = {part1.RADIUS}: {cases}")
-    return {"trr_before": trr, "stream": len(stream), "rows": rows}
+    return {
+        "trr_before": trr,
+        "stream_accuracy_before": before,
+        "stream": len(stream),
+        "rows": rows,
+    }
 
 
-def _topics_table(rows: list[dict[str, Any]], trr: float) -> Table:
+def _topics_table(rows: list[dict[str, Any]], trr: float, stream: float) -> Table:
     names = {
         "ε": "radius",
         "edits": "attempted",
@@ -101,6 +111,7 @@ def _topics_table(rows: list[dict[str, Any]], trr: float) -> Table:
         "ES": "es",
         "ERR": "err",
         "ERR acc.": "err_accepted",
+        "stream": "stream_accuracy",
         "TRR": "trr",
         "paraphrases": "paraphrase_takes",
         "false fires": "false_fires",
@@ -112,7 +123,8 @@ def _topics_table(rows: list[dict[str, Any]], trr: float) -> Table:
         [row["method"], *(_cell(row.get(field)) for field in names.values())]
         for row in sorted(rows, key=lambda row: (row["radius"] is None, row["radius"] or 0.0))
     ]
-    cells.append(["unedited", *("–" if name != "TRR" else f"{trr:.3f}" for name in names)])
+    unedited = {"TRR": f"{trr:.3f}", "stream": f"{stream:.3f}"}
+    cells.append(["unedited", *(unedited.get(name, "–") for name in names)])
     return table(["", *names], cells)
 
 
@@ -136,8 +148,8 @@ def _facts(out: Path, quick: bool, console: Console) -> dict[str, Any]:
     editor.save_pretrained(out / "facts-edits")
     _remember(out, "facts", model, tokenizer, [fact.prompts[0] for fact in facts])
     editor.detach()
-    examples = [[e["prompt"], e["before"], e["after"]] for e in figures["examples"]]
-    console.print(table(["prompt", "before", "after"], examples))
+    examples = figures["examples"]
+    console.print(table(list(examples[0]), [list(example.values()) for example in examples]))
     console.print(
         f"   {figures['facts']} facts ({figures['known_before']} known before), trained in "
         f"{seconds:.0f} s; {figures['accepted']} of {figures['attempted']} edits accepted, "

@@ -17,7 +17,9 @@ from .data import read_table
 
 RELATIONS = ("capital", "symbol", "author", "currency")
 WORDINGS = (1, 2, 3)
-LAYER = "transformer.h.1.mlp"
+LAYER = "transformer.h.0.mlp"
+REPLACE = "prompt"
+"""One vector at the last token alone could not make this small model say some of the names."""
 RADIUS = 2.5
 EPOCHS = 16
 BATCH = 16
@@ -188,7 +190,7 @@ def run(
     changed = changes(facts)
     others = [p for f in facts for p in f.prompts[1:]]
     before_others = dict(zip(others, generate(model, tokenizer, others), strict=True))
-    editor = GraceEditor(model, tokenizer, GraceConfig(layer=LAYER, radius=radius))
+    editor = GraceEditor(model, tokenizer, GraceConfig(layer=LAYER, radius=radius, replace=REPLACE))
     start = time.perf_counter()
     results = []
     eos = tokenizer.eos_token
@@ -222,8 +224,13 @@ def run(
         "keys": editor.codebook.entries,
         "seconds_per_edit": seconds / len(changed),
         "examples": [
-            {"prompt": f.prompts[0], "before": was[f.prompts[0]], "after": after[f.prompts[0]]}
-            for f, _ in changed[:: max(1, len(changed) // 8)]
+            {
+                "prompt": fact.prompts[0],
+                "before": was[fact.prompts[0]],
+                "asked for": answer,
+                "after": after[fact.prompts[0]],
+            }
+            for fact, answer in changed[:: max(1, len(changed) // 8)]
         ],
     }
     return editor, figures

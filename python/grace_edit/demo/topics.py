@@ -122,6 +122,13 @@ def stream_of(
     return [(request, f != request.topic) for request, f in zip(stream, found, strict=True)]
 
 
+def stream_accuracy(
+    model: nn.Module, tokenizer: Any, stream: Sequence[tuple[Request, bool]]
+) -> float:
+    """Return the share of the stream's sentences filed as the stream last asked for."""
+    return accuracy(model, tokenizer, list({r.text: r.topic for r, _ in stream}.items()))
+
+
 def run_stream(
     model: nn.Module,
     tokenizer: Any,
@@ -141,7 +148,6 @@ def run_stream(
     editor = GraceEditor(model, tokenizer, config)
     cases: Counter[str] = Counter()
     right_after, seconds = 0, 0.0
-    accepted: set[str] = set()
     edited, curve = [], []
     for request, fails in progress(stream, f"editing at ε = {radius:.3g}"):
         if not fails and predict(model, tokenizer, [request.text]) == [request.topic]:
@@ -151,11 +157,11 @@ def run_stream(
         result = editor.edit(request.text, request.topic)
         seconds += time.perf_counter() - start
         cases[str(result.case) if result.success else "refused"] += 1
-        (accepted.add if result.success else accepted.discard)(request.text)
         right_after += predict(model, tokenizer, [request.text]) == [request.topic]
         curve.append({"edits": len(edited), "keys": editor.codebook.entries})
     final = _last_wanted(stream, edited)
-    kept = [text for text in final if text in accepted]
+    live = {edit.prompt for edit in editor.codebook.history if edit.live}
+    kept = [text for text in final if tuple(editor.task.encode(text)) in live]
     found = dict(zip(final, predict(model, tokenizer, list(final)), strict=True))
     figures = {
         "method": "GRACE",
@@ -165,6 +171,7 @@ def run_stream(
         "es": right_after / len(edited),
         "err": sum(found[text] == final[text] for text in final) / len(final),
         "err_accepted": sum(found[text] == final[text] for text in kept) / max(1, len(kept)),
+        "stream_accuracy": stream_accuracy(model, tokenizer, stream),
         "trr": accuracy(model, tokenizer, data.test),
         "keys": editor.codebook.entries,
         "edits_per_key": editor.codebook.edits / max(1, editor.codebook.entries),
@@ -267,6 +274,7 @@ def run_fine_tuning(
         "accepted": len(edited),
         "es": right_after / len(edited),
         "err": sum(f == topic for f, topic in zip(found, final.values(), strict=True)) / len(final),
+        "stream_accuracy": stream_accuracy(tuned, tokenizer, stream),
         "trr": accuracy(tuned, tokenizer, data.test),
         "seconds_per_edit": seconds / len(edited),
     }
