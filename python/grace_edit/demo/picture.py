@@ -45,13 +45,13 @@ def _ratios(axis: Any, row: dict[str, Any]) -> None:
         label = f"{name} sentences ({len(values)})"
         axis.hist(values, bins, weights=weights, color=colour, alpha=0.75, label=label)
     axis.axvline(1.0, color="black", linewidth=1)
-    axis.annotate("answered", (0.5, 1.01), xycoords=axis.get_xaxis_transform(), ha="center")
+    axis.set_ylim(top=1.15 * axis.get_ylim()[1])
+    axis.text(0.96, 0.97, "answered", ha="right", va="top", transform=axis.get_xaxis_transform())
     axis.set(
         xlabel="distance to the nearest key / its radius (last bin: 3.9 and more)",
         ylabel="share",
         title="1. Who falls inside a ball: held-out paraphrases, others",
     )
-    axis.title.set_position((0.5, 1.06))
     axis.legend(frameon=False, loc="upper right", bbox_to_anchor=(0.95, 1.0))
 
 
@@ -72,7 +72,7 @@ def _methods(axis: Any, rows: list[dict[str, Any]], trr: float) -> None:
         bars = axis.bar(places, [v for _, v in known], width, color=colour, label=name)
         axis.bar_label(bars, fmt="%.2f", fontsize=7)
     axis.axhline(trr, color="black", linewidth=1, linestyle=":")
-    axis.text(3.4, trr + 0.01, "TRR unedited", ha="right", va="bottom", fontsize=8)
+    axis.text(3.3, trr + 0.01, "TRR unedited", ha="right", va="bottom", fontsize=8)
     axis.set_xticks(range(len(measures)), list(measures))
     axis.set(ylim=(0, 1.3), ylabel="share", title="1. At three radii, beside fine-tuning")
     axis.legend(frameon=False, ncols=2, fontsize=8, loc="upper left")
