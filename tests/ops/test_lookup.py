@@ -195,3 +195,33 @@ def test_many_candidates_are_pruned_without_losing_the_winner(isa: str) -> None:
         assert distance.tolist() == [math.sqrt(300.0)] * batch or same_bits(
             distance, torch.full((batch,), 300.0).double().sqrt().float()
         )
+
+
+@pytest.mark.parametrize("front", [8, 64, 2000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_key_is_not_given_up_while_it_can_still_win(
+    dtype: torch.dtype, front: int, isa: str
+) -> None:
+    # Key 1 differs from the query at the end of the row only and sets the mark; the others differ
+    # in the first elements only, nearly as much, each a little less than the one before, so that
+    # soon all there is to know of them is known. Key 0 is for other queries in the batch, which
+    # must not lend their own, smaller mark.
+    for dim in (front + 100, 5000):
+        keys = torch.zeros(26, dim)
+        keys[0] = 100.0
+        keys[1, -8:] = 8.0
+        keys[2:, :7] = 8.0
+        keys[2:, front - 1] = 7.0 - torch.arange(24) / 8
+        keys, radii = keys.to(dtype), torch.full((26,), 40.0)
+        here = torch.zeros(1, dim, dtype=dtype)
+        expected = grace_kernels.nearest(here, keys, radii, backend="reference")
+        assert expected[0].item() == 25
+        for elsewhere, batch in ((0, 1), (0, 2), (0, 3), (0, 4), (3, 4), (4, 8), (8, 9)):
+            query = torch.cat(
+                [keys[:1].expand(elsewhere, dim), here.expand(batch - elsewhere, dim)]
+            )
+            for operation in (grace_kernels.nearest, grace_kernels.lookup):
+                index, distance = operation(query, keys, radii, backend="cpu")
+                assert index.tolist() == [0] * elsewhere + [25] * (batch - elsewhere)
+                assert distance[:elsewhere].tolist() == [0.0] * elsewhere
+                assert same_bits(distance[elsewhere:], expected[1].expand(batch - elsewhere))
