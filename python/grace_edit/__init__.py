@@ -7,11 +7,12 @@ from .adaptor import GraceAdaptor
 from .attach import detach
 from .codebook import Codebook
 from .config import GraceConfig
-from .editor import Explanation, GraceEditor, Misfire
+from .editor import Explanation, GraceEditor
 from .positions import QueryPlan
 from .records import CapacityError, EditResult, UndoError
 from .serving import load
 from .store import StoreError
+from .verifying import Misfire
 
 __all__ = [
     "CapacityError",

@@ -14,6 +14,9 @@ _CHOICES = {
     "init": ("warm", "cold"),
 }
 
+_NUMBERS = {"radius": False, "lr": False, "margin": False, "drift": True, "max_radius": True}
+"""Numbers at least 0, and whether None is allowed."""
+
 
 @dataclass(frozen=True)
 class GraceConfig:
@@ -33,10 +36,10 @@ class GraceConfig:
             `"mean"` (mean of the prompt's tokens). None: `"mean"` for encoders, `"last"` for
             decoders.
         init: values start at the layer's own output (`"warm"`) or at random from `seed` (`"cold"`).
-        lr: Adam step relative to the root mean square of the layer's own output (warm), absolute
-            under `recipe="paper"`.
+        lr: Adam step in units of the root mean square of the value it starts from.
         max_steps: most Adam steps for one value.
         margin: by how many logits each target token must lead before training stops.
+            `recipe="paper"` uses neither these three nor `init`.
         capacity: entries the codebook holds before it has to grow.
         max_radius: largest radius an entry may be expanded to. None: 3 × `radius`.
         drift: how far a prompt's query moves between execution modes (δ). None: measured when the
@@ -68,17 +71,19 @@ class GraceConfig:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
-        for name in ("radius", "lr"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
-        for name in ("margin", "drift", "max_radius"):
+        for name, optional in _NUMBERS.items():
             value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise ValueError(f"{name} must be at least 0 and finite, got {value}")
-        for name in ("max_steps", "capacity"):
+            if value is None and optional:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"{name} must be a number, got {value!r}")
+            if not 0 <= value < float("inf") or (value == 0 and name in ("radius", "lr")):
+                rule = "positive" if name in ("radius", "lr") else "at least 0"
+                raise ValueError(f"{name} must be {rule} and finite, got {value}")
+        for name, least in (("max_steps", 1), ("capacity", 1), ("seed", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict that JSON can hold."""

@@ -25,6 +25,7 @@ from .progress import bar
 from .records import Edit, EditResult, Plan
 from .tasks import MOST_ROWS, Task, task_for
 from .training import Fit, fit_value
+from .verifying import Misfire, find_misfires, find_unproven, target_of
 
 log = logging.getLogger("grace_edit")
 
@@ -55,23 +56,6 @@ class Explanation:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class Misfire:
-    """An edit that does not answer its own prompt in some execution mode.
-
-    Args:
-        edit_id: the edit.
-        mode: `"alone"`, `"batched"` or `"padded"`.
-        distance: from its query, run that way, to the nearest key.
-        radius: of the entry that should answer.
-    """
-
-    edit_id: int
-    mode: str
-    distance: float
-    radius: float
 
 
 class GraceEditor:
@@ -162,14 +146,16 @@ class GraceEditor:
 
         Returns:
             The decision and its figures. `success=False` with a `reason` if the target could not be
-            reached; the codebook is then as it was.
+            reached; the codebook is then as it was. A `reason` beside `success=True` says what
+            else happened: edits of other prompts that an update superseded, or that
+            `policy="paper"` shared a value without proving it.
 
         Raises:
             ValueError: bad prompt or target, or a query that is not finite.
+            FloatingPointError: the loss became NaN or infinite.
             CapacityError: the codebook is frozen and full.
         """
-        ids = self.task.encode(prompt)
-        label = self.task.encode_target(target, ids)
+        ids, label = self.task.encode_edit(prompt, target)
         with self._working(), self.codebook.transaction():
             result = self._edit(ids, label)
         log.info("edit %s", result.to_dict())
@@ -190,20 +176,16 @@ class GraceEditor:
         encoded = []
         for number, (prompt, target) in enumerate(edits):
             try:
-                ids = self.task.encode(prompt)
-                encoded.append((ids, self.task.encode_target(target, ids)))
+                encoded.append(self.task.encode_edit(prompt, target))
             except ValueError as error:
                 raise ValueError(f"edits[{number}]: {error}") from error
-        results = []
         with self._working(), self.codebook.transaction():
-            for ids, label in bar(encoded, "editing", progress):
-                results.append(self._edit(ids, label))
-                log.info("edit %s", results[-1].to_dict())
+            results = [self._edit(*pair) for pair in bar(encoded, "editing", progress)]
+        for result in results:
+            log.info("edit %s", result.to_dict())
         return results
 
-    def _edit(
-        self, ids: list[int], target: list[int], value: Tensor | None = None
-    ) -> EditResult:
+    def _edit(self, ids: list[int], target: list[int], value: Tensor | None = None) -> EditResult:
         """Make an edit; `value [V]` is used, if the edit gets one and it works, before training."""
         book = self.codebook
         seen = self._capture([ids])
@@ -215,7 +197,9 @@ class GraceEditor:
         plan = book.plan(query, label, prompt=ids)
         if plan.case in ("expand", "absorb"):
             if self.config.policy == "paper":
-                return self._commit(plan, None, None)
+                proven = self._produces(ids, target, book.values[plan.slot])
+                note = "" if proven else "the shared value does not produce the target"
+                return self._commit(plan, None, None, note)
             shared = self._share(plan, ids, target)
             if shared is not None:
                 return self._commit(plan, *shared)
@@ -239,7 +223,7 @@ class GraceEditor:
         if any(edit.prompt is None for edit in members):
             return None
         prompts = [*(list(edit.prompt or ()) for edit in members), ids]
-        labels = [*(_target(edit) for edit in members), target]
+        labels = [*(target_of(edit) for edit in members), target]
         fit = self._fit(prompts, labels, stored)
         return (fit.value, fit) if fit.reached else None
 
@@ -265,17 +249,22 @@ class GraceEditor:
         source = torch.Generator().manual_seed(self.config.seed + self.codebook.version)
         return torch.rand(own_output.shape, generator=source).to(own_output.device)
 
-    def _commit(self, plan: Plan, value: Tensor | None, fit: Fit | None) -> EditResult:
-        stats: dict[str, Any] = {}
+    def _commit(
+        self, plan: Plan, value: Tensor | None, fit: Fit | None, note: str = ""
+    ) -> EditResult:
+        others = [i for i in plan.supersedes if self.codebook.edit(i).prompt != plan.prompt]
+        if others:
+            note = f"supersedes edits {others} of other prompts, answered by the same entry"
+        stats: dict[str, Any] = {"reason": note}
         if fit is not None:
-            stats = {"loss_start": fit.loss_start, "loss_end": fit.loss_end, "steps": fit.steps}
+            stats.update(loss_start=fit.loss_start, loss_end=fit.loss_end, steps=fit.steps)
         answers = self._answers if self.config.policy == "default" else None
         return self.codebook.commit(plan, value, answers=answers, **stats)
 
     def _answers(self, edit: Edit, slot: int) -> bool:
         if edit.prompt is None:
             return True
-        return self._produces(list(edit.prompt), _target(edit), self.codebook.values[slot])
+        return self._produces(list(edit.prompt), target_of(edit), self.codebook.values[slot])
 
     def _produces(self, ids: list[int], target: list[int], value: Tensor) -> bool:
         return self.task.produces(self.adaptor, [ids], [target], value[None])[0]
@@ -351,7 +340,7 @@ class GraceEditor:
             "slot": slot,
             "distance": distance,
             "radius": float(self.codebook.radii[slot]),
-            "label": self.task.show(_target(edit)),
+            "label": self.task.show(target_of(edit)),
         }
 
     def answer(self, prompt: Any, max_new_tokens: int = 8) -> str:
@@ -392,29 +381,8 @@ class GraceEditor:
             One `Misfire` per edit and mode in which no entry with the edit's label answers.
         """
         edits = [edit for edit in self._live() if edit.prompt is not None]
-        missing = []
-        pieces = [edits[i : i + MOST_ROWS] for i in range(0, len(edits), MOST_ROWS)]
         with self._working():
-            for piece in bar(pieces, "verifying", progress):
-                for mode, queries in self._in_modes([list(e.prompt or ()) for e in piece]):
-                    missing += self._misfires(piece, mode, queries)
-        return missing
-
-    def _in_modes(self, prompts: list[list[int]]) -> Iterator[tuple[str, Tensor]]:
-        yield "alone", torch.cat([self._capture([p]).queries for p in prompts])
-        yield "batched", self._capture(prompts).queries
-        yield "padded", self._capture(prompts, left=self.task.pads_left).queries
-
-    def _misfires(self, edits: list[Edit], mode: str, queries: Tensor) -> list[Misfire]:
-        book = self.codebook
-        index, _ = book.lookup(queries)
-        near, distance = grace_kernels.nearest(queries, book.keys, book.radii, book.count)
-        found = zip(edits, index.tolist(), near.tolist(), distance.tolist(), strict=True)
-        return [
-            Misfire(edit.id, mode, float(d), float(book.radii[n]))
-            for edit, i, n, d in found
-            if i < 0 or book.edit_of_slot(i).label != edit.label
-        ]
+            return find_misfires(self.task, self.adaptor, edits, progress)
 
     def _live(self) -> list[Edit]:
         return [edit for edit in self.codebook.history if edit.live]
@@ -460,7 +428,8 @@ class GraceEditor:
         try:
             for module in training:
                 module.training = False
-            yield
+            with torch.inference_mode(False):
+                yield
         finally:
             for module in training:
                 module.training = True
@@ -507,25 +476,14 @@ class GraceEditor:
         return editor
 
     def _prove_all(self, directory: str | Path, progress: bool) -> None:
+        edits = [edit for edit in self._live() if edit.prompt is not None]
         with self._working():
-            lost = [
-                edit.id
-                for edit in bar(self._live(), "proving", progress)
-                if edit.prompt is not None
-                and not self.task.produces(
-                    self.adaptor, [list(edit.prompt)], [_target(edit)], None
-                )[0]
-            ]
+            lost = find_unproven(self.task, self.adaptor, edits, progress)
         if lost:
             raise serving.StoreError(
                 f"{directory}: the model must produce every edit's target, got {len(lost)} that "
                 f"it does not (edits {lost[:8]})"
             )
-
-
-def _target(edit: Edit) -> list[int]:
-    """Return the label without the masked prompt of the published code."""
-    return [token for token in edit.label if token != -100]
 
 
 def _refused(plan: Plan, fit: Fit) -> EditResult:

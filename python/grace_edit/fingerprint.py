@@ -14,22 +14,34 @@ SAMPLES = 4096
 def fingerprint(model: nn.Module, layer: str) -> dict[str, str]:
     """Return the fingerprint of `model` in two parts, `{"below": hex, "above": hex}`.
 
-    Below is what decides a query: the parameters registered before the wrapped layer. Above is the
-    rest, the wrapped layer included: it decides what a value does. Each part hashes, per parameter,
-    its name, shape, dtype and at most 4096 evenly strided elements.
+    Below is what can decide a query: the parameters registered before the wrapped layer's block,
+    and the block's own beside the layer, whose order of registration says nothing (Llama registers
+    a block's norms after its mlp). Above is the rest, the wrapped layer included: it decides what a
+    value does. Each part hashes, per parameter, its name, shape, dtype and at most 4096 evenly
+    strided elements.
 
     Args:
         model: the model, attached or not.
         layer: full name of the wrapped layer.
     """
     parts = {"below": hashlib.sha256(), "above": hashlib.sha256()}
-    part = "below"
+    block = _block_of(layer)
+    passed = False
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name == layer or name.startswith(layer + "."):
-            part = "above"
+        in_layer = f"{name}.".startswith(layer + ".")
+        in_block = f"{name}.".startswith(block + ".")
+        passed = passed or in_layer or in_block
+        part = "above" if in_layer or (passed and not in_block) else "below"
         parts[part].update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         parts[part].update(_sample(parameter.detach()))
     return {name: digest.hexdigest() for name, digest in parts.items()}
+
+
+def _block_of(layer: str) -> str:
+    """Return the name of the innermost element of a list of blocks that holds `layer`."""
+    parts = layer.split(".")
+    numbered = [i for i, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbered[-1] + 1]) if numbered else layer
 
 
 def _sample(tensor: Tensor) -> bytes:

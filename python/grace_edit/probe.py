@@ -45,14 +45,15 @@ def measure_drift(task: Task, adaptor: GraceAdaptor, seed: int) -> tuple[float, 
 
 def _probes(task: Task, seed: int) -> list[list[int]]:
     if task.tokenizer is not None:
-        probes = [task.encode(sentence) for sentence in _SENTENCES]
+        probes = [task.tokens(sentence) for sentence in _SENTENCES]
     else:
         source = torch.Generator().manual_seed(seed)
         special = set(task.special_ids)
         words = [i for i in range(int(task.config.vocab_size)) if i not in special]
         picks = (torch.randint(len(words), (2 + 2 * n,), generator=source) for n in range(8))
         probes = [[words[int(i)] for i in pick] for pick in picks]
+    probes = [ids[: task.longest] for ids in probes]
     if isinstance(task, MaskedTask):
         for ids in probes:
-            ids[len(ids) // 2] = task.mask_token_id or 0
+            ids[len(ids) // 2] = task.mask_id
     return probes

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from .progress import bar
 from .records import EditResult
+from .verifying import target_of
 
 if TYPE_CHECKING:
     from .editor import GraceEditor
@@ -33,8 +34,7 @@ def rekey(editor: GraceEditor, progress: bool) -> list[EditResult]:
             for edit in bar(edits, "rekeying", progress):
                 new._next_id = edit.id  # ids stay; they ascend, so none is given twice
                 value = old.values[edit.slot].to(new.values)
-                target = [token for token in edit.label if token != -100]
-                result = editor._edit(list(edit.prompt or ()), target, value)
+                result = editor._edit(list(edit.prompt or ()), target_of(edit), value)
                 if not result.success:
                     raise RuntimeError(f"edit {edit.id} cannot be made anew: {result.reason}")
                 results.append(result)

@@ -7,6 +7,7 @@ the verification are the same for all of them.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,7 +49,24 @@ class Task:
         ids = self._ids(prompt, "prompt", special=True)
         if not ids:
             raise ValueError("prompt must have at least one token, got none")
+        if len(ids) > self.longest:
+            raise ValueError(f"prompt must have at most {self.longest} tokens, got {len(ids)}")
         return ids
+
+    def tokens(self, text: str) -> list[int]:
+        """Return the token ids of a text of any length, special tokens included."""
+        return self._ids(text, "text", special=True)
+
+    def encode_edit(self, prompt: Any, target: Any) -> tuple[list[int], list[int]]:
+        """Return the token ids of an edit's prompt and of its target."""
+        ids = self.encode(prompt)
+        return ids, self.encode_target(target, ids)
+
+    @property
+    def longest(self) -> int:
+        """How many tokens the model has positions for."""
+        found = getattr(self.config, "max_position_embeddings", None)
+        return found if isinstance(found, int) else sys.maxsize
 
     def encode_target(self, target: Any, prompt: list[int]) -> list[int]:
         """Return a target's own token ids (a class id for a classifier)."""
@@ -72,7 +90,7 @@ class Task:
                     f"{name} must be a list of token ids when the editor has no tokenizer, "
                     f"got the string {text!r}"
                 )
-            return list(self.tokenizer(text, add_special_tokens=special).input_ids)
+            text = list(self.tokenizer(text, add_special_tokens=special).input_ids)
         ids = text.tolist() if isinstance(text, Tensor) else text
         if not isinstance(ids, (list, tuple)) or not all(type(i) is int for i in ids):
             raise ValueError(f"{name} must be a string or a list of token ids, got {text!r}")
@@ -177,6 +195,22 @@ class CausalTask(Task):
     pads_left = True
     default_query = "last"
     default_replace = "last"
+    returns_prompt = True
+
+    def encode_edit(self, prompt: Any, target: Any) -> tuple[list[int], list[int]]:
+        ids, label = super().encode_edit(prompt, target)
+        if isinstance(prompt, str) and isinstance(target, str):
+            # Some tokenizers begin any text with a word mark; what follows the prompt in the whole
+            # text is what the model is to say.
+            whole = self._ids(prompt + target, "target", special=True)
+            if whole[: len(ids)] == ids and len(whole) > len(ids):
+                label = whole[len(ids) :]
+        if self.returns_prompt and len(ids) + len(label) > self.longest:
+            raise ValueError(
+                f"prompt and target must have at most {self.longest} tokens together, got "
+                f"{len(ids) + len(label)}"
+            )
+        return ids, label
 
     def target_logits(
         self, adaptor: GraceAdaptor, prompts: Any, labels: Any, values: Tensor
@@ -217,13 +251,15 @@ class CausalTask(Task):
             max_new_tokens=length,
             do_sample=False,
             num_beams=1,
+            num_return_sequences=1,
             use_cache=True,
+            return_dict_in_generate=False,
             temperature=None,
             top_p=None,
             top_k=None,
             pad_token_id=self.pad_id,
         )
-        skip = 1 if self.name == "seq2seq" else ids.shape[1]
+        skip = ids.shape[1] if self.returns_prompt else 1
         return produced[:, skip:].tolist()
 
 
@@ -234,6 +270,10 @@ class Seq2SeqTask(CausalTask):
     pads_left = False
     default_query = "mean"
     default_replace = "all"
+    returns_prompt = False
+
+    def encode_edit(self, prompt: Any, target: Any) -> tuple[list[int], list[int]]:
+        return Task.encode_edit(self, prompt, target)
 
     def encode_target(self, target: Any, prompt: list[int]) -> list[int]:
         # With the end-of-sequence token the family closes a text with, so that decoding stops.
@@ -267,6 +307,12 @@ class ClassifierTask(Task):
             raise ValueError(
                 "model must be a causal, encoder-decoder or masked language model or a sequence "
                 f"classifier, got {type(self.model).__name__}"
+            )
+        kind = getattr(self.config, "problem_type", None)
+        if output.logits.shape[-1] < 2 or kind in ("regression", "multi_label_classification"):
+            raise ValueError(
+                "model must choose one of at least two classes, got a head of "
+                f"{output.logits.shape[-1]} outputs for problem_type {kind}"
             )
         return output
 
@@ -316,6 +362,15 @@ class MaskedTask(Task):
 
     @property
     def mask_token_id(self) -> int | None:
+        return self.mask_id
+
+    @property
+    def mask_id(self) -> int:
+        """The id of the mask token.
+
+        Raises:
+            ValueError: there is none.
+        """
         found = self._special("mask_token_id")
         if found is None:
             raise ValueError("tokenizer must have a mask token for a masked language model")
@@ -323,7 +378,7 @@ class MaskedTask(Task):
 
     def encode_target(self, target: Any, prompt: list[int]) -> list[int]:
         ids = super().encode_target(target, prompt)
-        masks = prompt.count(self.mask_token_id or -1)
+        masks = prompt.count(self.mask_id)
         if len(ids) != masks:
             raise ValueError(
                 f"target must have one token per mask token of the prompt ({masks}), got {len(ids)}"

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from ..tasks import Task
-from .edit import most_tokens
 from .models import SavedEdits, Words, attach_edits, load_model, read_edits_of
 from .output import (
     OK,
@@ -75,7 +74,7 @@ def explain(directory: Path, prompt: str, *, model: str | None, device: str, as_
 
 def _check_prompt(task: Task, prompt: str) -> int:
     """Return how many tokens may follow a prompt that the model can take."""
-    ids, longest = task.encode(prompt), most_tokens(task)
+    ids, longest = task.encode(prompt), task.longest
     if task.mask_token_id is not None and task.mask_token_id not in ids:
         mask = task.tokenizer.mask_token
         raise CommandError(USAGE, f"PROMPT must hold the mask token {mask}, got {prompt!r}")

@@ -1,0 +1,91 @@
+"""Running stored prompts again: do the edits still fire, are the targets still produced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import grace_kernels
+
+from .adaptor import GraceAdaptor
+from .progress import bar
+from .records import Edit
+from .tasks import MOST_ROWS, Task
+
+
+@dataclass(frozen=True)
+class Misfire:
+    """An edit that does not answer its own prompt in some execution mode.
+
+    Args:
+        edit_id: the edit.
+        mode: `"alone"`, `"batched"` (with other edits' prompts) or `"padded"` (beside a longer
+            one).
+        distance: from its query, run that way, to the key of the entry that should answer.
+        radius: of that entry.
+    """
+
+    edit_id: int
+    mode: str
+    distance: float
+    radius: float
+
+
+def target_of(edit: Edit) -> list[int]:
+    """Return the label without the masked prompt of the published code."""
+    return [token for token in edit.label if token != -100]
+
+
+def find_misfires(
+    task: Task, adaptor: GraceAdaptor, edits: Sequence[Edit], progress: bool
+) -> list[Misfire]:
+    """Return the edits that miss, per mode; every edit must have a stored prompt."""
+    missing = []
+    pieces = [edits[i : i + MOST_ROWS] for i in range(0, len(edits), MOST_ROWS)]
+    for piece in bar(pieces, "verifying", progress):
+        for mode, queries in _in_modes(task, adaptor, [list(e.prompt or ()) for e in piece]):
+            missing += _misses(adaptor, piece, mode, queries)
+    return missing
+
+
+def find_unproven(
+    task: Task, adaptor: GraceAdaptor, edits: Sequence[Edit], progress: bool
+) -> list[int]:
+    """Return the ids of the edits whose target the model, as it serves, does not produce."""
+    return [
+        edit.id
+        for edit in bar(edits, "proving", progress)
+        if not task.produces(adaptor, [list(edit.prompt or ())], [target_of(edit)], None)[0]
+    ]
+
+
+def _in_modes(
+    task: Task, adaptor: GraceAdaptor, prompts: list[list[int]]
+) -> Iterator[tuple[str, Tensor]]:
+    yield "alone", torch.cat([task.capture(adaptor, [ids]).queries for ids in prompts])
+    yield "batched", task.capture(adaptor, prompts).queries
+    # Prompts of one length would not be padded by each other: a longer one comes along.
+    longest = max(prompts, key=len)
+    filler = (longest * 2 + longest[:1] * 8)[: min(len(longest) + 8, task.longest)]
+    padded = task.capture(adaptor, [*prompts, filler], left=task.pads_left)
+    yield "padded", padded.queries[: len(prompts)]
+
+
+def _misses(
+    adaptor: GraceAdaptor, edits: Sequence[Edit], mode: str, queries: Tensor
+) -> list[Misfire]:
+    book = adaptor.codebook
+    answered = book.lookup(queries)[0].tolist()
+    found = []
+    for edit, slot, query in zip(edits, answered, queries, strict=True):
+        if slot >= 0 and (
+            edit.id in book.members(slot) or book.edit_of_slot(slot).label == edit.label
+        ):
+            continue
+        own = slice(edit.slot, edit.slot + 1)
+        _, distance = grace_kernels.nearest(query[None], book.keys[own], book.radii[own])
+        found.append(Misfire(edit.id, mode, float(distance), float(book.radii[edit.slot])))
+    return found
