@@ -191,8 +191,9 @@ class GraceEditor:
         seen = self._capture([ids])
         if not bool(torch.isfinite(seen.queries).all()):
             raise ValueError(f"layer {self.layer} must have finite inputs, got NaN or infinity")
-        # The published code compares label tensors with the prompt masked out in front.
-        label = [-100] * len(ids) + target if self.config.policy == "paper" else target
+        # The published code compares label tensors, a causal model's with the masked prompt in front.
+        masked = self.config.policy == "paper" and self.task.name == "causal"
+        label = [-100] * len(ids) + target if masked else target
         query = seen.queries[0]
         plan = book.plan(query, label, prompt=ids)
         if plan.case in ("expand", "absorb"):

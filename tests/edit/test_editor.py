@@ -8,10 +8,14 @@ import math
 
 import pytest
 import torch
-from grace_edit import CapacityError, GraceConfig, UndoError
+import transformers
+from grace_edit import CapacityError, GraceConfig, GraceEditor, UndoError
 from grace_edit import editor as editor_module
+from grace_edit.tasks import task_for
 from grace_edit.training import Fit
 from tiny_models import book_of, generated, logits_of, run_of, same, state_of
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 # B ends like A but is shorter, so that its query is near; C is far from both.
 A, B, C = run_of(10, 5), run_of(11, 4), run_of(40, 6)
@@ -501,11 +505,163 @@ def test_no_live_edit_of_a_conflicting_stream_ever_loses_its_answer(edited):
 
 
 @pytest.mark.parametrize("policy", ["default", "paper"])
-def test_the_published_recipe_edits_too(edited, policy):
-    editor = edited("gpt2", policy=policy, recipe="paper")
+@pytest.mark.parametrize(("name", "target"), [("bert", 0), ("bert", 1), ("t5", run_of(30, 1))])
+def test_the_published_recipe_edits_encoders_in_its_hundred_steps(edited, name, target, policy):
+    editor = edited(name, policy=policy, recipe="paper")
     assert editor.status()["replace"] == "before"
-    result = editor.edit(A, X)
-    assert result.steps in (0, 100)
-    if result.success:
-        assert answer(editor, A) == X
-    assert editor.edit(A, X).case in ("absorb", "add")
+    result = editor.edit(A, target)
+    assert result.success
+    assert result.steps == 100
+    assert editor.task.produces(editor.adaptor, [A], [editor.codebook.edit(0).label[-1:]], None)[0]
+    assert editor.edit(A, target).case == "absorb"
+
+
+def test_the_published_recipe_cannot_reach_a_causal_model_that_asks_at_its_last_token(edited):
+    # It replaces the tokens before the query only, whose keys and values the last token may ignore.
+    result = edited("gpt2", recipe="paper").edit(A, X)
+    assert not result.success
+    assert "after 100 steps" in result.reason
+
+
+def test_an_edit_shared_by_the_published_policy_without_proof_says_so(edited):
+    editor = edited("bert", policy="paper", radius=1e6)
+    first, second = editor.edit(A, 1), editor.edit(B, 1)
+    assert (first.reason, second.case) == ("", "absorb")
+    made = editor.task.produces(editor.adaptor, [B], [[1]], None)[0]
+    assert (second.reason == "") == made
+    editor.codebook.values[0] = -editor.codebook.values[0]
+    third = editor.edit(A, 1)
+    assert third.case == "absorb"
+    assert (third.reason == "") == editor.task.produces(editor.adaptor, [A], [[1]], None)[0]
+
+
+def test_an_update_names_the_edits_of_other_prompts_that_it_supersedes(edited, near):
+    editor = edited("gpt2", radius=near * 1.01)
+    assert editor.edit(A, X).id == 0
+    assert editor.edit(B, X).case in ("absorb", "expand")
+    result = editor.edit(A, Y)
+    assert result.case == "update"
+    assert "[1]" in result.reason
+    assert editor.codebook.ids == [2]
+
+
+def test_edits_are_logged_only_once_they_are_made(edited, caplog, monkeypatch):
+    editor = edited("gpt2")
+    real, calls = editor._edit, []
+
+    def second_is_interrupted(*pair):
+        calls.append(pair)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*pair)
+
+    monkeypatch.setattr(editor, "_edit", second_is_interrupted)
+    with caplog.at_level(logging.INFO, logger="grace_edit"), pytest.raises(KeyboardInterrupt):
+        editor.edit_batch([(A, X), (C, Y)])
+    assert not caplog.records
+    monkeypatch.undo()
+    with caplog.at_level(logging.INFO, logger="grace_edit"):
+        editor.edit_batch([(A, X), (C, Y)])
+    assert len(caplog.records) == 2
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_verify_runs_even_a_single_prompt_beside_a_longer_one(edited, name):
+    editor = edited(name, drift=0.0, radius=1e-12)
+    assert editor.edit(A, 1 if name == "bert" else X).success
+    modes = {misfire.mode for misfire in editor.verify()}
+    padded = editor.task.capture(editor.adaptor, [A, [*A, *A]], left=name == "llama").queries[0]
+    moved = not torch.equal(padded, editor.codebook.keys[0])
+    assert ("padded" in modes) == moved
+    assert name != "llama" or moved
+
+
+def test_a_longer_prompt_than_the_model_has_positions_for_is_refused_by_name(edited):
+    editor = edited("gpt2")
+    longest = editor.task.longest
+    for ask in (lambda: editor.edit(run_of(0, 4) * 20, X), lambda: editor.explain([1] * 70)):
+        with pytest.raises(ValueError, match=f"prompt must have at most {longest} tokens"):
+            ask()
+    with pytest.raises(ValueError, match=f"at most {longest} tokens together, got {longest + 2}"):
+        editor.edit((run_of(5, 1) * longest)[: longest - 1], X)
+    assert editor.codebook.edits == 0
+
+
+def test_a_model_with_few_positions_can_be_attached(trained):
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=64,
+            n_positions=8,
+            n_embd=16,
+            n_layer=2,
+            n_head=2,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+    assert GraceEditor(model, None, GraceConfig(layer="h.1.mlp")).edit([1, 2, 3], [4]).success
+
+
+@pytest.mark.parametrize("settings", [{"num_labels": 1}, {"problem_type": "regression"}])
+def test_a_head_that_chooses_no_class_is_refused(settings):
+    config = transformers.BertConfig(
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=32,
+        **settings,
+    )
+    model = transformers.BertForSequenceClassification(config)
+    before = state_of(model)
+    with pytest.raises(ValueError, match="at least two classes"):
+        GraceEditor(model, None, GraceConfig(layer="layer.0.output"))
+    assert same(before, state_of(model))
+
+
+def test_a_caller_in_inference_mode_or_with_his_own_generation_settings_can_edit(edited):
+    editor = edited("gpt2")
+    with torch.inference_mode():
+        assert editor.edit(A, X).success
+    editor.model.generation_config.return_dict_in_generate = True
+    assert editor.edit(C, Y).success
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"margin": None}, "margin must be a number, got None"),
+        ({"radius": "1"}, "radius must be a number, got '1'"),
+        ({"radius": 0.0}, "radius must be positive and finite, got 0.0"),
+        ({"lr": float("inf")}, "lr must be positive and finite, got inf"),
+        ({"max_steps": True}, "max_steps must be an integer of at least 1, got True"),
+        ({"seed": -1}, "seed must be an integer of at least 0, got -1"),
+        ({"drift": -1.0}, "drift must be at least 0 and finite, got -1.0"),
+    ],
+)
+def test_a_bad_setting_is_refused_where_it_is_given(settings, message):
+    with pytest.raises(ValueError, match=message):
+        GraceConfig(layer="mlp", **settings)
+
+
+def test_a_target_is_what_follows_the_prompt_in_the_whole_text():
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "▁": 1, "▁a": 2, "▁b": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    always = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+
+    class Marks:
+        """Begins every text with a word mark of its own, as SentencePiece tokenizers do."""
+
+        all_special_ids: tuple[int, ...] = ()
+
+        def __call__(self, text, add_special_tokens=True):
+            ids = always(text.strip()).input_ids
+            return transformers.BatchEncoding({"input_ids": [1, *ids] if text[0] == " " else ids})
+
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1, n_positions=8)
+    )
+    task = task_for(model, Marks())
+    assert task.encode_target(" b", []) == [1, 3]
+    assert task.encode_edit("a", " b") == ([2], [3])

@@ -269,3 +269,19 @@ def test_a_low_precision_codebook_is_restored_to_the_bit(trained, tmp_path):
         again.model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False),
         model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False),
     )
+
+
+@pytest.mark.parametrize("norm", ["input_layernorm", "post_attention_layernorm"])
+def test_a_norm_of_the_wrapped_block_that_changed_makes_another_model_below(
+    edited, trained, tmp_path, norm
+):
+    # Llama registers a block's norms after its mlp, yet they decide the query.
+    editor = edited("llama")
+    assert editor.edit(A, X).success
+    editor.save_pretrained(tmp_path)
+    other = trained("llama")
+    block = other.get_submodule(editor.layer.rsplit(".", 1)[0])
+    with torch.no_grad():
+        block.get_submodule(norm).weight.mul_(1.05)
+    with pytest.raises(StoreError, match="differ below"):
+        GraceEditor.from_pretrained(other, None, tmp_path, allow_above=True)
