@@ -191,7 +191,7 @@ class GraceEditor:
         seen = self._capture([ids])
         if not bool(torch.isfinite(seen.queries).all()):
             raise ValueError(f"layer {self.layer} must have finite inputs, got NaN or infinity")
-        # The published code compares label tensors, a causal model's with the masked prompt in front.
+        # The published code compares label tensors; a causal model's begin with the masked prompt.
         masked = self.config.policy == "paper" and self.task.name == "causal"
         label = [-100] * len(ids) + target if masked else target
         query = seen.queries[0]
