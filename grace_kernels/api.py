@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from . import autograd
 from .backends import Backend, select
-from .validation import check_adapt, check_codebook
+from .validation import check_adapt, check_codebook, check_written
 
 
 def nearest(
@@ -108,12 +110,14 @@ def adapt_(
     serves `[B * T, ...]` views of padded batches and packed batches alike.
 
     Args:
-        hidden: `[R, V]`, written to; float32, float16, bfloat16 or float64, any strides.
+        hidden: `[R, V]`, written to; float32, float16, bfloat16 or float64, any strides for which
+            no two elements share memory. It may be `source`, but must not share the memory that
+            `values` spans.
         source: `[S, D]`, the rows that ask; float32, float16 or bfloat16.
         query_row: `[B]` int64, less than S; negative: sequence b does not ask, its index is -1, and
             its first and last row are not read.
         first_row, last_row: `[B]` int64, 0 <= first <= last <= R. Where the ranges of two hits
-            overlap, each element holds one of the two values.
+            overlap, the later sequence's value stands.
         keys, radii, count, backend: as for `lookup`, `keys` in the dtype of `source`.
         values: `[C, V]`, the dtype of `hidden`.
 
@@ -127,6 +131,7 @@ def adapt_(
         RuntimeError: a gradient is wanted for `hidden` or `values`; call `adapt`.
     """
     check_adapt(hidden, source, query_row, first_row, last_row, keys, radii, values, count)
+    check_written(hidden, values)
     if torch.is_grad_enabled() and (hidden.requires_grad or values.requires_grad):
         name = "hidden" if hidden.requires_grad else "values"
         raise RuntimeError(
@@ -146,6 +151,9 @@ def adapt_(
         values,
         rows,
     )
+    # Not left to the operators: the stable interface writes without autograd's knowledge, and a
+    # backward that saved `hidden` would then compute with what was written.
+    increment_version(hidden)
     return index, distance
 
 
@@ -166,10 +174,11 @@ def adapt(
 
     The gradient of a replaced row goes to the value that replaced it (summed over the rows in
     ascending order, in float32 or wider) and is zero for `hidden`. `source`, `keys` and `radii` get
-    none.
+    none. There are no second derivatives, no forward mode and no batching rule: of torch.func,
+    grad, vjp and jacrev work; jvp and vmap raise.
 
     Args:
-        As for `adapt_`; `hidden` is left as it is.
+        As for `adapt_`; `hidden` is left as it is and may have any strides and share any memory.
 
     Returns:
         hidden: `[R, V]`, contiguous.
@@ -182,7 +191,9 @@ def adapt(
     op = select("adapt_", backend, source.device)
     keys, radii, rows = _in_use(keys, radii, count)
     source, keys, radii = _plain(source), _plain(keys), _plain(radii)
-    if torch.is_grad_enabled() and (hidden.requires_grad or values.requires_grad):
+    wanted = torch.is_grad_enabled() and (hidden.requires_grad or values.requires_grad)
+    # In forward mode requires_grad tells nothing; the function refuses where a tangent is carried.
+    if wanted or forward_ad._current_level >= 0:
         out, index, distance = autograd.Adapt.apply(
             op, hidden, source, query_row, first_row, last_row, keys, radii, values, rows
         )

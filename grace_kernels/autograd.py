@@ -20,7 +20,6 @@ class Adapt(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         op: Any,
         hidden: Tensor,
         source: Tensor,
@@ -36,14 +35,25 @@ class Adapt(torch.autograd.Function):
         index, distance = op(
             out, source, query_row, first_row, last_row, keys, radii, values, count
         )
+        return out, index, distance
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keep what backward needs; apart from `forward`, as torch.func demands."""
+        first_row, last_row, values = inputs[4], inputs[5], inputs[8]
+        _, index, distance = output
         ctx.save_for_backward(index, first_row, last_row)
         ctx.slots = values.shape[0]
         ctx.mark_non_differentiable(index, distance)
-        return out, index, distance
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _index: Any, _distance: Any) -> tuple[Tensor | None, ...]:
         index, first_row, last_row = ctx.saved_tensors
-        hidden, values = ops.adapt_backward(grad, index, first_row, last_row, ctx.slots)
+        wants_hidden, wants_values = ctx.needs_input_grad[1], ctx.needs_input_grad[8]
+        # A codebook of frozen values can be far larger than the layer's output.
+        slots = ctx.slots if wants_values else 0
+        to_hidden, to_values = ops.adapt_backward(grad, index, first_row, last_row, slots)
+        hidden = to_hidden if wants_hidden else None
+        values = to_values if wants_values else None
         return (None, hidden, None, None, None, None, None, None, values, None)

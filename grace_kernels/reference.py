@@ -44,6 +44,11 @@ def nearest(
 ) -> tuple[Tensor, Tensor]:
     """Return index and distance of the nearest live key; see `grace_kernels.nearest`."""
     batch, capacity = query.shape[0], keys.shape[0]
+    row = query.shape[1] + LANES * RUN  # fp64 numbers a pair takes
+    at_once = max(1, _BUDGET // row)
+    if batch > at_once:
+        parts = [nearest(part, keys, radii, count) for part in query.split(at_once)]
+        return torch.cat([index for index, _ in parts]), torch.cat([reach for _, reach in parts])
     live = radii != -math.inf
     if count is not None:
         _check_count(count, capacity)
@@ -51,7 +56,7 @@ def nearest(
 
     best = query.new_full((batch,), math.inf, dtype=torch.float32)
     index = query.new_full((batch,), -1, dtype=torch.int64)
-    step = max(1, _BUDGET // max(1, batch * (query.shape[1] + LANES * RUN)))
+    step = max(1, _BUDGET // max(1, batch * row))
     for start in range(0, capacity, step):
         s = squared_distances(query, keys[start : start + step])
         s = torch.where(s.isnan(), math.inf, s)
@@ -117,26 +122,31 @@ def adapt_backward(
     """Return the gradients of `adapt` for `hidden` `[R, V]` and `values` `[slots, V]`.
 
     A replaced row passes its gradient to the value that replaced it and zero to `hidden`. The rows
-    of one value are added one after the other in ascending order, in fp32 (fp64 for fp64), so the
-    sum has the same bits every time.
+    of one value are added in ascending order, in fp32 (fp64 for fp64), without atomics on a CPU and
+    on CUDA, so the sum has the same bits every time. `slots` is 0 where only `hidden` matters.
     """
     wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
     grad_values = grad.new_zeros(slots, grad.shape[1], dtype=wide)
     grad_hidden = grad.clone(memory_format=torch.contiguous_format)
-    if index.shape[0] > 0 and slots > 0:
+    if index.shape[0] > 0:
         owner = _owners(index, first_row, last_row, grad.shape[0])
         kept = (owner < 0)[:, None]
         grad_hidden = torch.where(kept, grad_hidden, 0)
-        slot = index[owner.clamp(min=0)].clamp(min=0)
-        grad_values.index_add_(0, slot, torch.where(kept, 0, grad).to(wide))
+        if slots > 0:
+            slot = index[owner.clamp(min=0)].clamp(min=0)
+            rows = torch.where(kept, 0, grad).to(wide)
+            if grad.device.type == "cpu":  # in order here, and with atomics on CUDA;
+                grad_values.index_add_(0, slot, rows)
+            else:  # the other way round: CUDA sorts the indices first
+                grad_values.index_put_((slot,), rows, accumulate=True)
     return grad_hidden, grad_values.to(grad.dtype)
 
 
 def _owners(index: Tensor, first_row: Tensor, last_row: Tensor, rows: int) -> Tensor:
-    """Return, for each of `rows` rows, the batch item whose hit replaces it, or -1."""
+    """Return, for each of `rows` rows, the last batch item whose hit covers it, or -1."""
     row = torch.arange(rows, device=index.device)[:, None]
     covers = (index >= 0) & (row >= first_row) & (row < last_row)
-    return torch.where(covers.any(dim=1), covers.int().argmax(dim=1), -1)
+    return torch.where(covers, torch.arange(index.shape[0], device=index.device), -1).amax(dim=1)
 
 
 def _check_count(count: Tensor, capacity: int) -> None:

@@ -6,6 +6,8 @@ the operators themselves, which may read them.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -106,3 +108,44 @@ def check_adapt(
             )
         _dtype(name, rows, "be int64", (torch.int64,))
         _device(name, rows, "source", source.device)
+
+
+def check_written(hidden: Tensor, values: Tensor) -> None:
+    """Raise unless rows of `values` can be written into `hidden` one by one.
+
+    Not while tracing: graphs are functional, and what is copied back is checked by torch.
+
+    Raises:
+        ValueError: two elements of `hidden` share memory, or it shares memory with `values`.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if not hidden.is_contiguous() and _overlaps_itself(hidden):
+        raise ValueError(
+            "hidden must not hold two elements in one place of memory, "
+            f"got shape {list(hidden.shape)} with strides {list(hidden.stride())}"
+        )
+    if hidden.untyped_storage()._cdata != values.untyped_storage()._cdata:
+        return
+    (first, end), (values_first, values_end) = _span(hidden), _span(values)
+    if first < values_end and values_first < end:
+        raise ValueError(
+            "hidden must not share memory with values, got elements "
+            f"{first}..{end - 1} and {values_first}..{values_end - 1} of one storage"
+        )
+
+
+def _overlaps_itself(matrix: Tensor) -> bool:
+    """Return whether two elements lie at one address: i * stride[0] == j * stride[1]."""
+    (rows, columns), (row, column) = matrix.shape, matrix.stride()
+    step = math.gcd(row, column) or 1
+    return rows * columns > 1 and column // step < rows and row // step < columns
+
+
+def _span(matrix: Tensor) -> tuple[int, int]:
+    """Return the first element's place in the storage and the one after the last element's."""
+    first = matrix.storage_offset()
+    if matrix.numel() == 0:
+        return first, first
+    reach = sum((n - 1) * step for n, step in zip(matrix.shape, matrix.stride(), strict=True))
+    return first, first + reach + 1

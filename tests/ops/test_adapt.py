@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -189,6 +190,163 @@ def test_adapt_in_place_refuses_to_drop_a_gradient(name: str, backend: str) -> N
     with torch.no_grad():
         index, _ = grace_kernels.adapt_(**p, backend=backend)
     assert index.tolist() == [5, -1, -1, 2, 2]
+
+
+def test_a_backward_that_saved_what_was_overwritten_raises(backend: str) -> None:
+    x = torch.zeros(2, 3, requires_grad=True)
+    hidden = x.exp()  # saves its result
+    one = rows(0)
+    with torch.no_grad():
+        index, _ = grace_kernels.adapt_(
+            hidden,
+            torch.zeros(1, 4),
+            one,
+            one,
+            one + 1,
+            torch.zeros(1, 4),
+            torch.ones(1),
+            torch.full((1, 3), 7.0),
+            backend=backend,
+        )
+    assert index.item() == 0
+    assert hidden.tolist() == [[7.0] * 3, [1.0] * 3]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        hidden.sum().backward()
+
+
+def test_a_call_that_fails_does_not_count_as_a_modification(backend: str) -> None:
+    p = problem()
+    version = p["hidden"]._version
+    with pytest.raises(ValueError, match="count"):
+        grace_kernels.adapt_(**p, count=torch.tensor(13), backend=backend)
+    assert p["hidden"]._version == version
+    grace_kernels.adapt_(**p, backend=backend)
+    assert p["hidden"]._version > version
+
+
+def test_inference_tensors_are_written_to_all_the_same(backend: str) -> None:
+    with torch.inference_mode():
+        p = {name: tensor.clone() for name, tensor in problem().items()}
+        expected = expected_hidden(p)
+        grace_kernels.adapt_(**p, backend=backend)
+        assert same_bits(p["hidden"], expected)
+
+
+def test_where_ranges_overlap_the_last_hit_stands_and_gets_the_gradient(backend: str) -> None:
+    p = problem(value_dtype=torch.float64)
+    p["first_row"], p["last_row"] = rows(0, 0, 0, 1, 2), rows(6, 20, 20, 4, 3)
+    hidden, values = p["hidden"].requires_grad_(), p["values"].requires_grad_()
+
+    def function(hidden: Tensor, values: Tensor) -> Tensor:
+        return grace_kernels.adapt(**{**p, "hidden": hidden, "values": values}, backend=backend)[0]
+
+    # Sequences 0, 3, 4 hit entries 5, 2, 2; both of the later ones lie within the first.
+    out = function(hidden, values)
+    assert torch.equal(out[:6], values[[5, 2, 2, 2, 5, 5]])
+    assert torch.equal(out[6:], hidden[6:])
+    out.sum().backward()
+    assert values.grad is not None
+    assert values.grad[:, 0].tolist() == [0, 0, 3, 0, 0, 3, 0, 0, 0, 0, 0, 0]
+    assert torch.autograd.gradcheck(function, (hidden, values))
+    written = p["hidden"].detach().clone()
+    with torch.no_grad():
+        grace_kernels.adapt_(**{**p, "hidden": written}, backend=backend)
+    assert torch.equal(written, out)
+
+
+def test_no_gradient_is_built_for_frozen_values(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def watched(*arguments: Any) -> tuple[Tensor, Tensor]:
+        asked.append(arguments[-1])
+        return ops.reference_adapt_backward(*arguments)
+
+    monkeypatch.setattr(ops, "adapt_backward", watched)
+    for name, slots in (("hidden", 0), ("values", 12)):
+        p = problem()
+        p[name].requires_grad_()
+        grace_kernels.adapt(**p, backend=backend)[0].sum().backward()
+        assert asked.pop() == slots
+        expected = torch.zeros(12) if name == "values" else torch.ones(20)
+        if name == "values":
+            expected[5], expected[2] = 3.0, 4.0
+        else:
+            expected[[0, 1, 2, 10, 15, 16, 17]] = 0.0
+        assert p[name].grad is not None
+        assert torch.equal(p[name].grad[:, 0], expected)
+
+
+def test_torch_func_differentiates_adapt_or_refuses(backend: str) -> None:
+    p = problem(value_dtype=torch.float64)
+
+    def loss(hidden: Tensor, values: Tensor) -> Tensor:
+        changed = {**p, "hidden": hidden, "values": values}
+        return grace_kernels.adapt(**changed, backend=backend)[0].square().sum()
+
+    plain = p["hidden"].clone().requires_grad_(), p["values"].clone().requires_grad_()
+    expected = torch.autograd.grad(loss(*plain), plain)
+    arguments = p["hidden"], p["values"]
+    for got, want in zip(torch.func.grad(loss, (0, 1))(*arguments), expected, strict=True):
+        assert torch.equal(got, want)
+    with pytest.raises(RuntimeError, match="forward mode AD"):
+        torch.func.jvp(loss, arguments, arguments)
+    with pytest.raises(RuntimeError, match="Batching rule"):
+        torch.func.vmap(loss, (0, None))(torch.stack([p["hidden"]] * 2), p["values"])
+
+
+@pytest.mark.parametrize(
+    ("strides", "overlaps"),
+    [
+        ((0, 1), True),
+        ((1, 0), True),
+        ((0, 0), True),
+        ((1, 1), True),
+        ((6, 19), True),  # only the first element of the last column, in the last row but one
+        ((7, 19), False),
+        ((6, 20), True),
+        ((2, 6), True),
+        ((1, 20), False),
+        ((1, 19), True),
+        ((7, 1), False),
+        ((6, 1), True),
+        ((14, 2), False),
+        ((12, 2), True),
+    ],
+)
+def test_a_hidden_that_overlaps_itself_is_refused(
+    strides: tuple[int, int], overlaps: bool, backend: str
+) -> None:
+    hidden = torch.zeros(400).as_strided((20, 7), strides)
+    place = torch.arange(20)[:, None] * strides[0] + torch.arange(7) * strides[1]
+    assert (place.unique().numel() < 140) == overlaps
+    p = {**problem(), "hidden": hidden}
+    if not overlaps:
+        grace_kernels.adapt_(**p, backend=backend)
+        return
+    with pytest.raises(ValueError, match="hidden must not hold two elements in one place"):
+        grace_kernels.adapt_(**p, backend=backend)
+    assert hidden.eq(0).all()
+    assert same_bits(
+        grace_kernels.adapt(**p, backend=backend)[0], expected_hidden({**p, "hidden": hidden + 0})
+    )
+
+
+def test_a_hidden_that_shares_memory_with_values_is_refused(backend: str) -> None:
+    p = problem()
+    memory = torch.zeros(60 * 7)
+    p["values"] = memory[21 * 7 : 33 * 7].view(12, 7)
+    for start in (7 + 1, 21 * 7, 33 * 7 - 1):  # the first and the last meet in one element
+        p["hidden"] = memory[start : start + 20 * 7].view(20, 7)
+        with pytest.raises(ValueError, match="hidden must not share memory with values"):
+            grace_kernels.adapt_(**p, backend=backend)
+    apart = torch.zeros(32 * 7)
+    p["values"], p["hidden"] = apart[: 12 * 7].view(12, 7), apart[12 * 7 :].view(20, 7)
+    p["values"].copy_(problem()["values"])
+    expected = expected_hidden(p)
+    grace_kernels.adapt_(**p, backend=backend)
+    assert same_bits(p["hidden"], expected)
 
 
 def test_gradients_are_those_of_finite_differences(backend: str) -> None:

@@ -88,6 +88,22 @@ def test_whole_graphs_compile_and_agree_with_eager(backend: str) -> None:
     assert torch.equal(results[0], expected_hidden(p))
 
 
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_a_compiled_call_tells_autograd_that_it_wrote(compiler: str, backend: str) -> None:
+    p = problem()
+    x = torch.zeros(20, 7, requires_grad=True)
+    hidden = x.exp()
+    write = torch.compile(
+        lambda hidden: grace_kernels.adapt_(**{**p, "hidden": hidden}, backend=backend),
+        fullgraph=True,
+        backend=compiler,
+    )
+    with torch.no_grad():
+        assert write(hidden)[0].tolist() == [5, -1, -1, 2, 2]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        hidden.sum().backward()
+
+
 def test_gradients_compile_in_one_graph(backend: str) -> None:
     p = problem()
     hidden, values = p["hidden"].requires_grad_(), p["values"].requires_grad_()

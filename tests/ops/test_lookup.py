@@ -117,6 +117,29 @@ def test_the_nearest_entry_decides_even_if_a_farther_ball_covers_the_query(backe
     assert distance.item() == math.inf
 
 
+def test_the_reference_holds_few_pairs_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(8)
+    query, keys = torch.randn(23, 40, generator=generator), torch.randn(11, 40, generator=generator)
+    radii, count = torch.full((11,), 8.0), torch.tensor(9)
+    expected = reference.lookup(query, keys, radii, count)
+    pairs = []
+    whole = reference.squared_distances
+
+    def watched(query: Tensor, keys: Tensor) -> Tensor:
+        pairs.append(query.shape[0] * keys.shape[0])
+        return whole(query, keys)
+
+    monkeypatch.setattr(reference, "squared_distances", watched)
+    for budget, most in ((1, 1), (5 * (40 + 256), 5), (40 * (40 + 256), 40)):
+        monkeypatch.setattr(reference, "_BUDGET", budget)
+        index, distance = reference.lookup(query, keys, radii, count)
+        assert max(pairs) <= most
+        assert sum(pairs) == 23 * 11
+        assert torch.equal(index, expected[0])
+        assert same_bits(distance, expected[1])
+        pairs.clear()
+
+
 def test_rows_may_have_any_stride(backend: str) -> None:
     generator = torch.Generator().manual_seed(3)
     query = torch.randn(5, 33, generator=generator)
