@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,16 +28,45 @@ class Captured:
 
 @dataclass
 class Generation:
-    """State of one `generate` call: where the prompt ends and what answered."""
+    """State of one `generate` call: where the prompt ends and what answered.
+
+    Args:
+        prompt_len: columns of the prompt.
+        plan: of the forward that comes next.
+        planned: some forward had a plan.
+        reached: the wrapped layer ran in one of them.
+        index: `[B]`, the entry that answers each sequence, -1 for none; None before the lookup.
+        values: `[B, V]`, their values as they were then: an edit in between changes no answer that
+            was begun.
+    """
 
     prompt_len: int
     plan: QueryPlan | None = None
+    planned: bool = False
+    reached: bool = False
     index: Tensor | None = None
+    values: Tensor | None = None
+
+
+@dataclass(eq=False)
+class _Forward:
+    """A forward of the model that autograd followed; its nodes are numbered `start..end-1`."""
+
+    start: int
+    end: int
+    plan: QueryPlan | None
+    forced: Tensor | None
+    version: int
+
+
+_MOST_FORWARDS = 64
 
 
 class _Running(threading.local):
     """What a thread is doing with the layer: several may serve at once, while one edits."""
 
+    enabled: bool = True
+    inside: bool = False  # the model's forward is running
     plan: QueryPlan | None = None
     generation: Generation | None = None
     forced: Tensor | None = None
@@ -55,7 +85,8 @@ class GraceAdaptor:
     """Look the queries of a forward up and replace rows of the layer's output.
 
     Holds no weights. `forward`s read it and never change the codebook; only the editor writes.
-    The adaptor is set into the wrapped layer by `grace_edit.attach.attach`.
+    The adaptor is set into the wrapped layer by `grace_edit.attach.attach`. `enabled`, `plan` and
+    what else a call is about belong to the thread that sets them.
 
     Args:
         codebook: the entries.
@@ -70,21 +101,27 @@ class GraceAdaptor:
     replace: str
     special_ids: tuple[int, ...] = ()
     mask_token_id: int | None = None
-    enabled: bool = True
+    warned: set[str] = field(default_factory=set, repr=False)
+    looked: set[str] = field(default_factory=set, repr=False)  # what a GPU was waited for once
     # Not per thread: a GPU's backward runs in a thread of its own.
-    replayed: QueryPlan | None = field(default=None, repr=False)
+    forwards: deque[_Forward] = field(
+        default_factory=lambda: deque(maxlen=_MOST_FORWARDS), repr=False
+    )
     running: _Running = field(default_factory=_Running, repr=False)
 
+    enabled = _of_running("enabled")
+    inside = _of_running("inside")
     plan = _of_running("plan")
     generation = _of_running("generation")
     forced = _of_running("forced")
     captures = _of_running("captures")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: item for name, item in vars(self).items() if name != "running"}
+        own = ("running", "forwards")
+        return {name: item for name, item in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, running=_Running())
+        vars(self).update(state, running=_Running(), forwards=deque(maxlen=_MOST_FORWARDS))
 
     def move(self, device: torch.device) -> None:
         """Move the codebook to `device`; its dtype never changes with the model's."""
@@ -107,6 +144,42 @@ class GraceAdaptor:
         """Whether a forward has anything to do here at all."""
         return self.enabled or self.forced is not None or self.captures is not None
 
+    def remember(self, start: int, plan: QueryPlan | None) -> None:
+        """Note what a forward did whose first autograd node was to have the number `start`."""
+        end = torch.autograd._get_sequence_nr()
+        if end > start:
+            version = self.codebook.version
+            self.forwards.append(_Forward(start, end, plan, self.forced, version))
+
+    def recall(self) -> _Forward | None:
+        """Return the forward that activation checkpointing, within backward, now runs again.
+
+        It is told by the number of the autograd node that backward is at. None: no forward of the
+        model was followed, so none was edited.
+
+        Raises:
+            RuntimeError: that forward is not known, or the edits have changed since.
+        """
+        node = torch._C._current_autograd_node()
+        if not self.forwards or node is None:
+            return None
+        at = node._sequence_nr()
+        found = [f for f in self.forwards if f.start <= at < f.end]
+        # Threads count their nodes apart, so two of them can each have one of this number.
+        if len({(id(f.plan), id(f.forced)) for f in found}) != 1:
+            raise RuntimeError(
+                "activation checkpointing must run a forward of the edited model again, one of the "
+                f"last {_MOST_FORWARDS} and no other thread's, got {len(found)} that it could be; "
+                "call backward earlier, or train inside editor.disable()"
+            )
+        if found[-1].plan is not None and found[-1].version != self.codebook.version:
+            raise RuntimeError(
+                "backward with activation checkpointing must see the edits of its forward (version "
+                f"{found[-1].version} of the codebook), got version {self.codebook.version}; edit "
+                "after backward"
+            )
+        return found[-1]
+
     def __call__(self, source: Tensor, hidden: Tensor) -> Tensor:
         """Return the layer's output with the rows that the plan names answered.
 
@@ -117,6 +190,8 @@ class GraceAdaptor:
         plan = self.plan
         if plan is None or not self.active:
             return hidden
+        if self.generation is not None:
+            self.generation.reached = True
         shape = hidden.shape
         rows = hidden.reshape(-1, shape[-1])
         queries = source.reshape(-1, source.shape[-1])
@@ -137,19 +212,38 @@ class GraceAdaptor:
             return hidden
         if self.forced is not None:
             return _write_rows(rows, plan, self.forced, query_row >= 0).view(shape)
+        if torch.compiler.is_compiling():
+            rows = self._answer(rows, queries, query_row, plan, copy=True)
+        else:
+            alias = torch._C._is_alias_of(rows, source)
+            tracked = torch.is_grad_enabled() and hidden.requires_grad
+            with self.codebook.lock:
+                rows = self._answer(rows, queries, query_row, plan, copy=tracked, alias=alias)
+        return rows.view(shape)
+
+    def _answer(
+        self,
+        rows: Tensor,
+        queries: Tensor,
+        query_row: Tensor,
+        plan: QueryPlan,
+        *,
+        copy: bool,
+        alias: bool = False,
+    ) -> Tensor:
         book = self.codebook
         check_dtypes(book, queries, rows)
         tensors = (query_row, plan.first_row, plan.last_row, book.keys, book.radii, book.values)
-        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and hidden.requires_grad):
+        if copy:
             rows, index, _ = grace_kernels.adapt(rows, queries, *tensors, book.count)
         else:
-            # A copy where the layer hands its input on (Dropout in eval mode, Identity).
-            if torch._C._is_alias_of(rows, source):
-                rows = rows.clone()
+            # The layer may hand its input on (Dropout in eval mode, Identity).
+            rows = rows.clone() if alias else rows
             index, _ = grace_kernels.adapt_(rows, queries, *tensors, book.count)
         if plan.latch and self.generation is not None:
             self.generation.index = index
-        return rows.view(shape)
+            self.generation.values = book.values[index.clamp(min=0)]
+        return rows
 
     def _capture(
         self, queries: Tensor, query_row: Tensor, rows: Tensor, plan: QueryPlan
@@ -164,10 +258,10 @@ class GraceAdaptor:
     def _write_kept(self, rows: Tensor, plan: QueryPlan) -> Tensor:
         if self.forced is not None:
             return _write_rows(rows, plan, self.forced, plan.query_row >= 0)
-        index = self.generation.index if self.generation is not None else None
-        if index is None:
+        kept = self.generation
+        if kept is None or kept.index is None or kept.values is None:
             return rows
-        return _write_rows(rows, plan, self.codebook.values[index.clamp(min=0)], index >= 0)
+        return _write_rows(rows, plan, kept.values, kept.index >= 0)
 
 
 def check_dtypes(book: Codebook, queries: Tensor, outputs: Tensor) -> None:

@@ -3,7 +3,12 @@
 Three objects of the model change their class and nothing else: the wrapped layer (it hands its
 output to the adaptor), the *seam* (the module that sees the attention mask and so knows which rows
 ask), and for a causal model the seam is the model itself, whose `generate` is followed too.
-Parameters, `state_dict` names, `isinstance` and hooks stay as they are.
+Parameters, `state_dict` names, `isinstance` and hooks stay as they are. A new model made from an
+attached one's class is a plain one.
+
+A later turn of `generate` (a cache that holds tokens already) gives the answers of one without a
+cache under `query="last"` and `replace="last"` alone: the rows of what the cache holds cannot be
+pooled or replaced any more. It warns where that matters.
 """
 
 from __future__ import annotations
@@ -55,13 +60,14 @@ class GraceLayer:
     """Mixin of the wrapped layer."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return _adapt_output(self, super().forward, args, kwargs)  # type: ignore[misc]
+        return _wrapped(self, _adapt_output, args, kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Follow the model to its device; an empty probe says where fn moves things. Its dtype is
         # not followed: keys must keep the bits they were made with.
-        adaptor: GraceAdaptor = self.__dict__["grace"]
-        adaptor.move(fn(torch.empty(0, device=adaptor.codebook.keys.device)).device)
+        adaptor: GraceAdaptor | None = self.__dict__.get("grace")
+        if adaptor is not None:
+            adaptor.move(fn(torch.empty(0, device=adaptor.codebook.keys.device)).device)
         return super()._apply(fn, recurse)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -72,7 +78,7 @@ class GraceSeam:
     """Mixin of the module whose forward sees the mask: plans each forward before it runs."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return _planned_forward(self, super().forward, args, kwargs)  # type: ignore[misc]
+        return _wrapped(self, _planned_forward, args, kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         mixin = GraceGenerator if isinstance(self, GraceGenerator) else GraceSeam
@@ -83,20 +89,53 @@ class GraceGenerator(GraceSeam):
     """Mixin of a model that generates: one lookup at the prompt's end, kept for what follows."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        adaptor: GraceAdaptor = self.__dict__["grace"]
-        generate = super().generate  # type: ignore[misc]
-        if not adaptor.active or adaptor.plan is not None:
+        adaptor: GraceAdaptor | None = self.__dict__.get("grace")
+        generate = _beneath(self, "generate")
+        if adaptor is None or not adaptor.active:
             return generate(*args, **kwargs)
+        if adaptor.plan is not None:
+            raise ValueError(
+                "generate must be called outside editor.plan(...), got a plan in force: it names "
+                "the rows of a single forward, and generate plans each of its own"
+            )
         _whole_prefill(adaptor, kwargs, getattr(self, "generation_config", None))
-        with adaptor.using(generation=Generation(_prompt_length(args, kwargs))):
-            return generate(*args, **kwargs)
+        _warn_later_turn(adaptor, kwargs)
+        state = Generation(_prompt_length(args, kwargs))
+        with adaptor.using(generation=state):
+            out = generate(*args, **kwargs)
+        if state.planned and not state.reached:
+            warnings.warn(
+                f"generate was not edited: the forward of {shadowed(self)} was replaced after "
+                "attaching by one that does not call it; replace it before attaching",
+                stacklevel=2,
+            )
+        return out
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
-        adaptor: GraceAdaptor = self.__dict__["grace"]
-        if adaptor.generation is not None:
-            adaptor.generation.plan = _plan_step(adaptor, adaptor.generation, args, kwargs, inputs)
+        inputs = _beneath(self, "prepare_inputs_for_generation")(*args, **kwargs)
+        adaptor: GraceAdaptor | None = self.__dict__.get("grace")
+        if adaptor is not None and adaptor.generation is not None:
+            state = adaptor.generation
+            state.plan = _plan_step(adaptor, state, args, kwargs, inputs)
+            state.planned = state.planned or state.plan is not None
         return inputs
+
+
+def _wrapped(module: Any, wrap: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    forward = _beneath(module, "forward")
+    # A forward of the instance may end here: a bound one from an earlier attach that it kept.
+    if isinstance(module.__dict__.get("forward"), _InstanceForward):
+        return forward(*args, **kwargs)
+    return wrap(module, forward, args, kwargs)
+
+
+def _beneath(module: Any, name: str) -> Any:
+    """Return a method as the module's own class has it, without ours.
+
+    Not by `super()`: a bound forward that somebody kept may be called after `detach`.
+    """
+    own = type(module)
+    return functools.partial(getattr(getattr(own, "grace_base", own), name), module)
 
 
 @functools.cache
@@ -146,7 +185,7 @@ def core_of(model: nn.Module) -> nn.Module:
 
 def is_attached(module: nn.Module) -> bool:
     """Return whether `module` carries an adaptor."""
-    return isinstance(module, (GraceLayer, GraceSeam))
+    return isinstance(module, (GraceLayer, GraceSeam)) and "grace" in module.__dict__
 
 
 def attach(model: nn.Module, layer: nn.Module, seam: nn.Module, adaptor: GraceAdaptor) -> None:
@@ -155,11 +194,14 @@ def attach(model: nn.Module, layer: nn.Module, seam: nn.Module, adaptor: GraceAd
     Raises:
         ValueError: the layer or the model carries an adaptor already.
     """
-    for what, module in (("layer", layer), ("model", seam)):
-        if is_attached(module) or any(is_attached(m) for m in model.modules()):
-            raise ValueError(
-                f"{what} must not carry an adaptor already, got one that does; detach it first"
-            )
+    if is_attached(layer):
+        raise ValueError(
+            "layer must not carry an adaptor already, got one that does; detach it first"
+        )
+    if any(map(is_attached, model.modules())):
+        raise ValueError(
+            "model must not carry an adaptor already, got one that does; detach it first"
+        )
     generates = callable(getattr(seam, "prepare_inputs_for_generation", None))
     swaps: list[tuple[nn.Module, type]] = [
         (layer, GraceLayer),
@@ -172,7 +214,7 @@ def attach(model: nn.Module, layer: nn.Module, seam: nn.Module, adaptor: GraceAd
             # accelerate and others set forward on the instance, where it would shadow the class.
             wrap = _adapt_output if mixin is GraceLayer else _planned_forward
             module.__dict__["forward"] = _InstanceForward(wrap, module, own)
-        base: Any = type(module)
+        base: Any = getattr(type(module), "grace_base", type(module))
         module.__class__ = _swapped(mixin, base)
 
 
@@ -212,14 +254,16 @@ class _InstanceForward:
 
 def _adapt_output(layer: Any, forward: Any, args: Any, kwargs: Any) -> Any:
     output = forward(*args, **kwargs)
-    adaptor: GraceAdaptor = layer.__dict__["grace"]
-    if adaptor.plan is None:
+    adaptor: GraceAdaptor | None = layer.__dict__.get("grace")
+    if adaptor is None:
+        return output
+    if not torch.compiler.is_compiling() and not adaptor.inside:
         # Activation checkpointing runs the layer once more, from within backward.
-        if adaptor.replayed is None or torch._C._current_graph_task_id() == -1:
-            return output
-        with adaptor.using(plan=adaptor.replayed):
-            return _replace(adaptor, args, kwargs, output)
-    return _replace(adaptor, args, kwargs, output)
+        again = adaptor.recall()
+        if again is not None:
+            with adaptor.using(enabled=True, plan=again.plan, forced=again.forced, captures=None):
+                return _replace(adaptor, args, kwargs, output)
+    return output if adaptor.plan is None else _replace(adaptor, args, kwargs, output)
 
 
 def _replace(adaptor: GraceAdaptor, args: Any, kwargs: Any, output: Any) -> Any:
@@ -235,22 +279,36 @@ def _replace(adaptor: GraceAdaptor, args: Any, kwargs: Any, output: Any) -> Any:
 
 
 def _planned_forward(seam: Any, forward: Any, args: Any, kwargs: Any) -> Any:
-    adaptor: GraceAdaptor = seam.__dict__["grace"]
-    if not adaptor.active or adaptor.plan is not None:
+    adaptor: GraceAdaptor | None = seam.__dict__.get("grace")
+    if adaptor is None:
         return forward(*args, **kwargs)
-    if adaptor.generation is not None:
-        plan = adaptor.generation.plan
-    else:
-        plan = _plan_forward(adaptor, seam, args, kwargs)
-    if plan is None:
+    before = plan = adaptor.plan
+    if adaptor.active and before is None:
+        if adaptor.generation is not None:
+            plan = adaptor.generation.plan
+        else:
+            plan = _plan_forward(adaptor, seam, args, kwargs)
+    if torch.compiler.is_compiling():
+        return _run_planned(adaptor, plan, before, forward, args, kwargs)
+    inside, start = adaptor.inside, torch.autograd._get_sequence_nr()
+    adaptor.inside = True
+    try:
+        return _run_planned(adaptor, plan, before, forward, args, kwargs)
+    finally:
+        adaptor.inside = inside
+        adaptor.remember(start, plan if adaptor.active else None)
+
+
+def _run_planned(
+    adaptor: GraceAdaptor, plan: Any, before: Any, forward: Any, args: Any, kwargs: Any
+) -> Any:
+    if plan is before:
         return forward(*args, **kwargs)
-    if seam.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        adaptor.replayed = plan
     adaptor.plan = plan
     try:
         return forward(*args, **kwargs)
     finally:
-        adaptor.plan = None
+        adaptor.plan = before
 
 
 def _arguments(seam: Any, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -266,22 +324,50 @@ def _plan_forward(adaptor: GraceAdaptor, seam: Any, args: Any, kwargs: Any) -> Q
     tokens = ids if ids is not None else embeds
     if tokens is None or _cached(given.get("past_key_values")):
         return None
-    mask = given.get("attention_mask")
+    mask, positions = given.get("attention_mask"), given.get("position_ids")
     if given.get("cu_seq_lens_q") is not None:
-        raise ValueError(
-            "cu_seq_lens_q must be None for an edited model, got a packed batch; name the rows "
-            "yourself with editor.plan(QueryPlan(...))"
-        )
+        raise _packed("cu_seq_lens_q must be None")
     if mask is None:
+        # transformers takes sequences apart where the positions start anew.
+        plain = positions is not None and positions.ndim == 2
+        if plain and _may_look(adaptor, "packed", positions):
+            _refuse_restarts(positions)
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     elif mask.ndim != 2:
         raise ValueError(
             f"attention_mask must be [B, T] for an edited model, got shape {tuple(mask.shape)}; "
             "name the rows yourself with editor.plan(QueryPlan(...))"
         )
-    elif isinstance(seam, GraceGenerator) and given.get("position_ids") is None:
-        _warn_left_padding(mask)
+    elif isinstance(seam, GraceGenerator) and positions is None:
+        _warn_left_padding(adaptor, mask)
     return plan_prompts(adaptor, mask.bool(), ids)
+
+
+def _refuse_restarts(positions: Tensor) -> None:
+    if bool((positions.diff(dim=1) < 0).any()):
+        raise _packed("position_ids without a mask must ascend within a row")
+
+
+def _packed(rule: str) -> ValueError:
+    return ValueError(
+        f"{rule} for an edited model, got a packed batch; name the rows yourself with "
+        "editor.plan(QueryPlan(...))"
+    )
+
+
+def _may_look(adaptor: GraceAdaptor, what: str, tensor: Tensor) -> bool:
+    """Say whether the host may read `tensor`: always on a CPU, once per adaptor on a GPU.
+
+    Never while compiling or capturing, which it would break.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if tensor.device.type == "cpu":
+        return True
+    if not tensor.is_cuda or what in adaptor.looked or torch.cuda.is_current_stream_capturing():
+        return False
+    adaptor.looked.add(what)
+    return True
 
 
 def plan_prompts(
@@ -385,24 +471,25 @@ def _whole_prefill(adaptor: GraceAdaptor, kwargs: dict[str, Any], default: Any) 
         kwargs["prefill_chunk_size"] = None
 
 
-@torch.compiler.disable
-def _warn_once_left_padding() -> None:
-    global _warned
-    if not _warned:
-        _warned = True
+def _warn_later_turn(adaptor: GraceAdaptor, kwargs: dict[str, Any]) -> None:
+    if not _cached(kwargs.get("past_key_values")):
+        return
+    if adaptor.replace != "last" or adaptor.query == "mean":
+        warnings.warn(
+            f"past_key_values holds earlier tokens: replace={adaptor.replace!r} and "
+            f"query={adaptor.query!r} reach the new ones only, so answers may differ from those "
+            "without a cache",
+            stacklevel=3,
+        )
+
+
+def _warn_left_padding(adaptor: GraceAdaptor, mask: Tensor) -> None:
+    if "left padding" in adaptor.warned or not _may_look(adaptor, "left padding", mask):
+        return
+    if mask.shape[1] and not bool(mask[:, 0].all()):
+        adaptor.warned.add("left padding")
         warnings.warn(
             "left padding without position_ids shifts the positions of most causal models, so "
             "edits will not fire; pass position_ids",
             stacklevel=5,
         )
-
-
-_warned = False
-
-
-def _warn_left_padding(mask: Tensor) -> None:
-    # Reading the mask would break a compiled graph and wait for a GPU: look only where it is free.
-    if torch.compiler.is_compiling() or mask.device.type != "cpu":
-        return
-    if mask.shape[1] and not bool(mask[:, 0].all()):
-        _warn_once_left_padding()

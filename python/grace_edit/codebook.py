@@ -31,9 +31,14 @@ class Codebook(Retention):
 
     Tensors that a lookup reads, all on one device: `keys [C, D]`, `values [C, V]`, `radii [C]`
     float32 (-inf: dead) and `count`, an int64 scalar: rows `0..count-1` are in use, dead ones among
-    them included. The capacity C doubles when it is exceeded, which replaces the tensors; while
-    `frozen` is True it raises CapacityError instead. Dead rows are reused, the lowest first, and
+    them included. The capacity C doubles when it is exceeded, which replaces the tensors and, on
+    CUDA, warns that captured graphs must be captured again; while `frozen` is True it raises
+    CapacityError instead. Dead rows are reused, the lowest first, and
     hold zeros. `version` goes up with every change, undoing included, and never down.
+
+    One thread may change a codebook while others serve from it: each of `commit`, `delete` and
+    `undo` is a single step to an uncompiled lookup, which waits for its end. A compiled model has
+    no such lock; edit between its calls.
 
     Args:
         key_dim, value_dim: D and V.
@@ -167,7 +172,8 @@ class Codebook(Retention):
 
         A miss is index -1 and distance +inf. See `grace_kernels.lookup`.
         """
-        return lookup(query, self.keys, self.radii, self._row_count)
+        with self.lock:
+            return lookup(query, self.keys, self.radii, self._row_count)
 
     def nearest_two(self, query: Tensor) -> list[tuple[int, float]]:
         """Return slot and distance of the nearest entry to `[D]` and of the runner-up.
@@ -259,7 +265,7 @@ class Codebook(Retention):
             value = planning.check_value(self, value)
         elif plan.slot < 0 or plan.case == "update":
             raise ValueError(f"value must be a tensor for the case {plan.case}, got None")
-        with self.transaction():
+        with self.lock, self.transaction():
             held = self._entry(plan.slot)
             stamp = held.stamp if held is not None and value is None else self._next_stamp
             new = Edit(
@@ -334,7 +340,8 @@ class Codebook(Retention):
         Raises:
             KeyError: the id is unknown.
         """
-        replay.delete(self, id, purge)
+        with self.lock:
+            replay.delete(self, id, purge)
 
     # ------------------------------------------------------------------ whole codebooks
 
@@ -399,8 +406,9 @@ class Codebook(Retention):
 
         Stored queries stay on the host. Dtypes never change.
         """
-        for name in ("keys", "values", "radii", "count", "_label_ids"):
-            setattr(self, name, getattr(self, name).to(device))
+        names = ("keys", "values", "radii", "count", "_label_ids")
+        with self.lock:
+            vars(self).update({name: getattr(self, name).to(device) for name in names})
         return self
 
     def check(self) -> None:

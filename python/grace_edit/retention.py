@@ -73,9 +73,9 @@ class Retention(Rows):
         assert value is not None
         slot = self._new_slot()
         self._write("keys", slot, query)
-        self._write("radii", slot, radius)
         entry = Entry(edit.label, edit.stamp, edit.id, (edit.id,))
         self._write_entry(slot, entry, value, self._label_number(edit.label))
+        self._write("radii", slot, radius)  # last: it makes the row live
         return slot
 
     def _supersede(self, id: int, by: int) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,6 +37,8 @@ class Rows:
 
     Rows `0..count-1` are in use. A dead one among them has radius -inf and holds zeros, as do the
     rows from `count` on. Queries are kept on the host, one row per edit that was not imported.
+
+    `lock` is held while rows change and must be held while they are read in another thread.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class Rows:
         self.values = torch.zeros(capacity, value_dim, dtype=value_dtype, device=device)
         self.radii = torch.full((capacity,), -math.inf, device=device)
         self.count = torch.zeros((), dtype=torch.int64, device=device)
+        self.lock = threading.RLock()
         self.version = 0
         self.frozen = False
 
@@ -86,6 +91,12 @@ class Rows:
         self._purged = 0  # a purge is part of the open transaction
         self._changed = False  # version went up within it
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: item for name, item in vars(self).items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, lock=threading.RLock())
+
     # ------------------------------------------------------------------ transactions
 
     @contextmanager
@@ -100,7 +111,8 @@ class Rows:
         try:
             yield
         except BaseException:
-            self._restore(self._open.pop())
+            with self.lock:
+                self._restore(self._open.pop())
             if not self._open:
                 if self._changed:  # somebody may have seen a version in between
                     self.version += 1
@@ -132,8 +144,9 @@ class Rows:
         if not self._undo:
             after = self._undo_end or "the codebook was made"
             raise UndoError(f"undo must follow a change, got none since {after}")
-        self._restore(self._undo.pop())
-        self.version += 1
+        with self.lock:
+            self._restore(self._undo.pop())
+            self.version += 1
 
     def _bump(self) -> None:
         self.version += 1
@@ -224,14 +237,21 @@ class Rows:
                     f"capacity must exceed the {slot} rows in use while the codebook is frozen, "
                     f"got {slot}; thaw it, or attach with a larger capacity"
                 )
+            if self.radii.is_cuda:
+                warnings.warn(
+                    f"the codebook grows past its capacity of {slot} rows into new memory: CUDA "
+                    "graphs captured before must be captured again",
+                    stacklevel=2,
+                )
             self._save("_capacity")
             self._resize(2 * slot)
         self._set_number("_row_count", slot + 1)
         return slot
 
     def _resize(self, capacity: int) -> None:
-        for name, fill in (("keys", 0), ("values", 0), ("radii", -math.inf), ("_label_ids", -1)):
-            setattr(self, name, resized(getattr(self, name), capacity, fill))
+        fills = {"keys": 0, "values": 0, "radii": -math.inf, "_label_ids": -1}
+        grown = {name: resized(getattr(self, name), capacity, fill) for name, fill in fills.items()}
+        vars(self).update(grown)  # all made before the first is replaced
 
     def _new_query_row(self, query: Tensor, edit_id: int) -> int:
         row = self._query_count

@@ -7,7 +7,8 @@ import warnings
 
 import pytest
 import torch
-from grace_edit import GraceEditor, QueryPlan, attach
+from grace_edit import Codebook, GraceEditor, QueryPlan
+from grace_edit.adaptor import GraceAdaptor
 from grace_edit.positions import plan_queries
 from tiny_models import CAUSAL, MASK, CountGrace, generated, logits_of, padded, run_of
 
@@ -66,9 +67,8 @@ def test_the_rows_that_are_replaced_hold_the_value_and_no_others_do(edited):
         assert equal == [i in rows for i in range(4)], replace
 
 
-def test_left_padding_without_positions_warns_once_and_only_then(edited, monkeypatch):
+def test_left_padding_without_positions_warns_once_per_adaptor_and_only_then(edited):
     editor = edit(edited("gpt2"))
-    monkeypatch.setattr(attach, "_warned", False)
     ids, mask = padded([OTHERS[0], PROMPT], left=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -79,16 +79,17 @@ def test_left_padding_without_positions_warns_once_and_only_then(edited, monkeyp
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         editor.model(input_ids=ids, attention_mask=mask)
+    with pytest.warns(UserWarning, match="left padding without position_ids"):
+        edit(edited("gpt2")).model(input_ids=ids, attention_mask=mask)
 
 
-def test_generate_of_a_left_padded_batch_does_not_warn(edited, monkeypatch):
+def test_generate_of_a_left_padded_batch_does_not_warn(edited):
     editor = edit(edited("gpt2"))
-    monkeypatch.setattr(attach, "_warned", False)
     ids, mask = padded([OTHERS[0], PROMPT], left=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         editor.model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False)
-    assert not attach._warned
+    assert editor.adaptor.warned == set()
 
 
 def test_a_forward_with_past_asks_nobody_but_inside_a_plan_it_does(edited):
@@ -139,6 +140,89 @@ def test_a_packed_batch_without_a_plan_is_refused_with_the_way_out(edited):
     editor = edit(edited("llama"))
     with pytest.raises(ValueError, match=r"cu_seq_lens_q must be None.*editor.plan"):
         editor.model(input_ids=torch.tensor([PROMPT]), cu_seq_lens_q=torch.tensor([0, 4]))
+
+
+def test_a_packed_batch_told_by_its_positions_alone_is_refused_with_the_way_out(edited):
+    editor = edit(edited("llama"))
+    ids = torch.tensor([[*OTHERS[1], *PROMPT]])
+    restarts = torch.tensor([[0, 1, 0, 1, 2, 3]])
+    with pytest.raises(ValueError, match=r"position_ids without a mask must ascend.*editor.plan"):
+        editor.model(input_ids=ids, position_ids=restarts, use_cache=False)
+    # With a mask they are a padded row's, and ascending ones are a single sequence's.
+    rising = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        editor.model(input_ids=ids, position_ids=restarts, attention_mask=torch.ones_like(ids))
+        logits = editor.model(input_ids=torch.tensor([PROMPT]), position_ids=rising - 3).logits
+    assert logits[0, -1].argmax() == TARGET[0]
+
+
+def test_disable_is_of_one_thread_and_overlapping_ones_leave_it_enabled(edited):
+    editor = edit(edited("gpt2"))
+    first_in, second_in, first_out = (threading.Event() for _ in range(3))
+    seen = {}
+
+    def first():
+        with editor.disable():
+            first_in.set()
+            second_in.wait(10)
+            seen["first"] = int(logits_of(editor.model, PROMPT)[-1].argmax())
+        first_out.set()
+
+    def second():
+        first_in.wait(10)
+        with editor.disable():
+            second_in.set()
+            first_out.wait(10)
+            seen["second"] = int(logits_of(editor.model, PROMPT)[-1].argmax())
+
+    threads = [threading.Thread(target=work) for work in (first, second)]
+    for thread in threads:
+        thread.start()
+    second_in.wait(10)
+    seen["outside"] = int(logits_of(editor.model, PROMPT)[-1].argmax())
+    for thread in threads:
+        thread.join()
+    assert seen == {"first": run_of(14, 1)[0], "second": run_of(14, 1)[0], "outside": TARGET[0]}
+    assert editor.adaptor.enabled
+    assert logits_of(editor.model, PROMPT)[-1].argmax() == TARGET[0]
+
+
+def test_a_thread_that_serves_while_the_codebook_grows_never_sees_a_half_made_entry():
+    book = Codebook(8, 8, capacity=1, radius=0.25)
+    adaptor = GraceAdaptor(book, query="last", replace="last")
+    keys = torch.arange(64.0)[:, None].expand(-1, 8).contiguous()
+    values = -1.0 - keys
+    rows = torch.arange(64)
+    plan = QueryPlan(rows, rows, rows + 1)
+    wrong, done = [], threading.Event()
+
+    def serve():
+        try:
+            with adaptor.using(plan=plan), torch.no_grad():
+                while not done.is_set():
+                    out = adaptor(keys, torch.full((64, 8), 7.0))
+                    good = (out == 7.0).all(1) | (out == values).all(1)
+                    wrong.extend(out[~good].tolist())
+        except Exception as error:
+            wrong.append(repr(error))
+
+    threads = [threading.Thread(target=serve) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for _ in range(3):
+        for i in range(64):
+            book.insert(keys[i], [i], values[i])
+        for _ in range(64):
+            book.undo()
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    for i in range(64):
+        book.insert(keys[i], [i], values[i])
+    with adaptor.using(plan=plan):
+        assert torch.equal(adaptor(keys, torch.zeros(64, 8)), values)
+    assert book.capacity == 64
 
 
 def test_threads_serve_at_the_same_time_and_while_another_one_edits(edited):
@@ -270,6 +354,67 @@ def test_activation_checkpointing_gives_the_same_gradients(edited, name, reentra
     assert got.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(got[name], expected[name])
+
+
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def checkpointed(model, reentrant):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+
+
+def joint_gradients(editor):
+    """Return the gradients of four forwards at once: edited, disabled, planned and with a mask."""
+    model = editor.model
+    model.zero_grad(set_to_none=True)
+    ids, mask = padded([PROMPT, OTHERS[0]], left=False)
+    last = torch.tensor([3])
+    loss = model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
+    with editor.disable():
+        same = torch.tensor([PROMPT])
+        loss = loss + 2 * model(input_ids=same, labels=same, use_cache=False).loss
+    loss = loss + 3 * model(input_ids=same, labels=same, use_cache=False).loss
+    with editor.plan(QueryPlan(last, last - 2, last + 1)):
+        loss = loss + 4 * model(input_ids=same, labels=same, use_cache=False).loss
+    loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saved", "reentrant"])
+def test_checkpointing_runs_each_of_several_forwards_again_as_it_ran_before_one_backward(
+    edited, reentrant
+):
+    editor = edit(edited("llama"))
+    without_dropout(editor.model.train())
+    expected = joint_gradients(editor)
+    checkpointed(editor.model, reentrant)
+    got = joint_gradients(editor)
+    assert got.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name])
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saved", "reentrant"])
+def test_checkpointing_refuses_a_forward_made_before_an_edit_or_no_longer_known(edited, reentrant):
+    editor = edit(edited("gpt2"))
+    model = without_dropout(editor.model.train())
+    checkpointed(model, reentrant)
+    ids = torch.tensor([PROMPT])
+    loss = model(ids, labels=ids, use_cache=False).loss
+    assert editor.edit(OTHERS[0], TARGET).success
+    with pytest.raises(RuntimeError, match=r"edits of its forward \(version 1.*got version 2"):
+        loss.backward()
+    loss = model(ids, labels=ids, use_cache=False).loss
+    for _ in range(64):
+        model(ids[:, :1], use_cache=False)
+    with pytest.raises(RuntimeError, match="one of the last 64"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("name", ["bert", "bert-mlm", "t5"])

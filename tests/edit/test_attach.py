@@ -6,6 +6,7 @@ import copy
 import functools
 import io
 import pickle
+import warnings
 
 import grace_edit
 import pytest
@@ -219,13 +220,68 @@ def test_a_forward_set_on_the_instance_is_wrapped_and_given_back(trained):
     assert logits_of(model, PROMPT)[-1].argmax() == run_of(14, 1)[0]
 
 
-def test_a_forward_that_is_set_later_is_reported(edited):
+def test_a_forward_that_is_set_later_is_reported_and_generate_warns_if_it_leaves_the_edits_out(
+    edited,
+):
     editor = edited("gpt2")
+    assert editor.edit(PROMPT, TARGET).success
     layer = editor.model.get_submodule(editor.layer)
-    layer.forward = lambda hidden_states: hidden_states
+    own = nn.Module.__getattribute__(layer, "grace_base").forward
+    layer.forward = lambda *args: own(layer, *args)
     assert editor.status()["shadowed"] == [editor.layer]
     assert shadowed(editor.model) == [editor.layer]
+    with pytest.warns(UserWarning, match=r"not edited: the forward of \['transformer.h.1.mlp'\]"):
+        assert generated(editor.model, [PROMPT], 3) == [run_of(14, 3)]
     del layer.forward
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert generated(editor.model, [PROMPT], 3) == [TARGET]
+
+
+def test_a_forward_that_is_set_later_and_calls_the_one_before_goes_on_working_after_detach(edited):
+    editor = edited("gpt2")
+    assert editor.edit(PROMPT, TARGET).success
+    model = editor.model
+    for module in (model, model.get_submodule(editor.layer)):
+        before = module.forward
+        module.forward = lambda *args, before=before, **kwargs: before(*args, **kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert generated(model, [PROMPT], 3) == [TARGET]
+    editor.detach()
+    assert generated(model, [PROMPT], 3) == [run_of(14, 3)]
+    assert logits_of(model, PROMPT)[-1].argmax() == run_of(14, 1)[0]
+    again = GraceEditor(model, None, GraceConfig(layer=LAYERS["gpt2"]))
+    assert again.edit(PROMPT, TARGET).success
+    assert generated(model, [PROMPT], 3) == [TARGET]
+
+
+@pytest.mark.parametrize("how", ["config", "from_pretrained"])
+def test_a_model_made_from_the_class_of_an_attached_one_is_plain(edited, trained, how, tmp_path):
+    editor, plain = edited("gpt2"), trained("gpt2")
+    assert editor.edit(PROMPT, TARGET).success
+    kind = type(editor.model)
+    if how == "config":
+        made = kind(plain.config).eval()
+        made.load_state_dict(plain.state_dict())
+    else:
+        plain.save_pretrained(tmp_path)
+        made = kind.from_pretrained(tmp_path)
+    assert torch.equal(logits_of(made, PROMPT), logits_of(plain, PROMPT))
+    assert generated(made.double().float(), [PROMPT], 3) == [run_of(14, 3)]
+    grace_edit.detach(made)
+    second = GraceEditor(made, None, GraceConfig(layer=LAYERS["gpt2"]))
+    assert second.edit(PROMPT, TARGET).success
+    assert generated(made, [PROMPT], 3) == [TARGET]
+    second.detach()
+    assert type(made) is type(plain)
+
+
+def test_a_layer_made_from_the_class_of_a_wrapped_one_is_plain(edited):
+    layer = edited("bert").model.get_submodule(LAYERS["bert"])
+    made = type(layer)(4, 4).to(torch.float64)
+    x = torch.randn(2, 4, dtype=torch.float64)
+    assert torch.equal(made(x), nn.functional.linear(x, made.weight, made.bias))
 
 
 def test_hooks_of_the_wrapped_layer_go_on_working(trained):

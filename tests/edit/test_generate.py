@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from grace_edit import GraceConfig, GraceEditor
+from grace_edit import GraceConfig, GraceEditor, QueryPlan
 from tiny_models import (
     CAUSAL,
     EOS,
@@ -192,7 +192,8 @@ def test_the_next_turn_asks_at_its_own_end_with_the_first_in_the_cache(edited, g
     assert turn.sequences[0, 6:8].tolist() == FOLLOWS[0][:2]
     assert seen == 8
     ids = whole if given == "everything" else second
-    with watching(model) as calls:
+    with watching(model) as calls, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(whole),
@@ -200,10 +201,60 @@ def test_the_next_turn_asks_at_its_own_end_with_the_first_in_the_cache(edited, g
             max_new_tokens=4,
             do_sample=False,
         )
+    told = [str(w.message) for w in warned if "past_key_values holds earlier" in str(w.message)]
+    assert len(told) == (replace != "last")
+    assert all(f"replace='{replace}'" in text for text in told)
     # What was computed before the second turn's prompt is not replaced: only "last" is exact.
     if replace == "last":
         assert out[0, ids.shape[1] :].tolist() == expected
     assert calls == [1, 0, 0, 0]
+
+
+def test_a_later_turn_with_a_pooled_query_warns(edited):
+    editor = edited("llama", query="mean")
+    assert editor.edit(PROMPT, TARGET).success
+    ids = torch.tensor([OTHERS[0]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        turn = editor.model.generate(
+            ids, max_new_tokens=2, do_sample=False, return_dict_in_generate=True
+        )
+    with pytest.warns(UserWarning, match="past_key_values holds.*query='mean'"):
+        editor.model.generate(
+            turn.sequences, past_key_values=turn.past_key_values, max_new_tokens=2, do_sample=False
+        )
+
+
+def test_generate_inside_a_plan_is_refused(edited):
+    editor = edited("llama")
+    row = torch.tensor([3])
+    with editor.plan(QueryPlan(row, row, row + 1)):
+        with pytest.raises(ValueError, match=r"generate must be called outside editor\.plan"):
+            answers(editor)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_an_edit_while_text_is_generated_does_not_change_the_answer_that_was_begun(
+    edited, use_cache
+):
+    editor = edited("gpt2", replace="all")
+    result = editor.edit(PROMPT, TARGET)
+    assert result.success
+    expected = answers(editor, use_cache=use_cache)
+
+    class Deletes:
+        tokens = 0
+
+        def put(self, value):
+            self.tokens += 1
+            if self.tokens == 2:  # the prompt, then the first token
+                editor.delete(result.id)
+
+        def end(self):
+            pass
+
+    assert answers(editor, use_cache=use_cache, streamer=Deletes()) == expected
+    assert answers(editor) == run_of(14, 5)
 
 
 def test_the_next_turn_without_a_mask_asks_at_its_end(edited):
