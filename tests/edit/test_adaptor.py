@@ -225,6 +225,21 @@ def test_a_thread_that_serves_while_the_codebook_grows_never_sees_a_half_made_en
     assert book.capacity == 64
 
 
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=cuda)])
+def test_growth_past_the_capacity_warns_where_graphs_could_have_been_captured(device):
+    book = Codebook(2, 2, capacity=2, device=device)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for i in range(4):
+            book.insert(torch.full((2,), 9.0 * i), [i], torch.zeros(2))
+    told = [w for w in warned if "must be captured again" in str(w.message)]
+    assert len(told) == (device == "cuda")
+    assert book.capacity == 4
+
+
 def test_threads_serve_at_the_same_time_and_while_another_one_edits(edited):
     editor = edit(edited("llama"))
     torch._dynamo.reset()
