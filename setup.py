@@ -8,6 +8,7 @@ that answers from the reference.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -24,9 +25,11 @@ def missing() -> str | None:
     """Return why nothing can be compiled, or None."""
     if os.environ.get("GRACE_KERNELS_COMPILE", "1") == "0":
         return "GRACE_KERNELS_COMPILE is 0"
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    if shutil.which(compiler) is None:
-        return f"there is no C++ compiler ({compiler})"
+    # Every word that is no option, as in "ccache g++": the wrapper alone compiles nothing.
+    words = [word for word in shlex.split(os.environ.get("CXX", "c++")) if not word.startswith("-")]
+    for word in words or ["CXX is empty"]:
+        if shutil.which(word) is None:
+            return f"there is no C++ compiler ({word})"
     try:
         import torch  # noqa: F401
     except ImportError:

@@ -75,13 +75,14 @@ class Case:
 
 
 def ties_within_rounding(
-    dtype: torch.dtype, keys: int, dim: int, scale: float, seed: int
+    dtype: torch.dtype, keys: int, dim: int, scale: float, seed: int, centre: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Return a query `[1, dim]` and `[keys, dim]` keys around it whose distances nearly tie.
 
-    Every key is the query (zero) plus a shuffle, with random signs, of one vector: the exact
-    distances tie, while fp32 sums scatter. In float32 some elements are moved by some units in the
-    last place besides, which takes the distances a few such units apart.
+    Every key is the query (all `centre`) plus a shuffle, with random signs, of one vector: the
+    exact distances tie, while fp32 sums scatter. In float32 some elements are moved by some units
+    in the last place besides, which takes the distances a few such units apart. Around a query
+    other than zero the shuffled vector is first rounded to what the key can hold exactly.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -89,13 +90,18 @@ def ties_within_rounding(
         return torch.randn(*shape, generator=generator)
 
     offset = normal(dim) * scale
+    if centre != 0:
+        centre = 2.0 ** round(math.log2(abs(centre)))
+        unit = centre * torch.finfo(dtype).eps * 8
+        offset = (offset / unit).round() * unit
     shuffle = torch.rand(keys, dim, generator=generator).argsort(dim=1)
     sign = torch.where(normal(keys, dim) < 0, -1.0, 1.0)
     near = (offset[shuffle] * sign).to(dtype)
     if dtype == torch.float32:
         moved = near * (1 + torch.finfo(dtype).eps * (normal(keys, dim) * dim**0.5 / 3).round())
         near = torch.where(normal(keys, dim) > 1.0, moved, near)
-    return torch.zeros(1, dim, dtype=dtype), near
+    query = torch.full((1, dim), centre, dtype=dtype)
+    return query, query + near if centre != 0 else near
 
 
 def order_shows(dtype: torch.dtype, batch: int, dim: int) -> tuple[Tensor, Tensor]:

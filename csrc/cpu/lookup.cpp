@@ -167,11 +167,11 @@ class Search {
     if (limit_ < 0) return;
 
     static thread_local Workspace workspace;
-    const int64_t threads = thread_count(std::min(asking.batch, kBlock));
-    const size_t query_bytes = (kBlock * scan_.query_stride * sizeof(float) + 63) / 64 * 64;
     const int64_t most = std::min(asking.batch, kBlock);
+    const int64_t threads = thread_count(most);
+    const size_t query_bytes = (most * scan_.query_stride * sizeof(float) + 63) / 64 * 64;
     char* memory = static_cast<char*>(
-        workspace.reserve(query_bytes + threads * most * sizeof(Best) + kBlock * sizeof(int64_t)));
+        workspace.reserve(query_bytes + threads * most * sizeof(Best) + most * sizeof(int64_t)));
     float* queries = reinterpret_cast<float*>(memory);
     Best* best = reinterpret_cast<Best*>(memory + query_bytes);
     int64_t* who = reinterpret_cast<int64_t*>(best + threads * most);

@@ -9,13 +9,6 @@ namespace grace::cpu {
 namespace baseline {
 namespace {
 
-constexpr int64_t kTileBytes = 128 << 10;
-constexpr int64_t kAhead = 4096;  // bytes between a load and its prefetch
-constexpr int64_t kFirstCheck =
-    64;  // elements; far keys are given up there or at 2, 4, .. times it
-constexpr int64_t kRowsAhead = 8;
-constexpr int64_t kPage = 4096;
-
 struct Half;
 struct BFloat;
 

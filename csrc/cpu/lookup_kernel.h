@@ -12,6 +12,13 @@ constexpr int64_t kVector = 8;
 
 constexpr int kCandidates = 24;
 
+// What the kernels of every instruction set were tuned to, see lookup_kernel_body.h.
+constexpr int64_t kTileBytes = 128 << 10;  // of keys, met by all queries before the next ones
+constexpr int64_t kPage = 4096;
+constexpr int64_t kAhead = 4096;     // bytes between a load and its prefetch
+constexpr int64_t kRowsAhead = 8;    // rows between a load and the prefetch of a row's start
+constexpr int64_t kFirstCheck = 64;  // elements; far keys are given up there, or at 2, 4, .. times
+
 // The state of one query in one thread: slots that may still be the nearest, found by the coarse
 // pass, and the best of those that were re-scored canonically.
 struct Best {
@@ -32,7 +39,7 @@ struct Scan {
   const float* queries;
   int64_t query_stride;
   int64_t batch;
-  float relative, absolute;  // the margin of the coarse pass, see coarse_margin() in lookup.cpp
+  float relative, absolute;  // the margin of the coarse pass, see set_coarse_margin() in lookup.cpp
 };
 
 // One instruction set's implementation. Every one gives the same answers to the bit.

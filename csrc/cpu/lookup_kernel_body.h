@@ -3,14 +3,15 @@
 //   s(x, k) = round_to_fp32( sum_i (x_i - k_i)^2 )
 //
 // Coarse pass: fp32 direct differences, a tile of keys (kTileBytes, stays in L2) against all
-// queries, kQueries x kKeys pairs in registers. Every key is read from memory once per call and
+// queries, Q x K pairs in registers. Every key is read from memory once per call and
 // block of queries; N * D * sizeof(key) bytes, so few queries run at the bandwidth of the memory
 // and many at the rate of the arithmetic (two operations per element and query).
 // Candidates: a key whose coarse result lies within a certified margin of the best one so far.
 // Re-score: fp64, unfused, 32 lanes in fixed order. Only its results are ever compared or returned.
 //
-// The including file provides struct Isa: V (8 floats), zero, load (float, Half, BFloat),
-// add_square, sum, keep, prefetch.
+// The including file includes lookup_kernel.h (the constants), <cstdint>, <cstring> and <limits>
+// outside the namespace, declares struct Half and BFloat, and provides struct Isa: V (8 floats),
+// zero, load (float, Half, BFloat), add_square, sum, keep, prefetch.
 
 struct Half {
   uint16_t bits;

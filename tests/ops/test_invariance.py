@@ -14,6 +14,9 @@ from torch import Tensor
 import grace_kernels
 from grace_kernels.testing import same_bits
 
+from .conftest import COMPILED
+from .test_compile import in_a_fresh_process
+
 
 def codebook(n: int, dim: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Keys, radii and queries of which some are near keys, with ties among the keys."""
@@ -125,6 +128,27 @@ def test_flushing_subnormals_changes_no_answer_and_stays_set(isa: str) -> None:
         torch.set_flush_denormal(False)
     assert torch.equal(index, expected[0])
     assert same_bits(distance, expected[1])
+
+
+@pytest.mark.skipif(not COMPILED, reason="not compiled")
+def test_worker_threads_that_flush_subnormals_change_no_answer() -> None:
+    # Threads inherit the setting where they start, so it has to come before any parallel work. The
+    # baseline widens fp16 subnormals by way of fp32 ones.
+    printed = in_a_fresh_process(
+        """
+        import torch, grace_kernels
+        torch.set_num_threads(4)
+        flushes = torch.set_flush_denormal(True)
+        keys = torch.ones(4000, 512, dtype=torch.int16).view(torch.float16)
+        index, distance = grace_kernels.nearest(
+            torch.zeros(1, 512, dtype=torch.float16), keys, torch.ones(4000), backend="cpu"
+        )
+        print(flushes, index.item(), distance.item())
+        """,
+        GRACE_KERNELS_ISA="baseline",
+        OMP_NUM_THREADS="4",
+    )
+    assert printed.split()[1:] == ["0", "1.3486991292666062e-06"]  # 2^-24 sqrt(512), rounded
 
 
 @st.composite

@@ -25,8 +25,25 @@ LIBRARY = Path(grace_kernels.__file__).with_name("_C.so")
 ALLOWED = re.compile(
     r"(.*@(GLIBC|GLIBCXX|CXXABI|GCC|GOMP|OMP)_[\w.]+"
     r"|_ZN?[KVRO]*S[taosbid]\w*|_ZT[ISV]S\w*|__gmon_start__|_ITM_\w+|__cxa_finalize|__tls_get_addr"
-    r"|aoti_torch_\w+|torch_\w+)"
+    r"|aoti_torch_\w+)"
 )
+# Of the newer torch_* functions those that torch 2.10, the oldest supported, has: a library that
+# needs another one does not load there.
+ALLOWED_TORCH = {
+    "torch_call_dispatcher",
+    "torch_delete_list",
+    "torch_delete_string",
+    "torch_get_const_data_ptr",
+    "torch_get_mutable_data_ptr",
+    "torch_get_num_threads",
+    "torch_library_impl",
+    "torch_list_push_back",
+    "torch_new_list_reserve_size",
+    "torch_new_string_handle",
+    "torch_parallel_for",
+    "torch_string_c_str",
+    "torch_string_length",
+}
 
 
 @compiled
@@ -37,7 +54,8 @@ def test_the_library_needs_only_the_c_and_cpp_run_time_and_torchs_stable_interfa
         ["nm", "-D", "--undefined-only", str(LIBRARY)], capture_output=True, text=True, check=True
     )
     symbols = [line.split()[-1] for line in listed.stdout.splitlines()]
-    assert any(name.startswith("torch_library_impl") for name in symbols)
+    assert "torch_library_impl" in symbols
+    symbols = [name for name in symbols if name not in ALLOWED_TORCH]
     assert [name for name in symbols if not ALLOWED.fullmatch(name)] == []
     assert [name for name in symbols if name.startswith("_ZN2at") or name.startswith("Py")] == []
 

@@ -148,20 +148,23 @@ def test_rows_may_have_any_stride(backend: str) -> None:
     expected = grace_kernels.lookup(query, keys, radii, backend=backend)
     apart = torch.full((40, 90), math.nan)
     apart[:, 20:53] = keys
+    middle = grace_kernels.nearest(query, keys[3:4], radii[:1])[1].median().item()
     views = {
         "rows apart": (query, apart[:, 20:53], radii),
         "columns first": (query.T.contiguous().T, keys.T.contiguous().T, radii),
         "every other radius": (query, keys, radii.repeat_interleave(2)[::2]),
-        "one key for all": (query, keys[3:4].expand(40, 33), radii),
+        "one key for all": (query, keys[3:4].expand(40, 33), torch.full((40,), middle)),
         "reversed queries": (query.flip(0).contiguous().flip(0), keys, radii),
     }
     for name, arguments in views.items():
         index, distance = grace_kernels.lookup(*arguments, backend=backend)
+        wanted = expected
         if name == "one key for all":
-            assert set(index.tolist()) <= {0, -1}
-            continue
-        assert torch.equal(index, expected[0]), name
-        assert same_bits(distance, expected[1]), name
+            same = keys[3].repeat(40, 1), arguments[2]
+            wanted = grace_kernels.lookup(query, *same, backend="reference")
+            assert set(wanted[0].tolist()) == {0, -1}
+        assert torch.equal(index, wanted[0]), name
+        assert same_bits(distance, wanted[1]), name
 
 
 def test_row_offsets_beyond_two_to_the_31_elements_are_right(backend: str) -> None:
@@ -191,8 +194,10 @@ def test_the_coarse_pass_never_loses_the_winner(
     # a plain fp32 sum does is asserted, lest this test prove nothing.
     scale = norm / math.sqrt(dim)
     misled = 0
-    for seed in range(6):
-        query, keys = ties_within_rounding(dtype, 60, dim, scale, seed)
+    for seed in range(8):
+        # Powers of two, so that keys around such a query still nearly tie once they are rounded.
+        offset = 4 * scale if seed % 2 else 0.0
+        query, keys = ties_within_rounding(dtype, 60, dim, scale, seed, offset)
         radii = torch.full((60,), math.inf)
         fp32 = (query.float() - keys.float()).square().sum(dim=1)
         for operation in (grace_kernels.nearest, grace_kernels.lookup):
@@ -203,6 +208,86 @@ def test_the_coarse_pass_never_loses_the_winner(
             misled += int(fp32.argmin().item() != index.item())
     if dtype == torch.float32:
         assert misled > 0
+
+
+def agree(query: Tensor, keys: Tensor, radii: Tensor) -> tuple[Tensor, Tensor]:
+    """Assert that the kernels answer as the reference does; return its answer to `nearest`."""
+    for operation in (grace_kernels.lookup, grace_kernels.nearest):
+        index, distance = operation(query, keys, radii, backend="cpu")
+        expected = operation(query, keys, radii, backend="reference")
+        assert torch.equal(index, expected[0])
+        assert same_bits(distance, expected[1])
+    return expected
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("dim", [50, 768, 3000])
+def test_the_margin_around_a_rescored_key_keeps_what_may_still_win(
+    dim: int, batch: int, isa: str
+) -> None:
+    # Twice as many near ties as the list of candidates holds, so that it is re-scored half way.
+    for seed in range(40):
+        query, keys = ties_within_rounding(torch.float32, 60, dim, 1.0, seed)
+        agree(query.expand(batch, dim), keys, torch.full((60,), math.inf))
+
+
+@pytest.mark.parametrize("dim", [50, 768, 3000])
+def test_a_largest_radius_equal_to_the_distance_of_the_winner_keeps_it(dim: int, isa: str) -> None:
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        query = torch.randn(5, dim, generator=generator)
+        keys = torch.randn(9, dim, generator=generator)
+        index, distance = grace_kernels.nearest(query, keys, torch.ones(9), backend="reference")
+        for b in range(5):
+            radii = torch.zeros(9)
+            radii[index[b]] = distance[b]
+            slot, reach = grace_kernels.lookup(query[b : b + 1], keys, radii, backend="cpu")
+            assert slot.item() == index[b].item()
+            assert same_bits(reach, distance[b : b + 1])
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("dim", [900, 1500])
+def test_a_key_far_at_first_and_near_in_the_end_is_not_given_up(
+    dim: int, batch: int, isa: str
+) -> None:
+    # One half adds to its sum all along, the other has all of it in the first elements, and less.
+    keys = torch.zeros(40, dim)
+    keys[:20, :64], keys[:20, 64:] = 1.0, 0.02
+    keys[20:, :64] = 0.98 + 1e-4 * torch.arange(20)[:, None]
+    for seed in range(5):
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(seed))
+        query, radii = torch.zeros(batch, dim), torch.full((40,), math.inf)
+        index, _ = agree(query, keys[order], radii)
+        assert order[index].tolist() == [20] * batch
+
+
+@pytest.mark.parametrize(("batch", "vectors"), [(1, 4), (2, 2), (3, 1), (4, 1)])
+@pytest.mark.parametrize("dim", [768, 4096, 20000])
+def test_the_margin_covers_what_a_lane_of_fp32_loses(
+    dim: int, batch: int, vectors: int, isa: str
+) -> None:
+    # Key 0 sums to 1 in each lane and then to many squares of 0.49 units in the last place, which
+    # fp32 drops one by one; key 2 is nearer than key 0, but farther than what is left of that.
+    lost = (dim / 8 - 4) * 0.245 / vectors
+    key = torch.zeros(dim)
+    key[:8], key[32:] = 1.0, math.sqrt(0.49 * 2.0**-24)
+    other = torch.zeros(dim)
+    other[:8] = 1 + max(2, 2 * round(lost / 4)) * 2.0**-24
+    keys = torch.stack([key, key, other, key])
+    index, _ = oracle(torch.zeros(1, dim), keys, torch.ones(4), None, bounded=False)
+    assert index.item() == 2
+    index, _ = agree(torch.zeros(batch, dim), keys, torch.full((4,), 9.0))
+    assert index.tolist() == [2] * batch
+
+
+@pytest.mark.parametrize("dim", [8, 40, 300])
+def test_squares_that_fp32_cannot_hold_are_still_compared(dim: int, isa: str) -> None:
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        keys = torch.rand(30, dim, generator=generator) * 2.0**-73
+        for batch in (1, 2, 3, 4):
+            agree(torch.zeros(batch, dim), keys, torch.full((30,), math.inf))
 
 
 def test_many_candidates_are_pruned_without_losing_the_winner(isa: str) -> None:

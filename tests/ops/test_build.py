@@ -1,0 +1,74 @@
+"""What is built where there is no compiler, and what a source distribution holds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = ["csrc", "grace_kernels", "python", "tests", "benchmarks"]
+FILES = ["setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "constraints.txt", "LICENSE"]
+FILES += ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", ".clang-format"]
+BUILT = ["*.so", "*.egg-info", "__pycache__"]
+
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="no source tree")
+
+
+def build(where: Path, *commands: str, **environment: str) -> str:
+    """Run setup.py in `where`; return what it says about the operators."""
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", *commands],
+        cwd=where,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return "".join(line for line in done.stderr.splitlines() if line.startswith("grace-kernels:"))
+
+
+@pytest.mark.parametrize(
+    ("environment", "why"),
+    [
+        ({"GRACE_KERNELS_COMPILE": "0"}, "GRACE_KERNELS_COMPILE is 0"),
+        ({"CXX": "/nowhere/g++"}, "there is no C++ compiler (/nowhere/g++)"),
+        ({"CXX": f"{sys.executable} /nowhere/g++ -m64"}, "there is no C++ compiler (/nowhere/g++)"),
+        ({"CXX": ""}, "there is no C++ compiler (CXX is empty)"),
+    ],
+)
+def test_it_is_said_why_nothing_is_compiled(environment: dict[str, str], why: str) -> None:
+    told = build(ROOT, "--version", **environment)
+    assert told == f"grace-kernels: building without compiled operators, because {why}"
+
+
+def test_without_a_compiler_there_is_a_pure_wheel_and_the_sdist_is_whole(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns(*BUILT))
+    for name in FILES:
+        shutil.copy(ROOT / name, tree / name)
+    dist = tmp_path / "dist"
+    commands = "sdist", "-d", str(dist), "bdist_wheel", "-d", str(dist)
+    build(tree, *commands, GRACE_KERNELS_COMPILE="0")
+
+    (wheel,) = dist.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"grace_kernels/api.py", "grace_kernels/py.typed", "grace_edit/__init__.py"} <= names
+    assert [name for name in names if name.endswith((".so", ".cpp"))] == []
+
+    (sdist,) = dist.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    paths = [path for path in tree.rglob("*") if path.is_file() and "egg-info" not in str(path)]
+    paths = [path for path in paths if not path.is_relative_to(tree / "build")]
+    assert len(paths) > 60
+    assert [str(path) for path in paths if str(path.relative_to(tree)) not in held] == []
