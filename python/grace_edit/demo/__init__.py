@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -21,7 +22,7 @@ from . import facts as part2
 from . import topics as part1
 from .data import load_topics
 from .picture import draw
-from .reload import answers_of
+from .reload import THREADS, answers_of
 
 QUICK = 120
 """Requests of the stream that a quick run looks at."""
@@ -40,10 +41,16 @@ def run(out: Path, quick: bool, console: Console) -> dict[str, Any]:
     """
     start = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {
-        "topics": _topics(out, quick, console),
-        "facts": _facts(out, quick, console),
-    }
+    threads = torch.get_num_threads()
+    # Models this small gain little from a second thread and lose much to one that has to wait.
+    torch.set_num_threads(THREADS)
+    try:
+        result: dict[str, Any] = {
+            "topics": _topics(out, quick, console),
+            "facts": _facts(out, quick, console),
+        }
+    finally:
+        torch.set_num_threads(threads)
     result["reloaded"] = {part: _reload(out, part, console) for part in ("topics", "facts")}
     result["ok"] = all(result["reloaded"].values())
     result["seconds"] = time.perf_counter() - start

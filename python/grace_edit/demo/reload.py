@@ -17,6 +17,9 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 from .. import serving
 from . import facts, topics
 
+THREADS = 1
+"""Of the demo, here and there: more would change the order of the model's additions."""
+
 
 @torch.no_grad()
 def answers_of(model: Any, tokenizer: Any, prompts: list[str]) -> dict[str, Any]:
@@ -37,6 +40,7 @@ def answers_of(model: Any, tokenizer: Any, prompts: list[str]) -> dict[str, Any]
 
 def main(directory: Path, part: str) -> int:
     """Compare with what the demo wrote; 0 if everything is the same."""
+    torch.set_num_threads(THREADS)
     kind = topics.MiniLMForSequenceClassification if part == "topics" else GPT2LMHeadModel
     model = kind.from_pretrained(directory / f"{part}-model").eval()
     tokenizer = AutoTokenizer.from_pretrained(directory / f"{part}-model")
