@@ -195,8 +195,9 @@ def test_the_coarse_pass_never_loses_the_winner(
     scale = norm / math.sqrt(dim)
     misled = 0
     for seed in range(8):
-        # Powers of two, so that keys around such a query still nearly tie once they are rounded.
-        offset = 4 * scale if seed % 2 else 0.0
+        # Far from zero an expanded |x|^2 - 2 x k + |k|^2 would cancel; near it all forms agree.
+        far = 1000 if dtype == torch.float32 else 4
+        offset = far * scale if seed % 2 else 0.0
         query, keys = ties_within_rounding(dtype, 60, dim, scale, seed, offset)
         radii = torch.full((60,), math.inf)
         fp32 = (query.float() - keys.float()).square().sum(dim=1)
