@@ -28,7 +28,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 def test_edits_are_kept_and_the_rest_stays(finished: tuple[Path, dict[str, Any], str]) -> None:
     topics, facts = finished[1]["topics"], finished[1]["facts"]
     row = next(row for row in topics["rows"] if row["method"] == "GRACE")
-    assert row["attempted"] >= 40
+    assert row["attempted"] >= 30
     assert row["accepted"] >= 0.98 * row["attempted"]
     assert row["err"] >= 0.98
     assert row["err_accepted"] == 1.0

@@ -176,7 +176,7 @@ def test_with_a_tokenizer_prompts_targets_and_answers_are_text(trained, monkeypa
         "grace_edit.probe._SENTENCES", tuple("w1 w2 w3 w4"[: 3 * n + 2] for n in range(4))
     )
     editor = GraceEditor(trained("gpt2"), Words(), GraceConfig(layer=LAYERS["gpt2"]))
-    assert editor.edit("w10 w11 w12", "w30 w31").success
+    assert editor.edit("w10 w11 w12", " w30 w31").success
     assert editor.answer("w10 w11 w12", max_new_tokens=2) == "w30 w31"
     assert editor.explain("w10 w11 w12").label == "w30 w31"
     assert editor.answer("w20 w21 w22", max_new_tokens=2) == "w23 w24"
