@@ -13,4 +13,3 @@ def bar(items: Sequence[Any], what: str, show: bool) -> Any:
     from tqdm.auto import tqdm
 
     return tqdm(items, desc=what, unit="")
-
