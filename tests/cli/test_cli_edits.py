@@ -157,7 +157,7 @@ def test_lines_that_the_model_cannot_take_are_named_before_any_edit(
     assert done.exit_code == 2
     assert done.stderr.splitlines() == [
         f"error: {path}:2: target must be a string or a list of token ids, got 3",
-        f"error: {path}:3: prompt and target must fit 32 tokens, got 33",
+        f"error: {path}:3: prompt and target must have at most 32 tokens together, got 33",
         f"error: {path}:4: prompt must have at least one token, got none",
     ]
     assert not (tmp_path / "out").exists()
