@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ MOST_ROWS = 32
 """Prompts run in one forward at most, which bounds the memory of `verify` and `rekey`."""
 
 
-class Task:
+class Task(ABC):
     """A model family. See the subclasses; `task_for(model)` chooses.
 
     Args:
@@ -157,6 +158,7 @@ class Task:
         """Run a batch of prompts through the model (its encoder, where that is what is edited)."""
         return self.model(**batch)
 
+    @abstractmethod
     def target_logits(
         self,
         adaptor: GraceAdaptor,
@@ -168,8 +170,8 @@ class Task:
 
         `values [B, V]` answer; they may require grad.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def produces(
         self,
         adaptor: GraceAdaptor,
@@ -181,11 +183,10 @@ class Task:
 
         `values=None`: by the codebook, as it serves.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def answer(self, prompt: Sequence[int], length: int) -> list[int]:
         """Return what the model answers now: `length` new tokens, or the class."""
-        raise NotImplementedError
 
 
 class CausalTask(Task):
