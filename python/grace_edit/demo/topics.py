@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, BertModel, BertPreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+import grace_kernels
+
 from ..config import GraceConfig
 from ..editor import GraceEditor
 from .data import TOPICS, Request, Topics
@@ -149,6 +151,7 @@ def run_stream(
     cases: Counter[str] = Counter()
     right_after, seconds = 0, 0.0
     edited, curve = [], []
+    refused: set[str] = set()
     for request, fails in progress(stream, f"editing at ε = {radius:.3g}"):
         if not fails and predict(model, tokenizer, [request.text]) == [request.topic]:
             continue
@@ -157,7 +160,10 @@ def run_stream(
         result = editor.edit(request.text, request.topic)
         seconds += time.perf_counter() - start
         cases[str(result.case) if result.success else "refused"] += 1
-        right_after += predict(model, tokenizer, [request.text]) == [request.topic]
+        # A refused edit is a failure, whatever the model says by itself.
+        (refused.discard if result.success else refused.add)(request.text)
+        met = predict(model, tokenizer, [request.text]) == [request.topic]
+        right_after += result.success and met
         curve.append({"edits": len(edited), "keys": editor.codebook.entries})
     final = _last_wanted(stream, edited)
     live = {edit.prompt for edit in editor.codebook.history if edit.live}
@@ -169,7 +175,7 @@ def run_stream(
         "attempted": len(edited),
         "accepted": len(edited) - cases["refused"],
         "es": right_after / len(edited),
-        "err": sum(found[text] == final[text] for text in final) / len(final),
+        "err": sum(found[t] == final[t] and t not in refused for t in final) / len(final),
         "err_accepted": sum(found[text] == final[text] for text in kept) / max(1, len(kept)),
         "stream_accuracy": stream_accuracy(model, tokenizer, stream),
         "trr": accuracy(model, tokenizer, data.test),
@@ -214,9 +220,7 @@ def _measure(editor: GraceEditor, data: Topics, edits: Sequence[Request]) -> dic
 
 
 def nearest_entries(editor: GraceEditor, texts: Sequence[str]) -> list[dict[str, Any]]:
-    """Return for each text whether an entry answers, its slot, and d/ε of the nearest entry."""
-    import grace_kernels
-
+    """Return for each text whether an entry answers, and d/ε of the nearest entry."""
     book = editor.codebook
     found = []
     for i in range(0, len(texts), 32):
@@ -224,9 +228,7 @@ def nearest_entries(editor: GraceEditor, texts: Sequence[str]) -> list[dict[str,
         index = book.lookup(queries)[0].tolist()
         near, distance = grace_kernels.nearest(queries, book.keys, book.radii, book.count)
         ratios = (distance / book.radii[near.clamp(min=0)]).tolist()
-        found += [
-            {"hit": i >= 0, "slot": i, "ratio": r} for i, r in zip(index, ratios, strict=True)
-        ]
+        found += [{"hit": i >= 0, "ratio": r} for i, r in zip(index, ratios, strict=True)]
     return found
 
 
