@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .adaptor import Captured, GraceAdaptor
-from .attach import plan_prompts
+from .forwards import plan_prompts
 
 MOST_ROWS = 32
 """Prompts run in one forward at most, which bounds the memory of `verify` and `rekey`."""
