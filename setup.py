@@ -1,15 +1,21 @@
 """Build the compiled operators (see pyproject.toml for everything else).
 
 The library uses torch's stable ABI and no Python C API, so one wheel serves every Python >= 3.10
-and torch >= 2.10. Without a C++ compiler, or with GRACE_KERNELS_COMPILE=0, a pure wheel is built
-that answers from the reference.
+and torch >= 2.10. Without a C++ compiler a pure wheel is built that answers from the reference.
+
+GRACE_KERNELS_COMPILE says what is compiled: `0` nothing, `cpu` the CPU kernels, `cuda` the CUDA
+kernels too, or an error. Unset: the CPU kernels, and the CUDA kernels where nvcc is there and torch
+was built for CUDA. Those are compiled for sm_80, sm_90 and what comes after, or for what
+TORCH_CUDA_ARCH_LIST says.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,9 +27,13 @@ TORCH_MIN = (2, 10)
 ROOT = Path(__file__).parent
 
 
+WANTED = os.environ.get("GRACE_KERNELS_COMPILE", "")
+TARGETS = ["compute_80,code=sm_80", "compute_90,code=sm_90", "compute_90,code=compute_90"]
+
+
 def missing() -> str | None:
     """Return why nothing can be compiled, or None."""
-    if os.environ.get("GRACE_KERNELS_COMPILE", "1") == "0":
+    if WANTED == "0":
         return "GRACE_KERNELS_COMPILE is 0"
     # Every word that is no option, as in "ccache g++": the wrapper alone compiles nothing.
     words = [word for word in shlex.split(os.environ.get("CXX", "c++")) if not word.startswith("-")]
@@ -37,17 +47,51 @@ def missing() -> str | None:
     return None
 
 
+def toolkit() -> tuple[Path, Path] | str:
+    """Return the folders of the CUDA toolkit and of its static run time, or why there are none."""
+    if WANTED == "cpu":
+        return "GRACE_KERNELS_COMPILE is cpu"
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if nvcc is None:
+        return f"there is no nvcc in {home}/bin" if home else "there is no nvcc"
+    # nvcc may be a wrapper in another folder, so it is asked where it really is.
+    asked = [nvcc, "--dryrun", "-x", "cu", os.devnull]
+    told = subprocess.run(asked, capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", told, re.MULTILINE)
+    if top is None:
+        return f"{nvcc} does not say where it is"
+    home = Path(top[1]).resolve()
+    for folder in (home / "lib64", home / "lib", *home.glob("targets/*/lib")):
+        if (folder / "libcudart_static.a").exists():
+            break
+    else:
+        return f"there is no libcudart_static.a in {home}"
+    import torch
+
+    if WANTED != "cuda" and torch.version.cuda is None:
+        return "torch was built without CUDA (GRACE_KERNELS_COMPILE=cuda builds them all the same)"
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)", said)
+    if torch.version.cuda is not None and release is not None:
+        if release[1] != torch.version.cuda.split(".")[0]:
+            return f"nvcc is of CUDA {release[1]}, torch of CUDA {torch.version.cuda}"
+    return home, folder
+
+
 def compiled() -> dict[str, Any]:
-    """Return the arguments of setup() that build grace_kernels/_C.so."""
+    """Return the arguments of setup() that build grace_kernels/_C.so and perhaps _C_cuda.so."""
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     # The version is a byte per part: 2.10 is 0x020a, not 0x0210.
     target = (TORCH_MIN[0] << 56) | (TORCH_MIN[1] << 48)
-    extension = CppExtension(
+    macros = [("TORCH_TARGET_VERSION", f"0x{target:016x}ULL")]
+    depends = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.[chi]*"))]
+    cpu = CppExtension(
         "grace_kernels._C",
         [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/cpu/*.cpp"))],
-        depends=[str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.[hi]*"))],
-        define_macros=[("TORCH_TARGET_VERSION", f"0x{target:016x}ULL")],
+        depends=depends,
+        define_macros=macros,
         # Fusing a multiplication and an addition would change the canonical distance.
         extra_compile_args=[
             "-O3",
@@ -60,8 +104,45 @@ def compiled() -> dict[str, Any]:
         ],
         py_limited_api=True,
     )
+    extensions = [cpu]
+    found = toolkit()
+    if isinstance(found, tuple):
+        extensions.append(cuda(*found, macros, depends))
+    elif WANTED == "cuda":
+        raise SystemExit(f"grace-kernels: GRACE_KERNELS_COMPILE is cuda, but {found}")
+    else:
+        print(f"grace-kernels: building without CUDA kernels, because {found}", file=sys.stderr)
     build_ext = BuildExtension.with_options(no_python_abi_suffix=True)
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": build_ext, "bdist_wheel": Wheel}}
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": build_ext, "bdist_wheel": Wheel}}
+
+
+def cuda(home: Path, run_time: Path, macros: list[tuple[str, str]], depends: list[str]) -> Any:
+    """Return the extension grace_kernels/_C_cuda.so; works with a torch for CPUs too."""
+    from torch.utils import cpp_extension
+
+    # CUDAExtension and torch's own search for the toolkit need a torch that was built for CUDA.
+    cpp_extension.CUDA_HOME = str(home)
+    options = ["-O3", "-Xptxas", "-v", "-Xcompiler", "-fvisibility=hidden,-Wall"]
+    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+        options += [f"-gencode=arch={target}" for target in TARGETS]
+    return cpp_extension.CppExtension(
+        "grace_kernels._C_cuda",
+        ["csrc/cuda/lookup.cu"],
+        depends=depends,
+        include_dirs=[str(ROOT / "csrc" / "cuda")],
+        define_macros=[*macros, ("USE_CUDA", "1")],
+        extra_compile_args={"cxx": [], "nvcc": options},
+        library_dirs=[str(run_time)],
+        # The static run time, hidden from the one that torch loads. libtorch.so brings libtorch_cuda.so
+        # where there is one; what is used of it can be named by no library of a CPU build.
+        libraries=["cudart_static", "dl", "rt", "pthread"],
+        extra_link_args=[
+            "-Wl,--exclude-libs,libcudart_static.a",
+            "-Wl,--no-as-needed",
+            "-ltorch",
+        ],
+        py_limited_api=True,
+    )
 
 
 class Wheel(bdist_wheel):

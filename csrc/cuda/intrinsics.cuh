@@ -1,0 +1,90 @@
+// What the lookup kernels need of the device that C++ does not spell. The tests compile the same
+// kernels for a CPU with an implementation of their own of everything in this file.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace grace::cuda {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat {
+  uint16_t bits;
+};
+
+__device__ __forceinline__ float widen(float value) { return value; }
+__device__ __forceinline__ float widen(BFloat value) {
+  return __uint_as_float(static_cast<uint32_t>(value.bits) << 16);
+}
+__device__ __forceinline__ float widen(Half value) {
+  float result;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(value.bits));
+  return result;
+}
+
+__device__ __forceinline__ char* dynamic_shared() {
+  extern __shared__ __align__(16) char memory[];
+  return memory;
+}
+
+// Not the read-only path: a query may lie in memory that the same call writes to later.
+__device__ __forceinline__ uint4 load16(const void* from) {
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from)
+               : "memory");
+  return v;
+}
+
+// Start copying `bytes` (0..16) to 16 bytes of shared memory, the rest becomes zero. Bypasses L1:
+// keys are read once, and partials come from other multiprocessors.
+__device__ __forceinline__ void copy16(void* shared, const void* global, int bytes) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(global),
+               "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Wait until at most N of this thread's committed groups are on their way.
+template <int N>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// d += a b for 16 x 16 and 16 x 8 elements, fp32 sums.
+__device__ __forceinline__ void mma(BFloat, float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                    uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void mma(Half, float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2,
+                                    uint32_t a3, uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+template <class V>
+__device__ __forceinline__ V shuffle(V value, int lane) {
+  return __shfl_sync(kAllLanes, value, lane);
+}
+template <class V>
+__device__ __forceinline__ V shuffle_xor(V value, int mask) {
+  return __shfl_xor_sync(kAllLanes, value, mask);
+}
+__device__ __forceinline__ unsigned ballot(bool predicate) {
+  return __ballot_sync(kAllLanes, predicate);
+}
+
+}  // namespace grace::cuda

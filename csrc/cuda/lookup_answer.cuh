@@ -1,0 +1,498 @@
+// From intervals to answers, the same for both scans: canonical distances, what a slice settles by
+// itself, the ticket, what the last block of a query block does.
+//
+// The including file provides intrinsics.cuh (or a stand-in for a CPU) first.
+#pragma once
+
+#include "lookup_problem.h"
+
+namespace grace::cuda {
+
+constexpr int kWarps = 8;
+constexpr int kThreads = kWarps * 32;
+constexpr int kMaxGroups = 32;  // groups of rows that are told apart inside a slice
+
+template <class T>
+constexpr int kVector = 16 / static_cast<int>(sizeof(T));  // elements of a 16-byte load
+
+__device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }
+__device__ __forceinline__ int warp_id() { return threadIdx.x / 32; }
+__device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
+__device__ __forceinline__ bool is_nan(float v) { return v != v; }
+
+// The rows of the keys that a block scans.
+struct Slice {
+  int64_t begin, end;
+};
+
+__device__ __forceinline__ int64_t rows_in_use(const Problem& p) {
+  if (p.count == nullptr) return p.capacity;
+  const int64_t n = *p.count;
+  return n < 0 ? 0 : n > p.capacity ? p.capacity : n;
+}
+
+__device__ __forceinline__ Slice slice_of(const Problem& p) {
+  const int64_t n = rows_in_use(p);
+  const int64_t per = (n + gridDim.x - 1) / gridDim.x;
+  const int64_t begin = blockIdx.x * per;
+  return {begin < n ? begin : n, begin + per < n ? begin + per : n};
+}
+
+__device__ __forceinline__ float radius_of(const Problem& p, int64_t row) {
+  return p.radii[row * p.radius_stride];
+}
+
+// The query of batch item b, or null if it does not ask.
+template <class T>
+__device__ __forceinline__ const T* query_of(const Problem& p, int64_t b) {
+  if (b >= p.batch) return nullptr;
+  int64_t row = b;
+  if (p.query_row != nullptr) {
+    row = p.query_row[b * p.query_row_stride];
+    if (row < 0 || row >= p.source_rows) return nullptr;
+  }
+  return static_cast<const T*>(p.source) + row * p.source_stride;
+}
+
+template <class T>
+__device__ __forceinline__ const T* key_of(const Problem& p, int64_t row) {
+  return static_cast<const T*>(p.keys) + row * p.key_stride;
+}
+
+// 16 bytes of a row of `dim` elements, from element `at` on; zeros past its end.
+template <class T>
+__device__ __forceinline__ uint4 load_vector(const T* row, int at, int dim, bool aligned) {
+  if (aligned && at + kVector<T> <= dim) return load16(row + at);
+  uint32_t words[4] = {0, 0, 0, 0};
+  if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (at + i < dim) words[i] = __float_as_uint(row[at + i]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (at + i < dim) words[i / 2] |= static_cast<uint32_t>(row[at + i].bits) << (i % 2 * 16);
+    }
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+// The same as a copy to shared memory that may still be on its way.
+template <class T>
+__device__ __forceinline__ void copy_vector(char* shared, const T* row, int at, int dim,
+                                            bool aligned) {
+  if (aligned) {
+    const int left = (dim - at) * static_cast<int>(sizeof(T));
+    const int bytes = left > 16 ? 16 : left < 0 ? 0 : left;
+    copy16(shared, bytes > 0 ? row + at : row, bytes);
+  } else {
+    *reinterpret_cast<uint4*>(shared) = load_vector(row, at, dim, false);
+  }
+}
+
+__device__ __forceinline__ void copy_zeros(char* shared) {
+  *reinterpret_cast<uint4*>(shared) = uint4{0, 0, 0, 0};
+}
+
+__device__ __forceinline__ void widen_vector(const uint4& v, float (&out)[4], float) {
+  out[0] = __uint_as_float(v.x), out[1] = __uint_as_float(v.y);
+  out[2] = __uint_as_float(v.z), out[3] = __uint_as_float(v.w);
+}
+
+template <class T>
+__device__ __forceinline__ void widen_vector(const uint4& v, float (&out)[8], T) {
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    out[2 * i] = widen(T{static_cast<uint16_t>(words[i] & 0xffffu)});
+    out[2 * i + 1] = widen(T{static_cast<uint16_t>(words[i] >> 16)});
+  }
+}
+
+// The eight elements of a row from `at` on, which one lane of the canonical sum takes in turn.
+template <class T>
+__device__ __forceinline__ void load_run(const T* row, int at, int dim, bool aligned,
+                                         float (&out)[8]) {
+  if constexpr (sizeof(T) == 4) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float part[4];
+      widen_vector(load_vector(row, at + 4 * half, dim, aligned), part, T{});
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[4 * half + i] = part[i];
+    }
+  } else {
+    widen_vector(load_vector(row, at, dim, aligned), out, T{});
+  }
+}
+
+// The canonical squared distances of K pairs of rows, by one warp, known to all its lanes: element
+// i belongs to lane (i / 8) mod 32, a lane adds in ascending i, lanes are folded by halves. fp64,
+// never fused. Several pairs at a time hide the latency of one another's loads and additions.
+template <class T, int K>
+__device__ __forceinline__ void canonical(const Problem& p, const T* const (&query)[K],
+                                          const T* const (&key)[K], float (&s)[K]) {
+  double sum[K];
+#pragma unroll
+  for (int j = 0; j < K; ++j) sum[j] = 0;
+  const int lane = lane_id();
+  for (int base = 0; base < p.dim; base += 256) {
+#pragma unroll
+    for (int j = 0; j < K; ++j) {
+      float x[8], k[8];
+      load_run(key[j], base + lane * 8, p.dim, p.keys_aligned, k);
+      load_run(query[j], base + lane * 8, p.dim, p.source_aligned, x);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const double d = __dsub_rn(static_cast<double>(x[i]), static_cast<double>(k[i]));
+        sum[j] = __dadd_rn(sum[j], __dmul_rn(d, d));
+      }
+    }
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+#pragma unroll
+    for (int j = 0; j < K; ++j) {
+      const double other = shuffle(sum[j], (lane + step) % 32);
+      if (lane < step) sum[j] = __dadd_rn(sum[j], other);
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < K; ++j) s[j] = shuffle(__double2float_rn(sum[j]), 0);
+}
+
+// The nearest row so far of a query, the lowest one among ties. A NaN counts as +inf.
+struct Best {
+  float s;
+  int64_t row;
+
+  __device__ __forceinline__ void take(float other, int64_t other_row) {
+    if (is_nan(other)) other = infinity();
+    if (row < 0 || other < s || (other == s && other_row < row)) {
+      s = other;
+      row = other_row;
+    }
+  }
+};
+
+template <class T>
+__device__ __forceinline__ void rescore(const Problem& p, const T* query, int64_t row, Best& best) {
+  const T* queries[1] = {query};
+  const T* keys[1] = {key_of<T>(p, row)};
+  float s[1];
+  canonical<T, 1>(p, queries, keys, s);
+  best.take(s[0], row);
+}
+
+// What the scan found for one query in one group of rows of the slice: three smallest lower bounds,
+// whose they are (rows from the slice's start on), and the smallest upper bound.
+struct Found {
+  float lo1, lo2, lo3, hi;
+  int row1, row2;
+
+  __device__ __forceinline__ void clear() {
+    lo1 = lo2 = lo3 = hi = infinity();
+    row1 = row2 = -1;
+  }
+  __device__ __forceinline__ void take(float lo, int row) {
+    const bool first = lo < lo1, second = lo < lo2;
+    lo3 = second ? lo2 : fminf(lo3, lo);
+    lo2 = first ? lo1 : second ? lo : lo2;
+    row2 = first ? row1 : second ? row : row2;
+    lo1 = first ? lo : lo1;
+    row1 = first ? row : row1;
+  }
+  __device__ __forceinline__ void merge(const Found& other) {
+    take(other.lo1, other.row1);
+    take(other.lo2, other.row2);
+    lo3 = fminf(lo3, other.lo3);
+    hi = fminf(hi, other.hi);
+  }
+};
+
+// How the rows of a slice are dealt to groups: group g has rows g * run + i * stride + j for all i
+// and all j < run.
+struct Groups {
+  int count, run, stride;
+};
+
+// What stays in shared memory beside the memory of the scan.
+template <int Q>
+struct Shared {
+  float largest[kWarps];
+  int hit_any;
+  unsigned arrived;
+  int64_t hit[Q];
+};
+
+__device__ __forceinline__ float least_of_warp(float v) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) v = fminf(v, shuffle_xor(v, mask));
+  return v;
+}
+__device__ __forceinline__ float largest_of_warp(float v) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) v = fmaxf(v, shuffle_xor(v, mask));
+  return v;
+}
+
+template <class T>
+__device__ __forceinline__ bool holds_nan(const Problem& p, const T* row) {
+  bool found = false;
+  for (int at = lane_id(); at < p.dim; at += 32) found |= is_nan(widen(row[at]));
+  return ballot(found) != 0;
+}
+
+// Canonically score the live rows first + i * stride + j < end, j < run.
+template <class T>
+__device__ __forceinline__ void rescore_group(const Problem& p, const T* query, int64_t first,
+                                              int64_t end, int run, int stride, Best& best) {
+  const int lane = lane_id();
+  for (int64_t base = 0;; base += 32) {
+    const int64_t start = first + base / run * stride + base % run;
+    if (start >= end) break;
+    const int64_t mine = first + (base + lane) / run * stride + (base + lane) % run;
+    unsigned live = ballot(mine < end && radius_of(p, mine) != -infinity());
+    for (; live != 0; live &= live - 1) rescore(p, query, shuffle(mine, __ffs(live) - 1), best);
+  }
+}
+
+// One warp: what this slice has to say of a query, given what its groups found.
+template <class T>
+__device__ __forceinline__ Partial settle(const Problem& p, const Slice& slice, const T* query,
+                                          const Groups& groups, const Found* found) {
+  const int lane = lane_id();
+  Found mine;
+  mine.clear();
+  if (lane < groups.count) mine = found[lane];
+  const float u = least_of_warp(mine.hi);
+  Best best = {infinity(), -1};
+  if (u == infinity()) {
+    // Every live row is too far, NaN or undecided, or there is none.
+    if (!holds_nan(p, query)) {
+      rescore_group(p, query, slice.begin, slice.end, 1, 1, best);
+    }
+    return {best.s, best.s, best.row};
+  }
+  unsigned one = ballot(mine.lo1 <= u);
+  const unsigned two = ballot(mine.lo2 <= u), more = ballot(mine.lo3 <= u);
+  if ((one & (one - 1)) == 0 && two == 0) {
+    const int who = __ffs(one) - 1;
+    return {shuffle(mine.lo1, who), u, slice.begin + shuffle(mine.row1, who)};
+  }
+  for (; one != 0; one &= one - 1) {
+    const int who = __ffs(one) - 1;
+    if (more >> who & 1) {
+      rescore_group(p, query, slice.begin + who * groups.run, slice.end, groups.run, groups.stride,
+                    best);
+      continue;
+    }
+    rescore(p, query, slice.begin + shuffle(mine.row1, who), best);
+    if (two >> who & 1) rescore(p, query, slice.begin + shuffle(mine.row2, who), best);
+  }
+  return {best.s, best.s, best.row};
+}
+
+// Tell whether this block is the last of its query block to arrive. It then sees what all others
+// wrote. The ticket wraps back to 0 by itself.
+__device__ __forceinline__ bool arrive_last(unsigned* ticket, unsigned* shared) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    *shared = atomicInc(ticket, gridDim.x - 1);
+    __threadfence();
+  }
+  __syncthreads();
+  return *shared == gridDim.x - 1;
+}
+
+template <class Unit>
+__device__ __forceinline__ void write_rows(const Problem& p, int64_t slot, int64_t first,
+                                           int64_t last) {
+  const char* value = p.values + slot * p.value_stride;
+  // The same thread has the same place of hidden for every query: where ranges overlap, the later
+  // query's value stands.
+  const int64_t at = first * p.units;
+  int64_t unit = (threadIdx.x - at % kThreads + kThreads) % kThreads;
+  for (int64_t row = first; row < last; unit += kThreads) {
+    while (unit >= p.units && row < last) {
+      unit -= p.units;
+      ++row;
+    }
+    if (row >= last) break;
+    *reinterpret_cast<Unit*>(p.hidden + row * p.hidden_stride + unit * p.hidden_step) =
+        *reinterpret_cast<const Unit*>(value + unit * p.value_step);
+  }
+}
+
+__device__ __forceinline__ int64_t clamp_row(int64_t row, int64_t rows) {
+  return row < 0 ? 0 : row > rows ? rows : row;
+}
+
+template <int Q>
+__device__ __forceinline__ void write_hits(const Problem& p, int64_t first_query,
+                                           const Shared<Q>& shared) {
+  for (int q = 0; q < Q; ++q) {
+    const int64_t slot = shared.hit[q];
+    if (slot < 0) continue;
+    const int64_t b = first_query + q;
+    const int64_t first = clamp_row(p.first_row[b * p.first_row_stride], p.hidden_rows);
+    const int64_t last = clamp_row(p.last_row[b * p.last_row_stride], p.hidden_rows);
+    switch (p.unit) {
+      case 2:
+        write_rows<uint16_t>(p, slot, first, last);
+        break;
+      case 4:
+        write_rows<uint32_t>(p, slot, first, last);
+        break;
+      case 8:
+        write_rows<uint2>(p, slot, first, last);
+        break;
+      case 16:
+        write_rows<uint4>(p, slot, first, last);
+        break;
+    }
+  }
+}
+
+// The last block: the partials of all slices -> index, distance and rows of hidden. `memory` is
+// shared memory for the partials.
+template <class T, int Q>
+__device__ __forceinline__ void finalise(const Problem& p, int64_t first_query,
+                                         const Partial* partials, char* memory, Shared<Q>& shared) {
+  constexpr int kAtOnce = Q > kWarps ? 4 : 1;  // queries of a warp, scored together
+  const int slices = gridDim.x;
+  const int lane = lane_id();
+  Partial* part = reinterpret_cast<Partial*>(memory);
+  for (int i = threadIdx.x; i < slices * (Q + 1); i += kThreads) {
+    copy16(part + i, partials + i, 16);
+  }
+  commit_copies();
+  wait_for_copies<0>();
+  __syncthreads();
+
+  // sqrt_rn(s) <= R is only possible for s <= R^2 (1 + 2^-22).
+  float limit = infinity();
+  if (p.bounded) {
+    float radius = -infinity();
+    for (int i = lane; i < slices; i += 32) radius = fmaxf(radius, part[i * (Q + 1) + Q].lo);
+    radius = largest_of_warp(radius);
+    const double square = static_cast<double>(radius) * radius * (1 + 0x1p-22);
+    limit = radius >= 0 ? __double2float_ru(square) : -infinity();
+  }
+
+  for (int q0 = warp_id(); q0 < Q; q0 += kWarps * kAtOnce) {
+    const T* query[kAtOnce];
+    float bound[kAtOnce];
+    int first[kAtOnce];  // contender, a slice
+    unsigned later = 0;  // queries with a second contender
+    const T *queries[kAtOnce], *keys[kAtOnce];
+    Best best[kAtOnce];
+    bool any = false;
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int q = q0 + j * kWarps;
+      query[j] = q < Q ? query_of<T>(p, first_query + q) : nullptr;
+      best[j] = {infinity(), -1};
+      first[j] = -1;
+      if (query[j] == nullptr) continue;
+      float u = infinity();
+      for (int i = lane; i < slices; i += 32) u = fminf(u, part[i * (Q + 1) + q].hi);
+      bound[j] = fminf(least_of_warp(u), limit);
+      for (int base = 0; base < slices; base += 32) {
+        const int i = base + lane;
+        const bool contends =
+            i < slices && part[i * (Q + 1) + q].row >= 0 && part[i * (Q + 1) + q].lo <= bound[j];
+        const unsigned who = ballot(contends);
+        if (who == 0) continue;
+        if (first[j] >= 0 || (who & (who - 1)) != 0) later |= 1u << j;
+        if (first[j] < 0) first[j] = base + __ffs(who) - 1;
+      }
+      any |= first[j] >= 0;
+    }
+    if (any) {
+      // The first contender of every query, at once. Queries without one repeat another's.
+      int whose = 0;
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (first[j] >= 0) whose = j;
+      }
+      const T *some_query = nullptr, *some_key = nullptr;
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (j != whose) continue;
+        some_query = query[j];
+        some_key = key_of<T>(p, part[first[j] * (Q + 1) + q0 + j * kWarps].row);
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const bool has = first[j] >= 0;
+        queries[j] = has ? query[j] : some_query;
+        keys[j] = has ? key_of<T>(p, part[first[j] * (Q + 1) + q0 + j * kWarps].row) : some_key;
+      }
+      float s[kAtOnce];
+      canonical<T, kAtOnce>(p, queries, keys, s);
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (first[j] >= 0) best[j].take(s[j], part[first[j] * (Q + 1) + q0 + j * kWarps].row);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int q = q0 + j * kWarps;
+      if (q >= Q || first_query + q >= p.batch) continue;
+      if (later >> j & 1) {
+        for (int i = first[j] + 1; i < slices; ++i) {
+          const Partial other = part[i * (Q + 1) + q];
+          if (other.row < 0 || !(other.lo <= bound[j])) continue;
+          if (other.lo == other.hi) {
+            best[j].take(other.lo, other.row);  // settled by its slice
+          } else {
+            rescore(p, query[j], other.row, best[j]);
+          }
+        }
+      }
+      if (lane != 0) continue;
+      const float d = __fsqrt_rn(best[j].s);
+      const bool hit = best[j].row >= 0 && (!p.bounded || d <= radius_of(p, best[j].row));
+      shared.hit[q] = hit ? best[j].row : -1;
+      p.index[first_query + q] = hit ? best[j].row : -1;
+      p.distance[first_query + q] = hit ? d : infinity();
+    }
+  }
+}
+
+// Everything after the scan. `found` holds groups.count records per query, visible to all threads.
+template <class T, int Q>
+__device__ __forceinline__ void answer(const Problem& p, const Slice& slice, const Groups& groups,
+                                       const Found* found, float largest, char* memory,
+                                       Shared<Q>& shared) {
+  const int64_t first_query = static_cast<int64_t>(blockIdx.y) * Q;
+  const int slices = gridDim.x;
+  Partial* partials =
+      static_cast<Partial*>(p.partials) + static_cast<int64_t>(blockIdx.y) * slices * (Q + 1);
+  Partial* mine = partials + static_cast<int64_t>(blockIdx.x) * (Q + 1);
+  for (int q = warp_id(); q < Q; q += kWarps) {
+    const T* query = query_of<T>(p, first_query + q);
+    if (query == nullptr) continue;
+    const Partial partial = settle<T>(p, slice, query, groups, found + q * groups.count);
+    if (lane_id() == 0) mine[q] = partial;
+  }
+  largest = largest_of_warp(largest);
+  if (lane_id() == 0) shared.largest[warp_id()] = largest;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int w = 0; w < kWarps; ++w) largest = fmaxf(largest, shared.largest[w]);
+    mine[Q] = {largest, largest, -1};
+  }
+  if (!arrive_last(p.tickets + blockIdx.y, &shared.arrived)) return;
+  for (int q = threadIdx.x; q < Q; q += kThreads) shared.hit[q] = -1;
+  __syncthreads();
+  finalise<T, Q>(p, first_query, partials, memory, shared);
+  if (p.hidden == nullptr) return;
+  __syncthreads();
+  write_hits<Q>(p, first_query, shared);
+}
+
+}  // namespace grace::cuda

@@ -1,0 +1,23 @@
+// The lookup kernels: nearest, lookup and adapt_ in one launch.
+//
+//   s(x, k) = round_to_fp32( sum_i (x_i - k_i)^2 ),  i* = argmin_i s(x, k_i),  hit iff d <= radius
+//
+// Tiling: a grid of slices of the keys times blocks of queries; a block scans its slice in fp32
+// (few queries, or fp32: CUDA cores; otherwise tensor cores) for certified intervals lo <= s <= hi,
+// turns them into at most one row per query, and the last block to arrive scores those rows
+// canonically, decides, and writes the values of hits. Nothing spins, nothing needs to be reset.
+// Bytes moved: every key once per block of queries, N * D * sizeof(key); 16 per slice and query.
+// Limit: the bandwidth of the memory, up to 4 queries directly and up to 64 on tensor cores.
+#pragma once
+
+#include "lookup_direct.cuh"
+
+namespace grace::cuda {
+
+template <class T, int Q, int R>
+__global__ void __launch_bounds__(kThreads, Direct<T, Q, R>::kBlocks)
+    direct_kernel(const __grid_constant__ Problem p) {
+  direct_lookup<T, Q, R>(p);
+}
+
+}  // namespace grace::cuda

@@ -1,0 +1,100 @@
+// What a CUDA lookup kernel is given. Pointers, sizes and strides only; no torch.
+#pragma once
+
+#include <cstdint>
+
+namespace grace::cuda {
+
+struct Problem {
+  // The codebook: rows 0..n-1, n = *count clamped to [0, capacity], or capacity.
+  const void* keys;
+  int64_t key_stride;  // elements between rows; the elements of a row are neighbours
+  const float* radii;  // -inf marks a dead slot
+  int64_t radius_stride;
+  const int64_t* count;  // null: capacity
+  int64_t capacity;
+  int dim;
+  bool keys_aligned;  // 16-byte loads fit every row
+
+  // The queries: row b of source, or row query_row[b] where that lies in [0, source_rows).
+  const void* source;
+  int64_t source_stride;
+  int64_t source_rows;
+  const int64_t* query_row;  // null: row b
+  int64_t query_row_stride;
+  int64_t batch;
+  bool source_aligned;
+
+  // Whether the radius of the nearest entry decides over a hit (lookup) or not (nearest).
+  bool bounded;
+  // The margin of the scan, see direct_margin() and tensor_margin().
+  float relative, absolute;
+
+  int64_t* index;
+  float* distance;
+
+  // adapt_: the value of a hit is written to rows first_row[b]..last_row[b]-1 of hidden, in units
+  // of `unit` bytes. Strides in bytes. hidden is null for the other operators.
+  char* hidden;
+  int64_t hidden_rows, hidden_stride, hidden_step;
+  const char* values;
+  int64_t value_stride, value_step;
+  int64_t units;  // per row
+  int unit;       // 2, 4, 8 or 16
+  const int64_t* first_row;
+  int64_t first_row_stride;
+  const int64_t* last_row;
+  int64_t last_row_stride;
+
+  // One record per slice of the keys, query block and query (and one more for the slice's largest
+  // radius), written before the block's ticket is taken. The ticket is 0 before and after a launch.
+  void* partials;
+  unsigned* tickets;
+};
+
+// What one slice of the keys knows of one query: lo <= s <= hi for the s of the nearest of its
+// keys, which is `row`. Equal bounds are that s itself. No row: -1 and +inf.
+struct alignas(16) Partial {
+  float lo, hi;
+  int64_t row;
+};
+
+// How far a scan may mislead. Let S be the exact sum of squares of a pair, s the canonical fp32
+// value, c what the scan computed in fp32, u = 2^-24. s is S within a factor 1 +- (u + 2^-34) and
+// 2^-150 (its fp64 sum has at most 2^19 + 5 additions, one rounding to fp32 follows), so an
+// interval round c that holds S holds s once it is widened by 2^-22 of itself and 2^-149.
+
+struct Margin {
+  float relative, absolute;
+};
+
+// Direct form, |c - S| <= g S + e: the difference carries one rounding (twice, being squared), the
+// square one, at most D/32 + 8 additions in a lane and 5 across lanes follow; four to spare:
+//     g = m u / (1 - m u), m = D/32 + 20, e = (2 D + 64) 2^-150 for what underflows.
+//     c (1 - r) - a <= s <= c (1 + r) + a,  r = 1.2 g + 2^-21,  a = (D + 32) 2^-147
+// since g <= 0.1 for D <= kMaxDim; 2^-21 covers s and the roundings of the bounds themselves.
+inline Margin direct_margin(int64_t dim) {
+  const double m = (static_cast<double>(dim) / 32 + 20) * 0x1p-24;
+  const double g = m / (1 - m);
+  return {static_cast<float>(1.2 * g + 0x1p-21), static_cast<float>((dim + 32.0) * 0x1p-147)};
+}
+
+// Tensor cores, c = (|x|^2 + |k|^2) - 2 x.k, M = |x|^2 + |k|^2, sum |x_i k_i| <= M / 2.
+// * Products are exact. One step of mma over 16 elements is assumed to err by at most
+//   t = 2^-19 times the sum of its |products| and |accumulator| (seventeen numbers are aligned and
+//   cut off; Fasi et al. 2021 measured and bounded less). An accumulator takes two steps, starting
+//   at zero: 2.1 t per chunk of 32; the chunks are added in fp32, D/32 + 1 roundings: x.k errs by
+//   (2.1 t + 1.1 (D/32 + 1) u) M / 2, and c by twice that.
+// * A norm: 8 squares are added, those sums over the chunks, then four lanes: D/32 + 12 roundings.
+// * The last additions: 4 u M, s itself: |s - S| <= 2^-23 S, S <= 2 M, and four to spare.
+//     |c - s| <= r M + a,  r = 1.05 (2.1 t + (2.2 (D/32) + 32) u),  a = (D + 32) 2^-120
+// where r M may be computed from the rounded M, and `a` covers whatever is flushed on the way.
+inline Margin tensor_margin(int64_t dim) {
+  const double u = 0x1p-24;
+  const double r = 1.05 * (2.1 * 0x1p-19 + (2.2 * (static_cast<double>(dim) / 32) + 32) * u);
+  return {static_cast<float>(r), static_cast<float>((dim + 32.0) * 0x1p-120)};
+}
+
+constexpr int64_t kMaxDim = int64_t{1} << 24;
+
+}  // namespace grace::cuda

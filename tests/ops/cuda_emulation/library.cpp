@@ -1,0 +1,67 @@
+// grace_cuda_emulated::*: the launcher and the kernels of csrc/cuda on CPU tensors.
+#include <intrinsics.cuh>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <numeric>
+
+// The registration at the end of lookup.cu then reads (grace_cuda_emulated, CPU, m).
+#define grace_cuda grace_cuda_emulated
+#define CUDA CPU
+#include "../../../csrc/cuda/lookup.cu"
+#undef CUDA
+#undef grace_cuda
+
+extern "C" {
+
+// What torch has only where it was built for CUDA.
+AOTITorchError aoti_torch_create_cuda_guard(int32_t, CUDAGuardHandle*) { return 0; }
+AOTITorchError aoti_torch_delete_cuda_guard(CUDAGuardHandle) { return 0; }
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
+  *stream = nullptr;
+  return 0;
+}
+
+__attribute__((visibility("default"))) emulation::Controls* emulation_controls() {
+  return &emulation::controls();
+}
+
+}  // extern "C"
+
+cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 threads, void** arguments,
+                             size_t shared, cudaStream_t) {
+  using grace::cuda::Partial;
+  using grace::cuda::Problem;
+  emulation::Controls& controls = emulation::controls();
+  if (controls.fail_launch != 0) return static_cast<cudaError_t>(controls.fail_launch);
+  ++controls.launches;
+  controls.grid_x = grid.x;
+  controls.grid_y = grid.y;
+  controls.shared_bytes = static_cast<int>(shared);
+
+  Problem p = *static_cast<const Problem*>(arguments[0]);
+  p.relative *= controls.margin_scale;
+  p.absolute *= controls.margin_scale;
+  controls.tickets = p.tickets;
+  std::fill(p.index, p.index + p.batch, 0x5a5a5a5a5a5a5a5a);
+  std::fill(p.distance, p.distance + p.batch, -NAN);
+
+  std::mt19937& random = emulation::random();
+  random.seed(controls.seed);
+  std::vector<unsigned> order(grid.x * grid.y);
+  std::iota(order.begin(), order.end(), 0u);
+  std::shuffle(order.begin(), order.end(), random);
+  emulation::Block& block = emulation::block();
+  block.grid_dim = grid;
+  block.body = [&] { reinterpret_cast<void (*)(Problem)>(const_cast<void*>(kernel))(p); };
+  for (const unsigned at : order) {
+    block.block_index = {at % grid.x, at / grid.x, 0};
+    block.run(threads.x, shared, random);
+  }
+  for (unsigned i = 0; i < grid.y; ++i) controls.tickets_left += p.tickets[i] != 0;
+  return cudaSuccess;
+}
