@@ -73,9 +73,9 @@ def toolkit() -> tuple[Path, Path] | str:
         return "torch was built without CUDA (GRACE_KERNELS_COMPILE=cuda builds them all the same)"
     said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release (\d+)", said)
-    if torch.version.cuda is not None and release is not None:
-        if release[1] != torch.version.cuda.split(".")[0]:
-            return f"nvcc is of CUDA {release[1]}, torch of CUDA {torch.version.cuda}"
+    wanted = (torch.version.cuda or "").split(".")[0]
+    if wanted and release is not None and release[1] != wanted:
+        return f"nvcc is of CUDA {release[1]}, torch of CUDA {torch.version.cuda}"
     return home, folder
 
 
@@ -133,14 +133,10 @@ def cuda(home: Path, run_time: Path, macros: list[tuple[str, str]], depends: lis
         define_macros=[*macros, ("USE_CUDA", "1")],
         extra_compile_args={"cxx": [], "nvcc": options},
         library_dirs=[str(run_time)],
-        # The static run time, hidden from the one that torch loads. libtorch.so brings libtorch_cuda.so
-        # where there is one; what is used of it can be named by no library of a CPU build.
+        # The static run time, since torch's may be of another version.
         libraries=["cudart_static", "dl", "rt", "pthread"],
-        extra_link_args=[
-            "-Wl,--exclude-libs,libcudart_static.a",
-            "-Wl,--no-as-needed",
-            "-ltorch",
-        ],
+        # libtorch.so brings libtorch_cuda.so, which a torch for CPUs does not have to link with.
+        extra_link_args=["-Wl,--no-as-needed", "-ltorch"],
         py_limited_api=True,
     )
 

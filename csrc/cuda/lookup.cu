@@ -39,7 +39,7 @@ struct Kernel {
 
 template <class T, int Q, int R>
 Kernel direct() {
-  using Shape = Direct<T, Q, R>;
+  using Shape = DirectScan<T, Q, R>;
   return {reinterpret_cast<const void*>(&direct_kernel<T, Q, R>),
           Q,
           Shape::kScanBytes,
@@ -49,53 +49,79 @@ Kernel direct() {
           &direct_margin};
 }
 
+template <class T, int NT, int Stages, int Blocks, int LeastRows>
+Kernel tensor() {
+  using Shape = TensorScan<T, NT, Stages, Blocks>;
+  constexpr int kQueries = Shape::kQueries;
+  return {reinterpret_cast<const void*>(&tensor_kernel<T, Shape>),
+          kQueries,
+          Shape::kScanBytes,
+          Shape::kScanBytes + static_cast<int>(sizeof(Shared<kQueries>)),
+          Shape::kBlocks,
+          LeastRows,
+          &tensor_margin};
+}
+
+// Few queries go through the memory's bandwidth whatever is done with them, and need no margin for
+// tensor cores. Eight times 8 queries need 160 KB of shared memory, which not every device has.
 template <class T>
-Kernel choose(int64_t batch) {
+Kernel choose(int64_t batch, int shared_limit) {
   if (batch == 1) return direct<T, 1, 1>();
   if (batch <= 4) return direct<T, 4, 2>();
-  return direct<T, 8, 4>();
+  if constexpr (sizeof(T) == 4) {
+    return direct<T, 8, 4>();
+  } else {
+    const Kernel wide = tensor<T, 8, 8, 1, 16>();
+    if (batch > 8 && wide.shared_bytes <= shared_limit) return wide;
+    return tensor<T, 1, 4, 2, 8>();
+  }
 }
 
 // What is known of a device, asked once.
-class Device {
- public:
+struct Device {
   explicit Device(int index) {
-    check(cudaDeviceGetAttribute(&processors_, cudaDevAttrMultiProcessorCount, index),
+    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index),
           "cudaDeviceGetAttribute");
-    check(cudaDeviceGetAttribute(&shared_bytes_, cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
+    check(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
           "cudaDeviceGetAttribute");
   }
-  int processors() const { return processors_; }
-  int shared_bytes() const { return shared_bytes_; }
-
-  // Loads the kernel and admits the shared memory it wants; nothing a capture need see.
-  void prepare(const Kernel& kernel) {
-    if (!prepared_.insert(kernel.function).second) return;
-    const RelaxedCapture relaxed;
-    const cudaError_t status = cudaFuncSetAttribute(
-        kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes);
-    if (status == cudaSuccess) return;
-    prepared_.erase(kernel.function);
-    cudaGetLastError();
-    check(status, "preparing the kernel (cudaFuncSetAttribute)");
-  }
-
- private:
-  int processors_ = 0, shared_bytes_ = 0;
-  std::set<const void*> prepared_;
+  int processors = 0;    // multiprocessors
+  int shared_limit = 0;  // bytes a block can have
+  std::set<const void*> prepared;
 };
 
 // The process's state: never destroyed, since the driver may be gone before it.
-struct State {
-  std::mutex mutex;
-  std::map<int, Device> devices;
-  Tickets tickets;
-};
+class State {
+ public:
+  static State& get() {
+    static State* const state = new State;
+    return *state;
+  }
 
-State& state() {
-  static State* const state = new State;
-  return *state;
-}
+  const Device& device(int index) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return devices_.try_emplace(index, index).first->second;
+  }
+
+  // Loads the kernel and admits the shared memory it wants; a capture need not see that.
+  void prepare(int index, const Kernel& kernel) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::set<const void*>& prepared = devices_.at(index).prepared;
+    if (prepared.count(kernel.function) != 0) return;
+    const RelaxedCapture relaxed;
+    const cudaError_t status = cudaFuncSetAttribute(
+        kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes);
+    if (status != cudaSuccess) cudaGetLastError();
+    check(status, "preparing the kernel (cudaFuncSetAttribute)");
+    prepared.insert(kernel.function);
+  }
+
+  Tickets tickets;
+
+ private:
+  std::mutex mutex_;
+  std::map<int, Device> devices_;
+};
 
 // Makes the tensors' device the current one, for torch and for this library's own run time.
 class OnDevice {
@@ -224,7 +250,9 @@ class Call {
     Tensor index = allocate(p_.batch, ScalarType::Long, source_);
     Tensor distance = allocate(p_.batch, ScalarType::Float, source_);
     if (p_.batch == 0) return {index, distance};
-    const Kernel kernel = choose();
+    const Device& device = State::get().device(source_.get_device_index());
+    const Kernel kernel = choose(device.shared_limit);
+    State::get().prepare(source_.get_device_index(), kernel);
     // A block may write while another one still reads its queries.
     if (p_.batch > kernel.queries && hidden_meets_source()) {
       source_ = torch::stable::clone(source_);
@@ -236,7 +264,7 @@ class Call {
     p_.index = static_cast<int64_t*>(index.mutable_data_ptr());
     p_.distance = static_cast<float*>(distance.mutable_data_ptr());
     for (int64_t at = 0; at < p_.batch; at += kLaunchQueries) {
-      launch(kernel, part(at, std::min(kLaunchQueries, p_.batch - at)));
+      launch(device, kernel, part(at, std::min(kLaunchQueries, p_.batch - at)));
     }
     return {index, distance};
   }
@@ -267,14 +295,14 @@ class Call {
     return p_.hidden < end && begin < hidden_end_;
   }
 
-  Kernel choose() const {
+  Kernel choose(int shared_limit) const {
     switch (keys_.scalar_type()) {
       case ScalarType::Float:
-        return cuda::choose<float>(p_.batch);
+        return cuda::choose<float>(p_.batch, shared_limit);
       case ScalarType::Half:
-        return cuda::choose<Half>(p_.batch);
+        return cuda::choose<Half>(p_.batch, shared_limit);
       case ScalarType::BFloat16:
-        return cuda::choose<BFloat>(p_.batch);
+        return cuda::choose<BFloat>(p_.batch, shared_limit);
       default:
         STD_TORCH_CHECK(false, "keys must be float32, float16 or bfloat16");
     }
@@ -299,23 +327,16 @@ class Call {
     return p;
   }
 
-  void launch(const Kernel& kernel, Problem p) const {
+  void launch(const Device& device, const Kernel& kernel, Problem p) const {
     const int index = source_.get_device_index();
     void* current = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &current));
     const cudaStream_t stream = static_cast<cudaStream_t>(current);
 
     const int64_t query_blocks = (p.batch + kernel.queries - 1) / kernel.queries;
-    int64_t slices = 0;
-    {
-      State& shared = state();
-      const std::lock_guard<std::mutex> lock(shared.mutex);
-      Device& device = shared.devices.try_emplace(index, index).first->second;
-      device.prepare(kernel);
-      // Depends on shapes only, never on count: a graph stays right when entries are added.
-      slices = std::min(device.processors() * kernel.blocks / query_blocks,
-                        (p.capacity + kernel.least_rows - 1) / kernel.least_rows);
-    }
+    // Depends on shapes only, never on count: a graph stays right when entries are added.
+    int64_t slices = std::min(device.processors * kernel.blocks / query_blocks,
+                              (p.capacity + kernel.least_rows - 1) / kernel.least_rows);
     const int64_t records = kernel.queries + 1;  // of a slice
     slices = std::min<int64_t>(
         slices, kernel.scan_bytes / (records * static_cast<int64_t>(sizeof(Partial))));
@@ -324,7 +345,7 @@ class Call {
     const int64_t bytes = query_blocks * slices * records * static_cast<int64_t>(sizeof(Partial));
     const Tensor workspace = allocate(bytes, ScalarType::Byte, source_);
     p.partials = workspace.mutable_data_ptr();
-    p.tickets = state().tickets.take(index, stream, static_cast<int>(query_blocks));
+    p.tickets = State::get().tickets.take(index, stream, static_cast<int>(query_blocks));
     void* arguments[] = {&p};
     cudaGetLastError();  // an error of somebody else's
     cudaError_t status = cudaLaunchKernel(

@@ -221,8 +221,8 @@ struct Groups {
 template <int Q>
 struct Shared {
   float largest[kWarps];
-  int hit_any;
   unsigned arrived;
+  float query_norm[Q];  // of the scan on tensor cores
   int64_t hit[Q];
 };
 
@@ -413,23 +413,21 @@ __device__ __forceinline__ void finalise(const Problem& p, int64_t first_query,
     }
     if (any) {
       // The first contender of every query, at once. Queries without one repeat another's.
-      int whose = 0;
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        if (first[j] >= 0) whose = j;
-      }
       const T *some_query = nullptr, *some_key = nullptr;
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
-        if (j != whose) continue;
+        queries[j] = query[j];
+        keys[j] = nullptr;
+        if (first[j] < 0) continue;
+        keys[j] = key_of<T>(p, part[first[j] * (Q + 1) + q0 + j * kWarps].row);
         some_query = query[j];
-        some_key = key_of<T>(p, part[first[j] * (Q + 1) + q0 + j * kWarps].row);
+        some_key = keys[j];
       }
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {
-        const bool has = first[j] >= 0;
-        queries[j] = has ? query[j] : some_query;
-        keys[j] = has ? key_of<T>(p, part[first[j] * (Q + 1) + q0 + j * kWarps].row) : some_key;
+        if (first[j] >= 0) continue;
+        queries[j] = some_query;
+        keys[j] = some_key;
       }
       float s[kAtOnce];
       canonical<T, kAtOnce>(p, queries, keys, s);

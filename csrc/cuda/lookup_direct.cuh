@@ -11,7 +11,7 @@
 namespace grace::cuda {
 
 template <class T, int Q, int R>
-struct Direct {
+struct DirectScan {
   static constexpr int kQueries = Q;
   static constexpr int kStages = 16 / R;
   static constexpr int kStageBytes = R * 512;  // of one warp
@@ -46,7 +46,7 @@ __device__ __forceinline__ float sum_of_warp(const float (&v)[V]) {
 
 template <class T, int Q, int R>
 __device__ __forceinline__ void direct_lookup(const Problem& p) {
-  using Shape = Direct<T, Q, R>;
+  using Shape = DirectScan<T, Q, R>;
   constexpr int kStages = Shape::kStages, kStageBytes = Shape::kStageBytes;
   constexpr int kChunk = 32 * kVector<T>;  // elements of a row that a warp takes at a time
   char* memory = dynamic_shared();

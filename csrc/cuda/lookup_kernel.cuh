@@ -11,13 +11,20 @@
 #pragma once
 
 #include "lookup_direct.cuh"
+#include "lookup_tensor.cuh"
 
 namespace grace::cuda {
 
 template <class T, int Q, int R>
-__global__ void __launch_bounds__(kThreads, Direct<T, Q, R>::kBlocks)
+__global__ void __launch_bounds__(kThreads, DirectScan<T, Q, R>::kBlocks)
     direct_kernel(const __grid_constant__ Problem p) {
   direct_lookup<T, Q, R>(p);
+}
+
+template <class T, class Shape>
+__global__ void __launch_bounds__(kThreads, Shape::kBlocks)
+    tensor_kernel(const __grid_constant__ Problem p) {
+  tensor_lookup<T, Shape>(p);
 }
 
 }  // namespace grace::cuda

@@ -30,6 +30,13 @@ __attribute__((visibility("default"))) emulation::Controls* emulation_controls()
   return &emulation::controls();
 }
 
+// Forget devices and tickets, as in a new process.
+__attribute__((visibility("default"))) void emulation_reset() {
+  using grace::cuda::State;
+  State::get().~State();
+  new (&State::get()) State;
+}
+
 }  // extern "C"
 
 cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 threads, void** arguments,
