@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import grace_kernels
+
 from .journal import ROOT, Row, Skipped, Wrong
 from .place import Place, build_libraries
 
@@ -20,7 +22,7 @@ _SPILL = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 def rows(place: Place, log: Path) -> list[Row]:
     """Return the rows of this stage."""
     if not place.gpu:
-        return [Row("what answers", lambda: _what_answers(("cpu",)))]
+        return [Row("what answers", lambda: _judged(grace_kernels.build_info(), ("cpu",)))]
 
     def missing() -> bool:
         return not set(LIBRARIES) <= set(build_libraries())
@@ -92,7 +94,10 @@ def _what_answers(wanted: tuple[str, ...]) -> dict[str, Any]:
     )
     if done.returncode != 0:
         raise Wrong(done.stderr[-1500:])
-    info = json.loads(done.stdout.splitlines()[-1])
+    return _judged(json.loads(done.stdout.splitlines()[-1]), wanted)
+
+
+def _judged(info: dict[str, Any], wanted: tuple[str, ...]) -> dict[str, Any]:
     lacking = [
         name
         for name in wanted

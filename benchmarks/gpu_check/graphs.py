@@ -43,7 +43,8 @@ def rows(place: Place) -> list[Row]:
         ]
     if place.gpu:
         found.append(Row("first call within a capture, cuda", _first_call, limit=100))
-    found.append(Row("a served model", partial(served.row, place), limit=240))
+    if place.gpu or not place.quick:
+        found.append(Row("a served model", partial(served.row, place), limit=240))
     return found
 
 
@@ -210,6 +211,7 @@ class Watched:
     """
 
     def __init__(self, place: Place, backend: Backend, seed: int, capacity: int = 4096) -> None:
+        capacity = capacity if place.gpu else 60
         self.variants = 16
         self.book = book = make_book(place, capacity, 256, 8, 128, seed=seed, used=capacity - 3)
         cpu = book.on_cpu()

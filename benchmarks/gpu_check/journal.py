@@ -75,7 +75,8 @@ def without_paths(text: str) -> str:
 def short_traceback(error: BaseException, most: int = 1500) -> str:
     """Return the last frames and the message of an exception."""
     lines = traceback.format_exception(type(error), error, error.__traceback__, limit=-4)
-    text = without_paths("".join(lines)).strip()
+    kept = [line for part in lines for line in part.splitlines() if line.strip(" ~^")]
+    text = without_paths("\n".join(kept)).strip()
     return text if len(text) <= most else text[: most // 3] + "\n...\n" + text[-2 * most // 3 :]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .journal import Journal
+from .journal import Journal, without_paths
 from .picture import COLUMNS, OURS, TITLES, draw, peer, time_of
 from .place import slug
 
@@ -26,7 +26,8 @@ def write(journal: Journal, out: Path, stages: Sequence[str]) -> list[str]:
     found = {stage: _states(journal, stage) for stage in stages}
     names = {kind: f"{prefix}-{kind}" for kind in ("gpu-check.json", "bench.csv", "report.md")}
     everything = {"runs": runs, "rows": {s: journal.rows(s) for s in stages}, "states": found}
-    (out / names["gpu-check.json"]).write_text(json.dumps(everything, indent=1) + "\n")
+    whole = without_paths(json.dumps(everything, indent=1))
+    (out / names["gpu-check.json"]).write_text(whole + "\n")
     _write_csv(measured, out / names["bench.csv"])
     picture = f"{prefix}-bench.png"
     trouble = None
@@ -35,7 +36,7 @@ def write(journal: Journal, out: Path, stages: Sequence[str]) -> list[str]:
     except Exception as error:  # a report without its picture is still a report
         drawn, trouble = False, f"{type(error).__name__}: {error}"
     text = markdown(runs, found, journal, measured, picture if drawn else None, trouble)
-    (out / names["report.md"]).write_text(text)
+    (out / names["report.md"]).write_text(without_paths(text))
     return [*names.values(), *([picture] if drawn else [])]
 
 
@@ -90,7 +91,7 @@ def _roof(result: dict[str, Any], ceiling: dict[str, Any] | None) -> tuple[float
     moved = n * d * size + 4 * n + b * d * size + 12 * b
     if result["op"] == "adapt_":
         moved += 2 * b * d * size
-    rate = ceiling["fp32 operations per second" if size == 4 else "bf16 operations per second"]
+    rate = ceiling["tf32 operations per second" if size == 4 else "bf16 operations per second"]
     memory = 1e6 * moved / ceiling["copy bytes per second"]
     compute = 1e6 * 2 * b * n * d / rate
     return max(memory, compute), "memory" if memory >= compute else "arithmetic"
@@ -231,7 +232,7 @@ def _correct(journal: Journal) -> list[str]:
             books += result.get("problems", 0)
             wrong += sum(n for key, n in result.items() if key.startswith("wrong, "))
     lines = [
-        "## Correct",
+        "## Correct, and in graphs",
         "",
         f"* random codebooks compared to the bit with the CPU: {books}, wrong: {wrong}",
     ]
@@ -258,7 +259,8 @@ def _bench(
         lines += [
             f"In the same run: copy {ceiling['copy bytes per second'] / 1e12:.3g} TB/s (read "
             f"+ written), product {ceiling['bf16 operations per second'] / 1e12:.4g} TFLOP/s bf16, "
-            f"{ceiling['fp32 operations per second'] / 1e12:.3g} TFLOP/s fp32, a kernel in a graph "
+            f"{ceiling['fp32 operations per second'] / 1e12:.3g} fp32, "
+            f"{ceiling['tf32 operations per second'] / 1e12:.3g} tf32, a kernel in a graph "
             f"{ceiling['kernel in a graph us']:.3g} µs.",
             "",
         ]
