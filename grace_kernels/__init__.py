@@ -1,6 +1,6 @@
 """Stateless operators of GRACE model editing: find the codebook entry that answers a query."""
 
-from .api import adapt, adapt_, lookup, nearest
+from .api import adapt, adapt_, lookup, nearest, warmup
 from .backends import Backend, BackendUnavailable, build_info
 
 __all__ = [
@@ -11,4 +11,5 @@ __all__ = [
     "build_info",
     "lookup",
     "nearest",
+    "warmup",
 ]

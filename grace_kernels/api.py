@@ -9,6 +9,8 @@ The method is that of Hartvigsen et al., "Aging with GRACE" (NeurIPS 2023, arXiv
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -201,6 +203,58 @@ def adapt(
     out = hidden.clone(memory_format=torch.contiguous_format)
     index, distance = op(out, source, query_row, first_row, last_row, keys, radii, values, rows)
     return out, index, distance
+
+
+def warmup(
+    dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    device: torch.device | str | int,
+    batch_sizes: Iterable[int] = (1,),
+    *,
+    value_dtype: torch.dtype | None = None,
+    backend: Backend | None = None,
+) -> None:
+    """Compile and load what a server will need, so that no request pays for it.
+
+    Calls `nearest`, `lookup` and `adapt_` once for every batch size on a codebook of one dead entry
+    and waits for the device. Kernels are compiled per dtype, kind of batch size and divisibility of
+    `dim` and `value_dim` by 16, never per number of entries; what triton has compiled it keeps on
+    disk. A call that is captured into a CUDA graph needs a warm device.
+
+    Args:
+        dim: D, the width of keys and queries.
+        value_dim: V, the width of values.
+        dtype: of keys and queries, float32, float16 or bfloat16.
+        device: where the codebook lives.
+        batch_sizes: how many sequences will ask at a time.
+        value_dtype: of values, if it differs from `dtype`.
+        backend: an implementation by name, or None for the one that will be chosen.
+
+    Raises:
+        ValueError: a size is negative or a dtype is not supported.
+        BackendUnavailable: `backend` cannot answer there.
+    """
+    for name, size in (("dim", dim), ("value_dim", value_dim)):
+        if size < 0:
+            raise ValueError(f"{name} must not be negative, got {size}")
+    device = torch.device(device)
+    keys = torch.zeros(1, dim, dtype=dtype, device=device)
+    values = torch.zeros(1, value_dim, dtype=value_dtype or dtype, device=device)
+    radii = torch.full((1,), -torch.inf, device=device)
+    count = torch.ones((), dtype=torch.int64, device=device)
+    for batch in batch_sizes:
+        if batch < 0:
+            raise ValueError(f"batch_sizes must not be negative, got {batch}")
+        source = torch.zeros(batch, dim, dtype=dtype, device=device)
+        hidden = torch.zeros(batch, value_dim, dtype=values.dtype, device=device)
+        row = torch.arange(batch, device=device)
+        for rows in (None, count):
+            nearest(source, keys, radii, rows, backend=backend)
+            lookup(source, keys, radii, rows, backend=backend)
+            adapt_(hidden, source, row, row, row, keys, radii, values, rows, backend=backend)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _in_use(

@@ -1,11 +1,15 @@
-"""Which implementation answers: the compiled library, the choice by name, and `build_info`.
+"""Which implementation answers: libraries, the choice by device and by name, `build_info`.
 
-`backend=None` leaves the choice to the dispatcher: on a CPU the compiled kernels if `_C.so` is
-there, otherwise the reference, which is also what every other device gets.
+`backend=None` leaves the choice to the dispatcher. On a CPU the compiled kernels answer if `_C.so`
+is there, otherwise the reference. On a GPU a chooser registered here answers: Triton, where that is
+missing the compiled CUDA kernels, where both are missing the reference. No measurement yet says
+that another order is better for some shapes.
 """
 
 from __future__ import annotations
 
+import importlib.util
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +20,17 @@ from . import ops
 Backend = Literal["reference", "cpu", "triton", "cuda"]
 NAMES: tuple[str, ...] = ("reference", "cpu", "triton", "cuda")
 
-_REMEDY = (
-    "install a C++ compiler (g++ or clang++) and reinstall: "
-    "pip install --force-reinstall --no-deps grace-kernels, "
+_REINSTALL = (
+    "and reinstall: pip install --force-reinstall --no-deps grace-kernels, "
     "or pip install --no-build-isolation -e . in a checkout"
 )
+_REMEDY = {
+    "cpu": f"install a C++ compiler (g++ or clang++) {_REINSTALL}",
+    "cuda": f"install the CUDA toolkit (nvcc) {_REINSTALL}"
+    if torch.version.cuda is not None
+    else "install a CUDA build of torch",
+    "triton": "pip install triton",
+}
 
 
 class BackendUnavailable(RuntimeError):
@@ -38,15 +48,54 @@ def _load(path: Path) -> str | None:
     return None
 
 
-_CPU_LIBRARY = Path(__file__).with_name("_C.so")
-_cpu_missing = _load(_CPU_LIBRARY)  # at import, before anything is traced
+# At import, before anything is traced. The second library needs symbols of a CUDA build of torch.
+_FOLDER = Path(__file__).parent
+_cpu_missing = _load(_FOLDER / "_C.so")
+if torch.version.cuda is None:
+    _cuda_missing: str | None = "this torch was built without CUDA"
+else:
+    _cuda_missing = _load(_FOLDER / "_C_cuda.so")
 
-_REFERENCE: dict[str, Any] = {
-    "nearest": ops.reference_nearest,
-    "lookup": ops.reference_lookup,
-    "adapt_": ops.reference_adapt_,
-}
-_GRACE: dict[str, Any] = {"nearest": ops.nearest, "lookup": ops.lookup, "adapt_": ops.adapt_}
+
+_triton_missing: str | None = None  # found out without importing triton, which takes long
+if importlib.util.find_spec("triton") is None:
+    _triton_missing = "triton is not installed"
+elif torch.version.hip is not None:
+    _triton_missing = "the kernels were never tried on AMD GPUs"
+
+_MISSING = {"cpu": _cpu_missing, "triton": _triton_missing, "cuda": _cuda_missing}
+_ON_CUDA = next((name for name in ("triton", "cuda") if _MISSING[name] is None), "reference")
+
+
+@lru_cache
+def _triton() -> Any:
+    """Return the launcher of the Triton kernels; imports triton, hence not at import."""
+    from .triton import lookup
+
+    return lookup
+
+
+def _register(name: str) -> dict[str, Any]:
+    """Put the Triton kernel and the chooser of one operator in their places; return all of it."""
+    operators = {
+        "reference": getattr(torch.ops.grace_reference, name).default,
+        "cpu": getattr(torch.ops.grace, name).default,
+        "triton": getattr(torch.ops.grace_triton, name).default,
+        "cuda": getattr(torch.ops.grace_cuda, name).default,
+    }
+
+    def by_triton(*arguments: Any) -> Any:
+        return getattr(_triton(), name)(*arguments)
+
+    for key in ("CUDA", "CPU"):  # on a CPU for triton's interpreter
+        ops.libraries["grace_triton"].impl(name, by_triton, key)
+    chosen = by_triton if _ON_CUDA == "triton" else operators[_ON_CUDA]
+    ops.libraries["grace"].impl(name, chosen, "CUDA")
+    return operators
+
+
+_OPERATORS = {name: _register(name) for name in ops.LOOKUPS}
+_CHOSEN: dict[str, Any] = {"nearest": ops.nearest, "lookup": ops.lookup, "adapt_": ops.adapt_}
 
 
 def select(name: str, backend: str | None, device: torch.device) -> Any:
@@ -57,20 +106,33 @@ def select(name: str, backend: str | None, device: torch.device) -> Any:
         BackendUnavailable: it was not built, or does not run on `device`.
     """
     if backend is None:
-        return _GRACE[name]
-    if backend == "reference":
-        return _REFERENCE[name]
+        return _CHOSEN[name]
     if backend not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)} or None, got {backend!r}")
-    if backend != "cpu":
-        raise BackendUnavailable(
-            f"backend {backend!r} is not part of this version; leave backend unset"
-        )
-    if device.type != "cpu":
-        raise BackendUnavailable(f"backend 'cpu' needs tensors on a CPU, got {device}")
-    if _cpu_missing is not None:
-        raise BackendUnavailable(f"backend 'cpu': {_cpu_missing}; {_REMEDY}")
-    return _GRACE[name]
+    if backend != "reference":
+        why_not = _MISSING[backend]
+        if why_not is not None:
+            raise BackendUnavailable(f"backend {backend!r}: {why_not}; {_REMEDY[backend]}")
+        _check_device(backend, device)
+    return _OPERATORS[name][backend]
+
+
+def _check_device(backend: str, device: torch.device) -> None:
+    wanted = "cpu" if backend == "cpu" else "cuda"
+    if device.type == wanted or (backend == "triton" and device.type == "cpu" and _interpreted()):
+        return
+    where = "a CPU" if backend == "cpu" else "a CUDA device"
+    raise BackendUnavailable(
+        f"backend {backend!r} needs tensors on {where}, got {device}; move them, or leave backend "
+        "unset"
+    )
+
+
+def _interpreted() -> bool:
+    """Tell whether triton's interpreter, for tests, runs the kernels on a CPU."""
+    import triton
+
+    return not isinstance(_triton().lookup_kernel, triton.JITFunction)
 
 
 def isa() -> str:
@@ -87,22 +149,29 @@ def build_info() -> dict[str, Any]:
     """Say what was built, which implementation answers on which device, and why.
 
     Returns:
-        A dict of plain strings and lists: `torch`; `chosen` (device type to backend); `cpu` with
-        `available`, and if so `isa` (the instruction set in use) and `isas` (those this machine
-        can run), otherwise `reason` and `remedy`.
+        A dict of plain strings, booleans and lists: `torch`; `chosen` (device type to backend);
+        `why` (device type to the reason of that choice); and for each of `cpu`, `triton` and `cuda`
+        a dict with `available` and, if not, `reason` and `remedy`. `cpu` has besides `isa`, the
+        instruction set in use, and `isas`, those this machine can run.
 
     Raises:
         ValueError: `GRACE_KERNELS_ISA` names an instruction set that is unknown or not available.
     """
-    cpu: dict[str, Any] = {"available": _cpu_missing is None}
+    info: dict[str, Any] = {"torch": torch.__version__}
+    for backend in ("cpu", "triton", "cuda"):
+        why_not = _MISSING[backend]
+        info[backend] = {"available": why_not is None}
+        if why_not is not None:
+            info[backend].update(reason=why_not, remedy=_REMEDY[backend])
     if _cpu_missing is None:
-        cpu["isa"] = isa()
-        cpu["isas"] = available_isas()
-    else:
-        cpu["reason"] = _cpu_missing
-        cpu["remedy"] = _REMEDY
-    return {
-        "torch": torch.__version__,
-        "chosen": {"cpu": "cpu" if _cpu_missing is None else "reference", "cuda": "reference"},
-        "cpu": cpu,
+        info["cpu"].update(isa=isa(), isas=available_isas())
+    info["chosen"] = {"cpu": "cpu" if _cpu_missing is None else "reference", "cuda": _ON_CUDA}
+    info["why"] = {
+        "cpu": "compiled for this machine" if _cpu_missing is None else _cpu_missing,
+        "cuda": {
+            "triton": "triton is installed",
+            "cuda": f"{_triton_missing}; the compiled library is there",
+            "reference": f"{_triton_missing}; {_cuda_missing}",
+        }[_ON_CUDA],
     }
+    return info

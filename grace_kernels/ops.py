@@ -1,9 +1,9 @@
 """Every operator of this package: schema, fake kernel, handle. Read this file first.
 
 `grace::*` is what callers get: the reference sits at `CompositeExplicitAutograd`, that is, on every
-device for which nothing faster is registered. On a CPU the compiled library's kernels answer (`CPU`
-key), on a GPU a chooser (`CUDA` key, see `backends.py`). One dispatch key holds one kernel, so every
-further implementation has a namespace of its own with the same schemas: `grace_reference::*`,
+device for which nothing faster is registered. On a CPU the compiled library answers (`CPU` key), on
+a GPU what `backends.py` chooses (`CUDA` key). One dispatch key holds one kernel, so every further
+implementation has a namespace of its own with the same schemas: `grace_reference::*`,
 `grace_triton::*` and `grace_cuda::*` (the compiled CUDA library's).
 
 `count` is the number of rows in use as an int64 scalar tensor on the device; None means all rows.
@@ -66,13 +66,13 @@ _FAKES = {
     "adapt_backward": _fake_adapt_backward,
 }
 
-_LOOKUPS = ("nearest", "lookup", "adapt_")
-_libraries = {}  # a Library unregisters its operators when it is collected
+LOOKUPS = ("nearest", "lookup", "adapt_")
+libraries = {}  # a Library unregisters its operators when it is collected
 for _namespace, _names in {
     "grace": tuple(_SCHEMAS),
     "grace_reference": tuple(_SCHEMAS),
-    "grace_triton": _LOOKUPS,
-    "grace_cuda": _LOOKUPS,
+    "grace_triton": LOOKUPS,
+    "grace_cuda": LOOKUPS,
 }.items():
     _library = torch.library.Library(_namespace, "DEF")
     for _name in _names:
@@ -80,7 +80,7 @@ for _namespace, _names in {
         torch.library.register_fake(f"{_namespace}::{_name}", _FAKES[_name], lib=_library)
         if _namespace in ("grace", "grace_reference"):
             _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-    _libraries[_namespace] = _library
+    libraries[_namespace] = _library
 
 # Filled in by the compiled library: the instruction set in use, those this machine can run (comma
 # separated, best first), and a switch for tests.
@@ -88,7 +88,7 @@ _library = torch.library.Library("grace_cpu", "DEF")
 _library.define("isa() -> str")
 _library.define("isas() -> str")
 _library.define("use_isa(str name) -> ()")
-_libraries["grace_cpu"] = _library
+libraries["grace_cpu"] = _library
 
 nearest = torch.ops.grace.nearest.default
 lookup = torch.ops.grace.lookup.default

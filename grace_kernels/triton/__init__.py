@@ -1,0 +1,1 @@
+"""The Triton implementation. Importing it imports triton; `backends.py` does so when needed."""
