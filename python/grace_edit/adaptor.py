@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 import grace_kernels
 
 from .codebook import Codebook
-from .positions import QueryPlan, pooled_mean
+from .positions import KeptPlan, QueryPlan, pooled_mean
 
 
 @dataclass
@@ -27,6 +27,20 @@ class Captured:
 
 
 @dataclass
+class Kept:
+    """Answers of one batch, kept from the prompt for the tokens after it.
+
+    Args:
+        index: `[B]`, the entry that answers each sequence, -1 for none.
+        values: `[B, V]`, their values as they were then: an edit in between changes no answer that
+            was begun.
+    """
+
+    index: Tensor
+    values: Tensor
+
+
+@dataclass
 class Generation:
     """State of one `generate` call: where the prompt ends and what answered.
 
@@ -35,17 +49,19 @@ class Generation:
         plan: of the forward that comes next.
         planned: some forward had a plan.
         reached: the wrapped layer ran in one of them.
-        index: `[B]`, the entry that answers each sequence, -1 for none; None before the lookup.
-        values: `[B, V]`, their values as they were then: an edit in between changes no answer that
-            was begun.
+        computed: columns that were computed before the forward that comes next, None before the
+            first.
+        kept: where the answers go if later forwards need them.
+        answered: they are there.
     """
 
     prompt_len: int
-    plan: QueryPlan | None = None
+    plan: QueryPlan | KeptPlan | None = None
     planned: bool = False
     reached: bool = False
-    index: Tensor | None = None
-    values: Tensor | None = None
+    computed: int | None = None
+    kept: Kept | None = None
+    answered: bool = False
 
 
 @dataclass(eq=False)
@@ -54,23 +70,30 @@ class _Forward:
 
     start: int
     end: int
-    plan: QueryPlan | None
+    plan: QueryPlan | KeptPlan | None
     forced: Tensor | None
     version: int
 
 
 _MOST_FORWARDS = 64
+_MOST_SPARE = 8  # batch sizes
+_MOST_PLACES = 32  # tensors of plans
 
 
 class _Running(threading.local):
     """What a thread is doing with the layer: several may serve at once, while one edits."""
 
-    enabled: bool = True
-    inside: bool = False  # the model's forward is running
-    plan: QueryPlan | None = None
-    generation: Generation | None = None
-    forced: Tensor | None = None
-    captures: list[Captured] | None = None
+    def __init__(self) -> None:
+        # In every thread, not on the class: a compiled model wants to find in each of them what it
+        # found in the one that compiled it.
+        self.enabled = True
+        self.inside = False  # the model's forward is running
+        self.plan: QueryPlan | KeptPlan | None = None
+        self.generation: Generation | None = None
+        self.forced: Tensor | None = None
+        self.captures: list[Captured] | None = None
+        self.spare: dict[int, Kept] = {}  # by the number of sequences
+        self.places: dict[tuple[str, torch.Size, torch.device], Tensor] = {}
 
 
 def _of_running(name: str) -> Any:
@@ -139,12 +162,61 @@ class GraceAdaptor:
             for name, value in before.items():
                 setattr(self, name, value)
 
+    def keep(self, sequences: int) -> Kept:
+        """Return room for the answers of a batch, until `release` gives it back.
+
+        One generation of a thread after the other gets the same memory, which a CUDA graph of the
+        decode step then finds where it was recorded.
+        """
+        like = self.codebook.values
+        kept: Kept | None = self.running.spare.pop(sequences, None)
+        if kept is not None and _alike(kept.values, like):
+            return kept
+        with torch.inference_mode(False):  # it may be written to in either mode
+            return Kept(
+                torch.empty(sequences, dtype=torch.int64, device=like.device),
+                like.new_empty(sequences, like.shape[1]),
+            )
+
+    def release(self, kept: Kept) -> None:
+        """Take the room for answers back for the next generation of this thread."""
+        spare = self.running.spare
+        spare[len(kept.index)] = kept
+        if len(spare) > _MOST_SPARE:
+            del spare[next(iter(spare))]
+
+    def settle(self, plan: QueryPlan) -> QueryPlan:
+        """Return `plan` in memory that is the same for every plan of its shape in this thread.
+
+        For a model whose whole forward is compiled: a CUDA graph then finds the plan where it was
+        recorded. Good until the next plan of this shape.
+        """
+        return replace(
+            plan,
+            query_row=self._settled("query_row", plan.query_row),
+            first_row=self._settled("first_row", plan.first_row),
+            last_row=self._settled("last_row", plan.last_row),
+            pool=None if plan.pool is None else self._settled("pool", plan.pool),
+        )
+
+    def _settled(self, name: str, tensor: Tensor) -> Tensor:
+        # A pool may be a view of a larger mask: the copy is contiguous.
+        places, key = self.running.places, (name, tensor.shape, tensor.device)
+        place = places.pop(key, None)
+        if place is None:
+            with torch.inference_mode(False):
+                place = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        places[key] = place
+        if len(places) > _MOST_PLACES:
+            del places[next(iter(places))]
+        return place.copy_(tensor)
+
     @property
     def active(self) -> bool:
         """Whether a forward has anything to do here at all."""
         return self.enabled or self.forced is not None or self.captures is not None
 
-    def remember(self, start: int, plan: QueryPlan | None) -> None:
+    def remember(self, start: int, plan: QueryPlan | KeptPlan | None) -> None:
         """Note what a forward did whose first autograd node was to have the number `start`."""
         end = torch.autograd._get_sequence_nr()
         if end > start:
@@ -195,6 +267,9 @@ class GraceAdaptor:
         shape = hidden.shape
         rows = hidden.reshape(-1, shape[-1])
         queries = source.reshape(-1, source.shape[-1])
+        if isinstance(plan, KeptPlan):
+            return self._continue(rows, plan).view(shape)
+        plan = plan.to(source.device)
         if plan.rows is not None and not len(queries) == len(rows) == plan.rows:
             raise ValueError(
                 f"layer must take and give one row per token ({plan.rows} here), got "
@@ -232,7 +307,7 @@ class GraceAdaptor:
         alias: bool = False,
     ) -> Tensor:
         book = self.codebook
-        check_dtypes(book, queries, rows)
+        check_fits(book, queries, rows)
         tensors = (query_row, plan.first_row, plan.last_row, book.keys, book.radii, book.values)
         if copy:
             rows, index, _ = grace_kernels.adapt(rows, queries, *tensors, book.count)
@@ -240,9 +315,11 @@ class GraceAdaptor:
             # The layer may hand its input on (Dropout in eval mode, Identity).
             rows = rows.clone() if alias else rows
             index, _ = grace_kernels.adapt_(rows, queries, *tensors, book.count)
-        if plan.latch and self.generation is not None:
-            self.generation.index = index
-            self.generation.values = book.values[index.clamp(min=0)]
+        generation = self.generation
+        if plan.latch and generation is not None and generation.kept is not None:
+            generation.kept.index.copy_(index)
+            generation.kept.values.copy_(book.values[index.clamp(min=0)])
+            generation.answered = True
         return rows
 
     def _capture(
@@ -258,18 +335,41 @@ class GraceAdaptor:
     def _write_kept(self, rows: Tensor, plan: QueryPlan) -> Tensor:
         if self.forced is not None:
             return _write_rows(rows, plan, self.forced, plan.query_row >= 0)
-        kept = self.generation
-        if kept is None or kept.index is None or kept.values is None:
+        kept = self._answers()
+        return rows if kept is None else _write_rows(rows, plan, kept.values, kept.index >= 0)
+
+    def _continue(self, rows: Tensor, plan: KeptPlan) -> Tensor:
+        each = rows.view(plan.sequences, -1, rows.shape[1])
+        if self.forced is not None:
+            return self.forced.to(rows.dtype)[:, None].expand_as(each).reshape(rows.shape)
+        kept = self._answers()
+        if kept is None:
             return rows
-        return _write_rows(rows, plan, kept.values, kept.index >= 0)
+        answered = (kept.index >= 0)[:, None, None]
+        return torch.where(answered, kept.values[:, None], each).view(rows.shape)
+
+    def _answers(self) -> Kept | None:
+        generation = self.generation
+        return None if generation is None or not generation.answered else generation.kept
 
 
-def check_dtypes(book: Codebook, queries: Tensor, outputs: Tensor) -> None:
-    """Refuse what a layer takes and gives in another dtype than that its edits were made in.
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and a.shape[1] == b.shape[1]
+
+
+def check_fits(book: Codebook, queries: Tensor, outputs: Tensor) -> None:
+    """Refuse what a layer takes and gives on another device than its codebook's, or in another
+    dtype than that its edits were made in.
 
     Raises:
         ValueError: naming the remedy.
     """
+    if not queries.device == outputs.device == book.device:
+        where = " and ".join(sorted({str(queries.device), str(outputs.device)}))
+        raise ValueError(
+            f"the wrapped layer must run on the device of its codebook ({book.device}), got "
+            f"{where}; call editor.codebook.to(device) where the layer was moved by itself"
+        )
     if queries.dtype != book.keys.dtype or outputs.dtype != book.values.dtype:
         raise ValueError(
             f"the wrapped layer must run in the dtypes of its codebook ({book.keys.dtype} in, "

@@ -97,8 +97,12 @@ class GraceGenerator(GraceSeam):
         whole_prefill(adaptor, kwargs, getattr(self, "generation_config", None))
         warn_later_turn(adaptor, kwargs)
         state = Generation(prompt_length(args, kwargs))
-        with adaptor.using(generation=state):
-            out = generate(*args, **kwargs)
+        try:
+            with adaptor.using(generation=state):
+                out = generate(*args, **kwargs)
+        finally:
+            if state.kept is not None:
+                adaptor.release(state.kept)
         if state.planned and not state.reached:
             warnings.warn(
                 f"generate was not edited: the forward of {shadowed(self)} was replaced after "

@@ -31,14 +31,17 @@ class Codebook(Retention):
 
     Tensors that a lookup reads, all on one device: `keys [C, D]`, `values [C, V]`, `radii [C]`
     float32 (-inf: dead) and `count`, an int64 scalar: rows `0..count-1` are in use, dead ones among
-    them included. The capacity C doubles when it is exceeded, which replaces the tensors and, on
-    CUDA, warns that captured graphs must be captured again; while `frozen` is True it raises
-    CapacityError instead. Dead rows are reused, the lowest first, and
-    hold zeros. `version` goes up with every change, undoing included, and never down.
+    them included. Every change within the capacity C is written into these same tensors, so a
+    compiled model or a captured graph reads it at its next run. C doubles when it is exceeded,
+    which (like taking that back) replaces the tensors and, on CUDA, warns that captured graphs must
+    be captured again; while `frozen` is True it raises CapacityError instead. Dead rows are reused,
+    the lowest first, and hold zeros. `version` goes up with every change, undoing included, and
+    never down.
 
     One thread may change a codebook while others serve from it: each of `commit`, `delete` and
-    `undo` is a single step to an uncompiled lookup, which waits for its end. A compiled model has
-    no such lock; edit between its calls.
+    `undo` is a single step to an uncompiled lookup, which waits for its end. A compiled model or a
+    captured graph has no such lock: edit between its calls, on the CUDA stream that it runs on or
+    after waiting for it.
 
     Args:
         key_dim, value_dim: D and V.
@@ -407,7 +410,7 @@ class Codebook(Retention):
         Stored queries stay on the host. Dtypes never change.
         """
         names = ("keys", "values", "radii", "count", "_label_ids")
-        with self.lock:
+        with self.lock, torch.inference_mode(False):
             vars(self).update({name: getattr(self, name).to(device) for name in names})
         return self
 

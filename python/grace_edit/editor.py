@@ -16,7 +16,7 @@ import grace_kernels
 
 from . import attach as attaching
 from . import rekeying, serving
-from .adaptor import Captured, GraceAdaptor, check_dtypes
+from .adaptor import Captured, GraceAdaptor, check_fits
 from .codebook import Codebook
 from .config import GraceConfig
 from .positions import QueryPlan
@@ -272,7 +272,7 @@ class GraceEditor:
 
     def _capture(self, prompts: Sequence[list[int]], *, left: bool = False) -> Captured:
         seen = self.task.capture(self.adaptor, prompts, left=left)
-        check_dtypes(self.codebook, seen.queries, seen.outputs)
+        check_fits(self.codebook, seen.queries, seen.outputs)
         return seen
 
     def delete(self, edit_id: int, *, purge: bool = False) -> None:

@@ -14,11 +14,15 @@ import torch
 from torch import Tensor
 
 from .adaptor import Generation, GraceAdaptor
-from .positions import QueryPlan, plan_latched, plan_queries
+from .positions import KeptPlan, QueryPlan, plan_latched, plan_queries
 
 
 def plan_forward(adaptor: GraceAdaptor, given: dict[str, Any], *, causal: bool) -> QueryPlan | None:
     """Plan a plain forward: without past its whole input is prompt, with past nobody asks.
+
+    How much a static cache that was used before holds is known to its device alone, and the host
+    does not wait for it: a single token is taken for a step of decoding, which runs nothing, and of
+    a longer piece the device decides whether it asks.
 
     Args:
         given: the arguments of the forward by name.
@@ -29,7 +33,13 @@ def plan_forward(adaptor: GraceAdaptor, given: dict[str, Any], *, causal: bool) 
     """
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     tokens = ids if ids is not None else embeds
-    if tokens is None or _cached(given.get("past_key_values")):
+    if tokens is None:
+        return None
+    past = _length(given.get("past_key_values"))
+    if isinstance(past, Tensor):
+        if tokens.shape[1] == 1:
+            return None
+    elif past > 0:
         return None
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     if given.get("cu_seq_lens_q") is not None:
@@ -47,7 +57,10 @@ def plan_forward(adaptor: GraceAdaptor, given: dict[str, Any], *, causal: bool) 
         )
     elif causal and positions is None:
         _warn_left_padding(adaptor, mask)
-    return plan_prompts(adaptor, mask.bool(), ids)
+    plan = plan_prompts(adaptor, mask.bool(), ids)
+    if isinstance(past, Tensor):
+        plan.query_row = torch.where(past.to(mask.device) == 0, plan.query_row, -1)
+    return plan
 
 
 def _refuse_restarts(positions: Tensor) -> None:
@@ -109,46 +122,57 @@ def plan_prompts(
 
 def plan_step(
     adaptor: GraceAdaptor, state: Generation, args: Any, kwargs: Any, inputs: dict[str, Any]
-) -> QueryPlan | None:
-    """Plan one forward of `generate` from what transformers prepared for it."""
+) -> QueryPlan | KeptPlan | None:
+    """Plan one forward of `generate` from what transformers prepared for it; notes it in `state`.
+
+    Nothing waits for a GPU here: the length of a static cache, which the device counts, is followed
+    on the host.
+    """
     pieces = inputs.get("input_ids")
     pieces = inputs.get("inputs_embeds") if pieces is None else pieces
     assert pieces is not None
     batch, scheduled = pieces.shape[:2]
     cache = inputs.get("past_key_values")
-    computed = int(cache.get_seq_length()) if cache is not None else 0
+    computed = _length(cache)
+    if isinstance(computed, Tensor):
+        # Read once, where generate reads it too, to cut what an earlier turn left off the prompt.
+        computed = int(computed) if state.computed is None else state.computed
     total = computed + scheduled
+    state.computed = total
     if computed >= state.prompt_len and adaptor.replace != "all":
         return None
+    if total < state.prompt_len and cache is not None:
+        return None  # a chunk before the one that holds the prompt's end
     mask = kwargs.get("attention_mask")
     if mask is None or mask.ndim != 2 or mask.shape[1] < total:
         mask = torch.ones((batch, total), device=pieces.device)
     mask = mask[:, :total].bool()
-    if computed >= state.prompt_len or state.index is not None:
+    if computed >= state.prompt_len or state.answered:
         return plan_latched(
             mask, replace=adaptor.replace, prompt_len=state.prompt_len, computed=computed
         )
-    # This piece ends before the prompt does (a chunk: the columns still to come hold tokens), with
-    # it, or beyond it (assisted generation appends guesses to the prompt).
-    coming = mask.new_ones((batch, max(0, state.prompt_len - total)))
+    # This piece ends with the prompt or beyond it (assisted generation appends guesses to it).
     ids = inputs.get("input_ids")
     plan = plan_prompts(
         adaptor,
-        torch.cat([mask, coming], dim=1),
+        mask,
         ids if computed == 0 else None,
         prompt_len=state.prompt_len,
         computed=computed,
         scheduled=scheduled,
     )
     plan.latch = cache is None or adaptor.replace == "all"
-    return plan
+    if plan.latch and state.kept is None:
+        state.kept = adaptor.keep(batch)
+    return adaptor.settle(plan)
 
 
-def _cached(past: Any) -> bool:
+def _length(past: Any) -> int | Tensor:
+    """Return how many tokens a cache holds; a tensor if a static one counts on its device."""
     if past is None:
-        return False
-    length = past.get_seq_length() if hasattr(past, "get_seq_length") else len(past)
-    return bool(length)
+        return 0
+    length: int | Tensor = past.get_seq_length() if hasattr(past, "get_seq_length") else len(past)
+    return length
 
 
 def prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -179,9 +203,9 @@ def whole_prefill(adaptor: GraceAdaptor, kwargs: dict[str, Any], default: Any) -
 
 
 def warn_later_turn(adaptor: GraceAdaptor, kwargs: dict[str, Any]) -> None:
-    if not _cached(kwargs.get("past_key_values")):
+    if adaptor.replace == "last" and adaptor.query != "mean":
         return
-    if adaptor.replace != "last" or adaptor.query == "mean":
+    if int(_length(kwargs.get("past_key_values"))) > 0:
         warnings.warn(
             f"past_key_values holds earlier tokens: replace={adaptor.replace!r} and "
             f"query={adaptor.query!r} reach the new ones only, so answers may differ from those "

@@ -7,7 +7,7 @@ T is the length of the piece that this forward computes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch import Tensor
 @dataclass
 class QueryPlan:
     """Say which rows of a forward ask the codebook and which rows their answers replace.
+
+    A CUDA graph reads the tensors of the plan where they were when it was recorded: there, keep one
+    plan and write the rows of the next batch into it.
 
     Args:
         query_row: `[B]` int64, the row of the layer's input that asks for sequence b; negative:
@@ -36,6 +39,32 @@ class QueryPlan:
     latch: bool = False
     latched: bool = False
     rows: int | None = None
+
+    def to(self, device: torch.device) -> QueryPlan:
+        """Return this plan with its tensors on `device`: itself if they are there."""
+        if self.query_row.device == device:
+            return self
+        return replace(
+            self,
+            query_row=self.query_row.to(device),
+            first_row=self.first_row.to(device),
+            last_row=self.last_row.to(device),
+            pool=None if self.pool is None else self.pool.to(device),
+        )
+
+
+@dataclass
+class KeptPlan:
+    """Say that a forward computes generated tokens only, all of which take their kept answers.
+
+    It names no rows: a compiled step that read tensors which are new at every step would have its
+    CUDA graph recorded again for each.
+
+    Args:
+        sequences: how many; the layer sees as many rows of each.
+    """
+
+    sequences: int
 
 
 def last_column(mask: Tensor) -> Tensor:
@@ -112,21 +141,17 @@ def plan_queries(
     return plan
 
 
-def plan_latched(mask: Tensor, *, replace: str, prompt_len: int, computed: int) -> QueryPlan | None:
+def plan_latched(
+    mask: Tensor, *, replace: str, prompt_len: int, computed: int
+) -> QueryPlan | KeptPlan | None:
     """Plan a forward after the prompt: which rows the kept answers replace, None if none.
 
     With a KV cache only `replace="all"` reaches the new tokens. Without one the whole sequence is
     computed anew, so the prompt's rows are replaced again.
     """
-    if replace != "all" and computed >= prompt_len:
-        return None
-    total = mask.shape[1]
     if computed >= prompt_len:
-        start = torch.arange(len(mask), device=mask.device) * (total - computed)
-        plan = QueryPlan(start, start, start + (total - computed))
-    else:
-        plan = plan_queries(mask, replace=replace, prompt_len=prompt_len, computed=computed)
-        plan.pool = None
+        return KeptPlan(len(mask)) if replace == "all" else None
+    plan = plan_queries(mask, replace=replace, prompt_len=prompt_len, computed=computed)
     plan.latched = True
     return plan
 

@@ -144,6 +144,9 @@ class Rows:
         if not self._undo:
             after = self._undo_end or "the codebook was made"
             raise UndoError(f"undo must follow a change, got none since {after}")
+        journal = self._undo[-1]
+        if ("_capacity", None) in journal and not self.frozen:
+            self._warn_of_new_memory(journal["_capacity", None])
         with self.lock:
             self._restore(self._undo.pop())
             self.version += 1
@@ -237,16 +240,19 @@ class Rows:
                     f"capacity must exceed the {slot} rows in use while the codebook is frozen, "
                     f"got {slot}; thaw it, or attach with a larger capacity"
                 )
-            if self.radii.is_cuda:
-                warnings.warn(
-                    f"the codebook grows past its capacity of {slot} rows into new memory: CUDA "
-                    "graphs captured before must be captured again",
-                    stacklevel=2,
-                )
+            self._warn_of_new_memory(2 * slot)
             self._save("_capacity")
             self._resize(2 * slot)
         self._set_number("_row_count", slot + 1)
         return slot
+
+    def _warn_of_new_memory(self, capacity: int) -> None:
+        if self.radii.is_cuda:
+            warnings.warn(
+                f"the codebook moves from {len(self.radii)} rows into new memory for {capacity}: "
+                "CUDA graphs captured before must be captured again",
+                stacklevel=3,
+            )
 
     def _resize(self, capacity: int) -> None:
         fills = {"keys": 0, "values": 0, "radii": -math.inf, "_label_ids": -1}
@@ -328,7 +334,8 @@ def digest(query: Tensor) -> bytes:
 
 def resized(tensor: Tensor, rows: int, fill: float) -> Tensor:
     """Return a copy of `tensor` with `rows` rows, new ones filled with `fill`."""
-    out = tensor.new_full((rows, *tensor.shape[1:]), fill)
-    kept = min(rows, len(tensor))
-    out[:kept] = tensor[:kept]
+    with torch.inference_mode(False):  # or nobody could write to it outside of that mode
+        out = tensor.new_full((rows, *tensor.shape[1:]), fill)
+        kept = min(rows, len(tensor))
+        out[:kept] = tensor[:kept]
     return out

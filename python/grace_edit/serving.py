@@ -1,4 +1,26 @@
-"""Edits on disk and in a model that nobody edits: save, check, load."""
+"""Edits on disk and in a model that nobody edits: save, check, load.
+
+What serving with `torch.compile` and CUDA graphs may count on, edits being made in between:
+
+* A change within the capacity (edit, delete, undo) is written into the tensors that are there. The
+  next call answers with it: nothing is compiled, no graph breaks, no CUDA graph is recorded again.
+  Growth past the capacity replaces the tensors: it compiles once more, and graphs that somebody
+  captured must be captured again, which a warning says. So choose `GraceConfig(capacity=...)`, and
+  set `editor.frozen = True` (or `adaptor.codebook.frozen`) to have growth refused instead.
+* `generate` asks once per sequence, at the prompt's end. Later steps run no operator of this
+  package: under `replace="last"` and `"prompt"` nothing at all, under `"all"` a `where` with the
+  answers kept from the prompt. Those, and the plans of `generate`, lie in the same memory from call
+  to call of a thread, for the batch sizes used last.
+* The host reads no value of a tensor: nothing waits for a GPU. The exceptions: once per adaptor,
+  whether a batch is padded on the left or packed (to warn or refuse); once per call of `generate`,
+  how much a static cache given to it holds.
+* `editor.plan(QueryPlan(...))` may name other rows at every call; under CUDA graphs write them into
+  one plan, or the graph is recorded again for each.
+* A forward of one's own with a static cache that was used before: a single token asks nobody, of a
+  longer piece the device decides (it asks if the cache is empty).
+* Compiled and captured runs take no lock: edit between them, on their stream or after waiting for
+  it.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import grace_kernels
 
-from .adaptor import GraceAdaptor, check_dtypes
+from .adaptor import GraceAdaptor, check_fits
 from .progress import bar
 from .records import Edit
 from .tasks import MOST_ROWS, Task
@@ -66,7 +66,7 @@ def _in_modes(
     task: Task, adaptor: GraceAdaptor, prompts: list[list[int]]
 ) -> Iterator[tuple[str, Tensor]]:
     alone = [task.capture(adaptor, [ids]) for ids in prompts]
-    check_dtypes(adaptor.codebook, alone[0].queries, alone[0].outputs)
+    check_fits(adaptor.codebook, alone[0].queries, alone[0].outputs)
     yield "alone", torch.cat([seen.queries for seen in alone])
     yield "batched", task.capture(adaptor, prompts).queries
     # Prompts of one length would not be padded by each other: a longer one comes along.
