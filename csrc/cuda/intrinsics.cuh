@@ -40,12 +40,11 @@ __device__ __forceinline__ uint4 load16(const void* from) {
   return v;
 }
 
-// Start copying `bytes` (0..16) to 16 bytes of shared memory, the rest becomes zero. Bypasses L1:
-// keys are read once, and partials come from other multiprocessors.
-__device__ __forceinline__ void copy16(void* shared, const void* global, int bytes) {
+// Start copying 16 bytes to shared memory. Bypasses L1: keys are read once, and partials come from
+// other multiprocessors.
+__device__ __forceinline__ void copy16(void* shared, const void* global) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(global),
-               "r"(bytes)
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(global)
                : "memory");
 }
 __device__ __forceinline__ void commit_copies() {

@@ -62,19 +62,21 @@ Kernel tensor() {
           &tensor_margin};
 }
 
-// Few queries go through the memory's bandwidth whatever is done with them, and need no margin for
-// tensor cores. Eight times 8 queries need 160 KB of shared memory, which not every device has.
+// Which kernel answers. Counted instructions, nothing measured yet: on CUDA cores a key costs about
+// 4 instructions per 16 bytes and query, on tensor cores 5 per 16 bytes, for 8 queries or fewer. A
+// slice of few keys is short of bytes on their way, of which the tensor scan has fewer per row.
+// Eight times 8 queries need 160 KB of shared memory, which not every device has.
+constexpr int64_t kFewBytes = 64 << 10;  // of keys per multiprocessor
+
 template <class T>
-Kernel choose(int64_t batch, int shared_limit) {
-  if (batch == 1) return direct<T, 1, 1>();
-  if (batch <= 4) return direct<T, 4, 2>();
-  if constexpr (sizeof(T) == 4) {
-    return direct<T, 8, 4>();
-  } else {
+Kernel choose(int64_t batch, int64_t bytes_each, int shared_limit) {
+  if (batch == 1) return direct<T, 1, 2>();
+  if constexpr (sizeof(T) == 2) {
     const Kernel wide = tensor<T, 8, 8, 1, 16>();
     if (batch > 8 && wide.shared_bytes <= shared_limit) return wide;
-    return tensor<T, 1, 4, 2, 8>();
+    if (batch > 8 || bytes_each > kFewBytes) return tensor<T, 1, 6, 2, 8>();
   }
+  return batch <= 4 ? direct<T, 4, 2>() : direct<T, 8, 2>();
 }
 
 // What is known of a device, asked once.
@@ -156,7 +158,7 @@ Tensor allocate(int64_t size, ScalarType dtype, const Tensor& like) {
   }
 }
 
-// Rows of 16-byte vectors: the first one and the distance between two are multiples of 16 bytes.
+// Rows of 16-byte vectors: where one starts and how long it is are multiples of 16 bytes.
 bool rows_aligned(const void* data, int64_t stride_bytes, int64_t rows) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (rows <= 1 || stride_bytes % 16 == 0);
 }
@@ -188,8 +190,9 @@ class Call {
     p_.keys = keys_.const_data_ptr();
     p_.key_stride = keys_.stride(0);
     p_.capacity = keys_.size(0);
-    p_.keys_aligned = rows_aligned(p_.keys, p_.key_stride * element, p_.capacity);
     p_.dim = static_cast<int>(keys_.size(1));
+    p_.keys_aligned =
+        rows_aligned(p_.keys, p_.key_stride * element, p_.capacity) && p_.dim * element % 16 == 0;
     p_.radii = static_cast<const float*>(radii.const_data_ptr());
     p_.radius_stride = radii.stride(0);
     if (count.has_value()) {
@@ -251,7 +254,7 @@ class Call {
     Tensor distance = allocate(p_.batch, ScalarType::Float, source_);
     if (p_.batch == 0) return {index, distance};
     const Device& device = State::get().device(source_.get_device_index());
-    const Kernel kernel = choose(device.shared_limit);
+    const Kernel kernel = choose(device);
     State::get().prepare(source_.get_device_index(), kernel);
     // A block may write while another one still reads its queries.
     if (p_.batch > kernel.queries && hidden_meets_source()) {
@@ -281,8 +284,9 @@ class Call {
     p_.source = source_.const_data_ptr();
     p_.source_stride = source_.stride(0);
     p_.source_rows = source_.size(0);
-    p_.source_aligned = rows_aligned(
-        p_.source, p_.source_stride * static_cast<int64_t>(source_.element_size()), p_.source_rows);
+    const int64_t element = static_cast<int64_t>(source_.element_size());
+    p_.source_aligned = rows_aligned(p_.source, p_.source_stride * element, p_.source_rows) &&
+                        p_.dim * element % 16 == 0;
     // Without elements there is no address, but the kernel takes null for "does not ask".
     if (p_.dim == 0) p_.source = this;
   }
@@ -295,14 +299,16 @@ class Call {
     return p_.hidden < end && begin < hidden_end_;
   }
 
-  Kernel choose(int shared_limit) const {
+  Kernel choose(const Device& device) const {
+    const int64_t bytes_each =
+        p_.capacity * p_.dim * static_cast<int64_t>(keys_.element_size()) / device.processors;
     switch (keys_.scalar_type()) {
       case ScalarType::Float:
-        return cuda::choose<float>(p_.batch, shared_limit);
+        return cuda::choose<float>(p_.batch, bytes_each, device.shared_limit);
       case ScalarType::Half:
-        return cuda::choose<Half>(p_.batch, shared_limit);
+        return cuda::choose<Half>(p_.batch, bytes_each, device.shared_limit);
       case ScalarType::BFloat16:
-        return cuda::choose<BFloat>(p_.batch, shared_limit);
+        return cuda::choose<BFloat>(p_.batch, bytes_each, device.shared_limit);
       default:
         STD_TORCH_CHECK(false, "keys must be float32, float16 or bfloat16");
     }

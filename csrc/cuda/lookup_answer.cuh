@@ -59,35 +59,35 @@ __device__ __forceinline__ const T* key_of(const Problem& p, int64_t row) {
   return static_cast<const T*>(p.keys) + row * p.key_stride;
 }
 
-// 16 bytes of a row of `dim` elements, from element `at` on; zeros past its end.
+// 16 bytes of a row of which `left` bytes are left, zeros past its end. `aligned` rows start at a
+// multiple of 16 bytes and are as long as one.
 template <class T>
-__device__ __forceinline__ uint4 load_vector(const T* row, int at, int dim, bool aligned) {
-  if (aligned && at + kVector<T> <= dim) return load16(row + at);
+__device__ __forceinline__ uint4 load_vector(const void* from, int left, bool aligned) {
+  if (aligned) return left > 0 ? load16(from) : uint4{0, 0, 0, 0};
   uint32_t words[4] = {0, 0, 0, 0};
   if constexpr (sizeof(T) == 4) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (at + i < dim) words[i] = __float_as_uint(row[at + i]);
+      if (4 * i < left) words[i] = static_cast<const uint32_t*>(from)[i];
     }
   } else {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      if (at + i < dim) words[i / 2] |= static_cast<uint32_t>(row[at + i].bits) << (i % 2 * 16);
+      if (2 * i >= left) continue;
+      words[i / 2] |= static_cast<uint32_t>(static_cast<const uint16_t*>(from)[i]) << (i % 2 * 16);
     }
   }
   return {words[0], words[1], words[2], words[3]};
 }
 
-// The same as a copy to shared memory that may still be on its way.
+// The same for a place in shared memory, as a copy that may still be on its way; left > 0.
 template <class T>
-__device__ __forceinline__ void copy_vector(char* shared, const T* row, int at, int dim,
+__device__ __forceinline__ void copy_vector(char* shared, const void* from, int left,
                                             bool aligned) {
   if (aligned) {
-    const int left = (dim - at) * static_cast<int>(sizeof(T));
-    const int bytes = left > 16 ? 16 : left < 0 ? 0 : left;
-    copy16(shared, bytes > 0 ? row + at : row, bytes);
+    copy16(shared, from);
   } else {
-    *reinterpret_cast<uint4*>(shared) = load_vector(row, at, dim, false);
+    *reinterpret_cast<uint4*>(shared) = load_vector<T>(from, left, false);
   }
 }
 
@@ -114,16 +114,17 @@ __device__ __forceinline__ void widen_vector(const uint4& v, float (&out)[8], T)
 template <class T>
 __device__ __forceinline__ void load_run(const T* row, int at, int dim, bool aligned,
                                          float (&out)[8]) {
+  const int left = (dim - at) * static_cast<int>(sizeof(T));
   if constexpr (sizeof(T) == 4) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float part[4];
-      widen_vector(load_vector(row, at + 4 * half, dim, aligned), part, T{});
+      widen_vector(load_vector<T>(row + at + 4 * half, left - 16 * half, aligned), part, T{});
 #pragma unroll
       for (int i = 0; i < 4; ++i) out[4 * half + i] = part[i];
     }
   } else {
-    widen_vector(load_vector(row, at, dim, aligned), out, T{});
+    widen_vector(load_vector<T>(row + at, left, aligned), out, T{});
   }
 }
 
@@ -176,13 +177,19 @@ struct Best {
   }
 };
 
+// For the few places where it is one pair, and rare.
 template <class T>
-__device__ __forceinline__ void rescore(const Problem& p, const T* query, int64_t row, Best& best) {
+__device__ __noinline__ float canonical_of_pair(const Problem& p, const T* query, const T* key) {
   const T* queries[1] = {query};
-  const T* keys[1] = {key_of<T>(p, row)};
+  const T* keys[1] = {key};
   float s[1];
   canonical<T, 1>(p, queries, keys, s);
-  best.take(s[0], row);
+  return s[0];
+}
+
+template <class T>
+__device__ __forceinline__ void rescore(const Problem& p, const T* query, int64_t row, Best& best) {
+  best.take(canonical_of_pair<T>(p, query, key_of<T>(p, row)), row);
 }
 
 // What the scan found for one query in one group of rows of the slice: three smallest lower bounds,
@@ -366,7 +373,7 @@ __device__ __forceinline__ void finalise(const Problem& p, int64_t first_query,
   const int lane = lane_id();
   Partial* part = reinterpret_cast<Partial*>(memory);
   for (int i = threadIdx.x; i < slices * (Q + 1); i += kThreads) {
-    copy16(part + i, partials + i, 16);
+    copy16(part + i, partials + i);
   }
   commit_copies();
   wait_for_copies<0>();

@@ -1,9 +1,11 @@
-// The scan for few queries and for fp32: direct differences on CUDA cores.
+// The scan for one query, for few queries of few keys, and for fp32: direct differences on CUDA
+// cores.
 //
-// A warp takes R neighbouring rows at a time against Q queries, 16 bytes per lane and row. Every
-// lane copies what it will read itself into a ring of its own in shared memory (cp.async), 7.5 KB
-// ahead per warp, 120 KB per multiprocessor, whatever the width of a row is: rows follow one
-// another in the ring without a gap. Queries are read through L1, which keys bypass.
+// A warp takes R rows at a time (rows of a slice go round the warps) against Q queries, 16 bytes
+// per lane and row. Every lane copies what it will read itself into a ring of its own in shared
+// memory (cp.async), 7 KB ahead per warp, 112 KB per multiprocessor, whatever the width of a row
+// is: rows follow one another in the ring without a gap. Queries are read through L1, which keys
+// bypass.
 #pragma once
 
 #include "lookup_answer.cuh"
@@ -13,13 +15,14 @@ namespace grace::cuda {
 template <class T, int Q, int R>
 struct DirectScan {
   static constexpr int kQueries = Q;
-  static constexpr int kStages = 16 / R;
   static constexpr int kStageBytes = R * 512;  // of one warp
-  static constexpr int kScanBytes = kWarps * kStages * kStageBytes;
+  static constexpr int kStages = 8192 / kStageBytes;
+  static constexpr int kRingBytes = kStages * kStageBytes;
+  static constexpr int kScanBytes = kWarps * kRingBytes;
   static constexpr int kBlocks = 2;  // per multiprocessor
   static constexpr int kValues = Q * R;
   static constexpr int kGroups = kWarps * R;
-  static_assert(kValues <= 32 && kGroups <= kMaxGroups);
+  static_assert(kRingBytes == 8192 && kValues <= 32 && kGroups <= kMaxGroups);
   static_assert(kGroups * Q * sizeof(Found) <= kScanBytes);
 };
 
@@ -44,14 +47,102 @@ __device__ __forceinline__ float sum_of_warp(const float (&v)[V]) {
   }
 }
 
+// Scan a slice with queries of which at least one asks. What is found belongs to this lane's share:
+// query value / R, row value % R of its warp's rows, value = lane / (32 / (Q * R)).
+template <class T, int Q, int R, bool Aligned>
+__device__ __forceinline__ void direct_scan(const Problem& p, const Slice& slice,
+                                            const T* const (&query)[Q], char* memory, Found& found,
+                                            float& largest) {
+  using Shape = DirectScan<T, Q, R>;
+  const int lane = lane_id(), warp = warp_id();
+  const int value = lane / (32 / Shape::kValues);
+  const int rows = static_cast<int>(slice.end - slice.begin);
+  const int row_bytes = p.dim * static_cast<int>(sizeof(T));
+  const int chunks = row_bytes > 512 ? (row_bytes + 511) / 512 : 1;  // what a warp takes at a time
+  char* const ring = memory + warp * Shape::kRingBytes + lane * 16;
+
+  const int64_t row_step = p.key_stride * static_cast<int64_t>(sizeof(T));
+  const int64_t next_rows = row_step * Shape::kGroups - static_cast<int64_t>(chunks) * 512;
+  const char* fill_from =
+      static_cast<const char*>(p.keys) + (slice.begin + warp) * row_step + lane * 16;
+  int fill_row = warp, fill_chunk = 0, fill_slot = 0;
+  const auto fill = [&] {
+    if (fill_row < rows) {
+      const int left = row_bytes - (fill_chunk * 512 + lane * 16);
+      if (left > 0) {
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+          if (fill_row + r * kWarps >= rows) break;
+          copy_vector<T>(ring + fill_slot + r * 512, fill_from + r * kWarps * row_step, left,
+                         Aligned);
+        }
+      }
+      fill_slot = (fill_slot + Shape::kStageBytes) % Shape::kRingBytes;
+      fill_from += 512;
+      if (++fill_chunk == chunks) {
+        fill_chunk = 0;
+        fill_row += Shape::kGroups;
+        fill_from += next_rows;
+      }
+    }
+    commit_copies();
+  };
+#pragma unroll 1
+  for (int i = 0; i < Shape::kStages - 1; ++i) fill();
+
+  int slot = 0;
+#pragma unroll 1
+  for (int row = warp; row < rows; row += Shape::kGroups) {
+    const int my_row = row + value % R * kWarps;
+    const float radius = my_row < rows ? radius_of(p, slice.begin + my_row) : -infinity();
+    float sums[Shape::kValues];
+#pragma unroll
+    for (int v = 0; v < Shape::kValues; ++v) sums[v] = 0;
+#pragma unroll 1
+    for (int at = lane * 16, chunk = 0; chunk < chunks; at += 512, ++chunk) {
+      fill();  // into the stage that was read last
+      wait_for_copies<Shape::kStages - 1>();
+      if (at < row_bytes) {
+        float k[R][kVector<T>];
+#pragma unroll
+        for (int r = 0; r < R; ++r) {
+          // Behind the last row is what an earlier one left.
+          widen_vector(*reinterpret_cast<const uint4*>(ring + slot + r * 512), k[r], T{});
+        }
+#pragma unroll
+        for (int q = 0; q < Q; ++q) {
+          float x[kVector<T>];
+          const char* from = reinterpret_cast<const char*>(query[q]) + at;
+          widen_vector(load_vector<T>(from, row_bytes - at, Aligned), x, T{});
+#pragma unroll
+          for (int r = 0; r < R; ++r) {
+#pragma unroll
+            for (int i = 0; i < kVector<T>; ++i) {
+              const float d = x[i] - k[r][i];
+              sums[q * R + r] = fmaf(d, d, sums[q * R + r]);
+            }
+          }
+        }
+      }
+      slot = (slot + Shape::kStageBytes) % Shape::kRingBytes;
+    }
+    const float c = sum_of_warp<Shape::kValues, 16>(sums);
+    if (radius == -infinity()) continue;
+    largest = fmaxf(largest, radius);  // a NaN is no maximum
+    // A NaN is a NaN canonically too, and counts as +inf: out. An overflow may be less than +inf.
+    if (is_nan(c)) continue;
+    const float e = fmaf(c, p.relative, p.absolute);
+    found.take(c < infinity() ? c - e : 0x1p127f, my_row);
+    found.hi = fminf(found.hi, c + e);
+  }
+  wait_for_copies<0>();
+}
+
 template <class T, int Q, int R>
 __device__ __forceinline__ void direct_lookup(const Problem& p) {
   using Shape = DirectScan<T, Q, R>;
-  constexpr int kStages = Shape::kStages, kStageBytes = Shape::kStageBytes;
-  constexpr int kChunk = 32 * kVector<T>;  // elements of a row that a warp takes at a time
   char* memory = dynamic_shared();
   Shared<Q>& shared = *reinterpret_cast<Shared<Q>*>(memory + Shape::kScanBytes);
-  const int lane = lane_id(), warp = warp_id();
   const Slice slice = slice_of(p);
 
   const T* query[Q];
@@ -65,89 +156,23 @@ __device__ __forceinline__ void direct_lookup(const Problem& p) {
   for (int q = 0; q < Q; ++q) {
     if (query[q] == nullptr) query[q] = asking;  // its sums are not looked at
   }
-
-  // This lane's share of the results: query value / R, row value % R of its warp's rows.
-  const int value = lane / (32 / Shape::kValues);
   Found found;
   found.clear();
   float largest = -infinity();
-
-  if (asking != nullptr) {
-    const int chunks = p.dim > kChunk ? (p.dim + kChunk - 1) / kChunk : 1;
-    const T* const keys = static_cast<const T*>(p.keys);
-    char* const ring = memory + warp * kStages * kStageBytes + lane * 16;
-    int64_t fill_row = slice.begin + warp * R;
-    int fill_at = lane * kVector<T>, fill_stage = 0;
-    const auto fill = [&] {
-      if (fill_row < slice.end) {
-#pragma unroll
-        for (int r = 0; r < R; ++r) {
-          char* to = ring + fill_stage * kStageBytes + r * 512;
-          const int64_t row = fill_row + r < slice.end ? fill_row + r : fill_row;
-          copy_vector(to, keys + row * p.key_stride, fill_at, p.dim, p.keys_aligned);
-        }
-        fill_at += kChunk;
-        if (fill_at >= chunks * kChunk) {
-          fill_at = lane * kVector<T>;
-          fill_row += kWarps * R;
-        }
-        fill_stage = fill_stage + 1 < kStages ? fill_stage + 1 : 0;
-      }
-      commit_copies();
-    };
-#pragma unroll 1
-    for (int i = 0; i < kStages - 1; ++i) fill();
-
-    int stage = 0;
-#pragma unroll 1
-    for (int64_t base = slice.begin + warp * R; base < slice.end; base += kWarps * R) {
-      const int64_t row = base + value % R;
-      const float radius = row < slice.end ? radius_of(p, row) : -infinity();
-      float sums[Shape::kValues];
-#pragma unroll
-      for (int v = 0; v < Shape::kValues; ++v) sums[v] = 0;
-#pragma unroll 1
-      for (int at = lane * kVector<T>; at < chunks * kChunk; at += kChunk) {
-        fill();  // into the stage that was read last
-        wait_for_copies<kStages - 1>();
-        float k[R][kVector<T>];
-#pragma unroll
-        for (int r = 0; r < R; ++r) {
-          const char* from = ring + stage * kStageBytes + r * 512;
-          widen_vector(*reinterpret_cast<const uint4*>(from), k[r], T{});
-        }
-        stage = stage + 1 < kStages ? stage + 1 : 0;
-#pragma unroll
-        for (int q = 0; q < Q; ++q) {
-          float x[kVector<T>];
-          widen_vector(load_vector(query[q], at, p.dim, p.source_aligned), x, T{});
-#pragma unroll
-          for (int r = 0; r < R; ++r) {
-#pragma unroll
-            for (int i = 0; i < kVector<T>; ++i) {
-              const float d = x[i] - k[r][i];
-              sums[q * R + r] = fmaf(d, d, sums[q * R + r]);
-            }
-          }
-        }
-      }
-      const float c = sum_of_warp<Shape::kValues, 16>(sums);
-      if (radius == -infinity()) continue;
-      largest = fmaxf(largest, radius);  // a NaN is no maximum
-      // A NaN is a NaN canonically too, and counts as +inf: out. An overflow may be less than +inf.
-      if (is_nan(c)) continue;
-      const float e = fmaf(c, p.relative, p.absolute);
-      found.take(c < infinity() ? c - e : 0x1p127f, static_cast<int>(row - slice.begin));
-      found.hi = fminf(found.hi, c + e);
-    }
-    wait_for_copies<0>();
+  if (asking == nullptr) {
+    // Nothing to scan.
+  } else if (p.keys_aligned && p.source_aligned) {
+    direct_scan<T, Q, R, true>(p, slice, query, memory, found, largest);
+  } else {
+    direct_scan<T, Q, R, false>(p, slice, query, memory, found, largest);
   }
 
   __syncthreads();                              // the rings become the records of what was found
   constexpr int kCopies = 32 / Shape::kValues;  // lanes that hold the same
+  const int lane = lane_id(), value = lane / kCopies;
   Found* records = reinterpret_cast<Found*>(memory);
   if (lane % kCopies == 0) {
-    records[value / R * Shape::kGroups + warp * R + value % R] = found;
+    records[value / R * Shape::kGroups + value % R * kWarps + warp_id()] = found;
   }
   __syncthreads();
   answer<T, Q>(p, slice, {Shape::kGroups, 1, Shape::kGroups}, records, largest, memory, shared);

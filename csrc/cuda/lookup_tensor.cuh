@@ -109,55 +109,62 @@ __device__ __forceinline__ Found collect(const Problem& p, const TileSums<NT>& s
   }
 }
 
-template <class T, class Shape>
-__device__ __forceinline__ void tensor_lookup(const Problem& p) {
+// Scan a slice; what is found belongs to this lane's two queries, see collect().
+template <class T, class Shape, bool Aligned>
+__device__ __forceinline__ void tensor_scan(const Problem& p, const Slice& slice,
+                                            int64_t first_query, char* memory, float* query_norms,
+                                            Found (&found)[2], float& largest) {
   constexpr int kTiles = Shape::kTiles, kStages = Shape::kStages, kElements = Shape::kElements;
   constexpr int kRows = Shape::kRows, kQueries = Shape::kQueries;
-  char* memory = dynamic_shared();
-  Shared<kQueries>& shared = *reinterpret_cast<Shared<kQueries>*>(memory + Shape::kScanBytes);
   const int lane = lane_id(), warp = warp_id();
-  const Slice slice = slice_of(p);
-  const int64_t first_query = static_cast<int64_t>(blockIdx.y) * kQueries;
   const int64_t queries_left = p.batch - first_query;
   // Of 8 queries, in use.
   const int tiles = queries_left < kQueries ? static_cast<int>(queries_left + 7) / 8 : kTiles;
 
   // This thread copies 16 bytes of one query per stage, zeros for one that does not ask.
   const bool copies_query = threadIdx.x < kQueries * 4;
-  const T* my_query = copies_query ? query_of<T>(p, first_query + threadIdx.x / 4) : nullptr;
+  const char* my_query = nullptr;
+  if (copies_query) {
+    const T* query = query_of<T>(p, first_query + threadIdx.x / 4);
+    if (query != nullptr) my_query = reinterpret_cast<const char*>(query) + lane % 4 * 16;
+  }
 
+  const int rows = static_cast<int>(slice.end - slice.begin);
+  const int row_bytes = p.dim * 2;
   const int steps = p.dim > kElements ? (p.dim + kElements - 1) / kElements : 1;
-  int64_t fill_row = slice.begin + warp * 32 + lane / 4;
-  int fill_step = 0, fill_stage = 0;
-  int64_t fill_base = slice.begin;
+  const int64_t eight_rows = p.key_stride * 16;  // in bytes
+  const int64_t next_rows = p.key_stride * 2 * kRows - static_cast<int64_t>(steps) * 64;
+  int fill_row = warp * 32 + lane / 4, fill_base = 0, fill_step = 0, fill_stage = 0;
+  const char* fill_from = static_cast<const char*>(p.keys) +
+                          (slice.begin + fill_row) * p.key_stride * 2 + lane % 4 * 16;
   const auto fill = [&] {
-    if (fill_base < slice.end) {
+    if (fill_base < rows) {
       char* to = memory + fill_stage * Shape::kStageBytes;
-      const int at = fill_step * kElements + lane % 4 * 8;
+      const int left = row_bytes - (fill_step * 64 + lane % 4 * 16);
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
         char* here = to + warp * 2048 + m * 512 + lane * 16;
-        const int64_t row = fill_row + m * 8;
-        if (row < slice.end) {
-          copy_vector(here, key_of<T>(p, row), at, p.dim, p.keys_aligned);
+        if (left > 0 && fill_row + m * 8 < rows) {
+          copy_vector<T>(here, fill_from + m * eight_rows, left, Aligned);
         } else {
           copy_zeros(here);
         }
       }
       if (copies_query) {
         char* here = to + Shape::kKeyBytes + threadIdx.x * 16;
-        const int from = fill_step * kElements + threadIdx.x % 4 * 8;
-        if (my_query != nullptr) {
-          copy_vector(here, my_query, from, p.dim, p.source_aligned);
+        if (left > 0 && my_query != nullptr) {
+          copy_vector<T>(here, my_query + fill_step * 64, left, Aligned);
         } else {
           copy_zeros(here);
         }
       }
+      fill_from += 64;
       fill_stage = fill_stage + 1 < kStages ? fill_stage + 1 : 0;
       if (++fill_step == steps) {
         fill_step = 0;
         fill_base += kRows;
         fill_row += kRows;
+        fill_from += next_rows;
       }
     }
     commit_copies();
@@ -165,23 +172,18 @@ __device__ __forceinline__ void tensor_lookup(const Problem& p) {
 #pragma unroll 1
   for (int i = 0; i < kStages - 1; ++i) fill();
 
-  // This lane's two queries, see collect().
-  Found found[2];
-  found[0].clear();
-  found[1].clear();
-  float largest = -infinity();
   int stage = 0;
   float query_norm = 0;  // lane 4 g + j of warp t < kTiles: a share of |x|^2 of query t * 8 + g
 
 #pragma unroll 1
-  for (int64_t base = slice.begin; base < slice.end; base += kRows) {
+  for (int base = 0; base < rows; base += kRows) {
     TileSums<kTiles> sums;
-    const int64_t my_row = base + warp * 32 + lane / 4;
+    const int my_row = base + warp * 32 + lane / 4;
     float radius[4];
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
-      const int64_t row = my_row + m * 8;
-      radius[m] = row < slice.end ? radius_of(p, row) : -infinity();
+      const int row = my_row + m * 8;
+      radius[m] = row < rows ? radius_of(p, slice.begin + row) : -infinity();
       sums.key_norm[m] = 0;
     }
 #pragma unroll
@@ -192,7 +194,7 @@ __device__ __forceinline__ void tensor_lookup(const Problem& p) {
         for (int r = 0; r < 4; ++r) sums.dot[i][t][r] = 0;
       }
     }
-    const bool first_tile = base == slice.begin;
+    const bool first_tile = base == 0;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       wait_for_copies<kStages - 2>();
@@ -227,7 +229,7 @@ __device__ __forceinline__ void tensor_lookup(const Problem& p) {
     }
     if (first_tile) {
       query_norm = sum_of_quad(query_norm);
-      if (warp < kTiles && lane % 4 == 0) shared.query_norm[warp * 8 + lane / 4] = query_norm;
+      if (warp < kTiles && lane % 4 == 0) query_norms[warp * 8 + lane / 4] = query_norm;
       __syncthreads();
     }
     sums.live = 0;
@@ -237,20 +239,38 @@ __device__ __forceinline__ void tensor_lookup(const Problem& p) {
       sums.live |= static_cast<unsigned>(radius[m] != -infinity()) << m;
       largest = fmaxf(largest, radius[m]);  // a NaN is no maximum
     }
-    const int row = static_cast<int>(my_row - slice.begin);
-    found[0].merge(collect<kTiles, 2, 4, 0>(p, sums, shared.query_norm, row));
-    found[1].merge(collect<kTiles, 2, 4, 1>(p, sums, shared.query_norm, row));
+    found[0].merge(collect<kTiles, 2, 4, 0>(p, sums, query_norms, my_row));
+    found[1].merge(collect<kTiles, 2, 4, 1>(p, sums, query_norms, my_row));
   }
   wait_for_copies<0>();
+}
+
+template <class T, class Shape>
+__device__ __forceinline__ void tensor_lookup(const Problem& p) {
+  constexpr int kQueries = Shape::kQueries;
+  char* memory = dynamic_shared();
+  Shared<kQueries>& shared = *reinterpret_cast<Shared<kQueries>*>(memory + Shape::kScanBytes);
+  const Slice slice = slice_of(p);
+  const int64_t first_query = static_cast<int64_t>(blockIdx.y) * kQueries;
+  Found found[2];
+  found[0].clear();
+  found[1].clear();
+  float largest = -infinity();
+  if (p.keys_aligned && p.source_aligned) {
+    tensor_scan<T, Shape, true>(p, slice, first_query, memory, shared.query_norm, found, largest);
+  } else {
+    tensor_scan<T, Shape, false>(p, slice, first_query, memory, shared.query_norm, found, largest);
+  }
 
   __syncthreads();  // the ring becomes the records of what was found
+  const int lane = lane_id(), warp = warp_id();
   Found* records = reinterpret_cast<Found*>(memory);
   if (lane * 2 < kQueries) {
     records[(2 * lane) * kWarps + warp] = found[0];
     records[(2 * lane + 1) * kWarps + warp] = found[1];
   }
   __syncthreads();
-  answer<T, kQueries>(p, slice, {kWarps, 32, kRows}, records, largest, memory, shared);
+  answer<T, kQueries>(p, slice, {kWarps, 32, Shape::kRows}, records, largest, memory, shared);
 }
 
 }  // namespace grace::cuda

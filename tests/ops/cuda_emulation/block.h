@@ -39,7 +39,6 @@ namespace emulation {
 struct Copy {
   void* to;
   const void* from;
-  int bytes;
 };
 
 struct Fiber {

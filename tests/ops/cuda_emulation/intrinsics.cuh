@@ -10,6 +10,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define threadIdx (emulation::block().thread_index)
@@ -81,12 +82,11 @@ inline uint4 load16(const void* from) {
 }
 
 // A copy takes place when it is waited for, and spoils its target before.
-inline void copy16(void* shared, const void* global, int bytes) {
+inline void copy16(void* shared, const void* global) {
   must_be_aligned(shared);
   must_be_aligned(global);
-  if (bytes < 0 || bytes > 16) emulation::broken("a copy of a wrong size");
   std::memset(shared, 0xff, 16);
-  emulation::block().current().issued.push_back({shared, global, bytes});
+  emulation::block().current().issued.push_back({shared, global});
 }
 inline void commit_copies() {
   emulation::Fiber& fiber = emulation::block().current();
@@ -98,8 +98,7 @@ void wait_for_copies() {
   auto& groups = emulation::block().current().groups;
   while (groups.size() > N) {
     for (const emulation::Copy& copy : groups.front()) {
-      std::memset(copy.to, 0, 16);
-      std::memcpy(copy.to, copy.from, copy.bytes);
+      std::memcpy(copy.to, copy.from, 16);
     }
     groups.erase(groups.begin());
   }
