@@ -32,6 +32,8 @@ from benchmarks.gpu_check import (  # noqa: E402
     place,
     problems,
     report,
+    special,
+    warm,
 )
 
 CPU = place.Place(torch.device("cpu"))
@@ -356,6 +358,16 @@ def test_random_codebooks_cover_the_kinds_and_are_the_same_wherever_made() -> No
         lambda p: (p.query_row < 0).any(),
     ):
         assert sum(bool(holds(p)) for p in made) >= 3
+
+
+def test_every_codebook_has_a_form_that_triton_has_compiled_before() -> None:
+    forms = {warm.form(problem) for problem in warm.problems()}
+    drawn = [problems.random_problem(4, n, large=n % 2 == 0) for n in range(150)]
+    asking = [problem for problem in drawn if len(problem.query)]
+    assert {warm.form(problem) for problem in asking} <= forms
+    assert len(forms) < 130  # each takes seconds
+    one, other = (special.plain_problem(torch.float32, 9, dim, 3, 16) for dim in (64, 72))
+    assert warm.form(one) != warm.form(other)
 
 
 def test_copies_for_a_device_keep_strides_offset_and_every_bit() -> None:

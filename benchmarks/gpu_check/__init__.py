@@ -8,9 +8,10 @@ replaced when a row takes it down (an illegal address ends a CUDA context for go
     __main__.py   arguments, the four stages in turn, the exit status
     journal.py    rows, their records, the process that runs them and the one that watches it
     place.py      the GPU, or for a rehearsal the CPU: capture, replay, timing, environment
-    build.py      the compiled libraries on this machine
-    correct.py    bits against the CPU; problems.py makes the inputs, special.py the odd cases
+    build.py      the compiled libraries on this machine; warm.py fills Triton's cache
+    correct.py    bits against the CPU; problems.py makes the inputs, special.py the odd cases,
+                  sanitizer.py runs compute-sanitizer
     graphs.py     capture, replay and edits in between; nodes.py counts, served.py runs a model
     bench.py      times; peers.py is what they stand beside
-    report.py     JSON, CSV, Markdown and picture from the records
+    report.py     JSON, CSV and Markdown from the records; picture.py draws
 """

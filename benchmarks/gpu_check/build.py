@@ -12,6 +12,7 @@ from typing import Any
 
 import grace_kernels
 
+from . import warm
 from .journal import ROOT, Row, Skipped, Wrong
 from .place import Place, build_libraries
 
@@ -30,6 +31,12 @@ def rows(place: Place, log: Path) -> list[Row]:
     return [
         Row("compile", lambda: _compile(place, log), limit=600, again=missing),
         Row("no spills", lambda: _no_spills(log), again=missing),
+        Row(
+            "triton compiles",
+            lambda: warm.row(place, log),
+            limit=300,
+            again=lambda: not warm.marker().exists(),
+        ),
         # Read by a process that starts after the build.
         Row("what answers", lambda: _what_answers(("cpu", "triton", "cuda")), again=lambda: True),
     ]

@@ -18,7 +18,8 @@ from .place import Place, Tensors
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 VALUE_DTYPES = (*DTYPES, torch.float64)
-# A fixed set, because a kernel may be compiled anew for another width.
+FORMS = 36
+BATCHES = ((1, 1), (2, 2), (3, 4), (5, 16), (17, 32), (33, 130))
 WIDTHS = (1, 2, 7, 8, 16, 31, 63, 64, 65, 96, 128, 255, 256, 257, 300, 512, 768, 1024)
 VALUE_WIDTHS = (1, 3, 8, 33, 64, 256, 300)
 INF, NAN = math.inf, math.nan
@@ -157,42 +158,81 @@ class Draw:
         return torch.rand(n, generator=self.generator) < probability
 
 
+@dataclass(frozen=True)
+class Form:
+    """What a kernel may be compiled for: dtypes, widths, strides, the size of the batch."""
+
+    dtype: torch.dtype
+    value_dtype: torch.dtype
+    dim: int
+    width: int
+    batches: tuple[int, int]
+    counted: bool
+    margins: tuple[tuple[int, int], ...]  # of query, keys and values, as parts of wider matrices
+    guard: int
+    turned: bool  # hidden is stored column by column
+
+
+def form_of(number: int) -> Form:
+    """Return the form of a codebook: one of `FORMS`, each in turn.
+
+    Triton compiles a kernel anew for another dtype, another tile and another divisibility of a
+    width or a stride, which takes seconds; so there are few forms and many codebooks of each.
+    """
+    draw, number = Draw(977, number % FORMS), number % FORMS
+    plain = (0, 0)
+    return Form(
+        dtype=DTYPES[number % len(DTYPES)],
+        value_dtype=draw.one_of(VALUE_DTYPES),
+        dim=draw.one_of(WIDTHS),
+        width=draw.one_of(VALUE_WIDTHS),
+        batches=BATCHES[number // len(DTYPES) % len(BATCHES)],
+        counted=draw.chance(0.7),
+        margins=tuple(
+            draw.one_of((plain, plain, (0, 8), (8, 8), (1, 2), (3, 0))) for _ in range(3)
+        ),
+        guard=draw.one_of((0, 0, 1, 8)),
+        turned=draw.chance(0.2),
+    )
+
+
 def random_problem(seed: int, number: int, large: bool = True) -> Problem:
-    """Return random codebook `number`: its sizes, dtypes, values and layout follow from `seed`."""
-    draw = Draw(seed, number)
-    dtype, value_dtype = draw.one_of(DTYPES), draw.one_of(VALUE_DTYPES)
-    dim, width = draw.one_of(WIDTHS), draw.one_of(VALUE_WIDTHS)
+    """Return random codebook `number`: its size, values and radii follow from `seed` and it."""
+    draw, form = Draw(seed, number), form_of(number)
     most = draw.one_of((4, 40, 40, 400, 400, 3000)) if large else 40
-    n = draw.below(min(most, max(4, 600_000 // dim)) + 1)
-    batch = draw.one_of((0, 1, 1, 2, 3, 4, 5, 8, 16, 17, 33, 64, 65, 130 if large else 9))
+    n = draw.below(min(most, max(4, 600_000 // form.dim)) + 1)
+    low, high = form.batches
+    batch = 0 if draw.chance(0.02) else low + draw.below(high - low + 1)
     kind = draw.one_of(("normal", "normal", "grid", "near ties", "far", "special", "duplicates"))
-    query, keys = _points(draw, kind, dtype, n, batch, dim)
+    query, keys = _points(draw, kind, form.dtype, n, batch, form.dim)
     radii = _radii(draw, query, keys)
     count = None
-    if draw.chance(0.6):
+    if form.counted:
         used = draw.one_of((n, draw.below(n + 1), draw.below(n + 1), 0 if draw.chance(0.2) else n))
         count = torch.tensor(used)
         if draw.chance(0.7):  # what lies behind must not matter
             keys[used:] = draw.one_of((NAN, INF, 0.0))
             radii[used:] = draw.one_of((NAN, INF))
-    guard = draw.one_of((0, 0, 1, 8))
     rows = 3 * batch + draw.below(4)
-    around = draw.normal(rows + 2, width + 2 * guard).to(value_dtype)
-    hidden = around[1 : 1 + rows, guard : guard + width]
-    if draw.chance(0.15):
-        around = draw.normal(width + 2, rows + 2).to(value_dtype)
-        hidden = around[1 : 1 + width, 1 : 1 + rows].T
+    if form.turned:
+        around = draw.normal(form.width + 2, 3 * BATCHES[-1][1] + 10).to(form.value_dtype)
+        hidden = around[1 : 1 + form.width, 1 : 1 + rows].T
+    else:
+        around = draw.normal(rows + 2, form.width + 2 * form.guard).to(form.value_dtype)
+        hidden = around[1 : 1 + rows, form.guard : form.guard + form.width]
     first = 3 * torch.arange(batch) + torch.randint(2, (batch,), generator=draw.generator)
     last = first + torch.randint(0, 3, (batch,), generator=draw.generator)
     last = torch.minimum(last, 3 * torch.arange(batch) + 3)
     query_row = torch.randint(-1, max(1, batch), (batch,), generator=draw.generator)
+    values = draw.normal(n, form.width).to(form.value_dtype)
     return Problem(
         name=(
-            f"codebook {number} of seed {seed}: {kind}, {n} keys {dtype}, width {dim}, "
-            f"{batch} queries, count {None if count is None else int(count)}, values {value_dtype}"
+            f"codebook {number} of seed {seed}: {kind}, {n} keys {form.dtype}, width {form.dim}, "
+            f"{batch} queries, count {None if count is None else int(count)}, values "
+            f"{form.value_dtype}"
         ).replace("torch.", ""),
-        query=_strided(draw, query),
-        keys=_strided(draw, keys),
+        query=_inside(query, form.margins[0]),
+        keys=_inside(keys, form.margins[1]),
         radii=radii,
         count=count,
         around=around,
@@ -200,7 +240,7 @@ def random_problem(seed: int, number: int, large: bool = True) -> Problem:
         query_row=query_row,
         first_row=first,
         last_row=last,
-        values=_strided(draw, draw.normal(n, width).to(value_dtype)),
+        values=_inside(values, form.margins[2]),
     )
 
 
@@ -255,11 +295,11 @@ def _radii(draw: Draw, query: Tensor, keys: Tensor) -> Tensor:
     return radii
 
 
-def _strided(draw: Draw, rows: Tensor) -> Tensor:
-    """Return the same rows, some of the time as part of a wider matrix, not always aligned."""
-    if not draw.chance(0.4):
+def _inside(rows: Tensor, margins: tuple[int, int]) -> Tensor:
+    """Return the same rows as part of a wider matrix, whose rest is NaN."""
+    left, right = margins
+    if margins == (0, 0):
         return rows
-    left, right = draw.one_of(((0, 8), (8, 8), (1, 2), (3, 0)))
     wide = torch.full((rows.shape[0], rows.shape[1] + left + right), NAN, dtype=rows.dtype)
     inner = wide[:, left : left + rows.shape[1]]
     inner.copy_(rows)
