@@ -122,7 +122,7 @@ def cuda(home: Path, run_time: Path, macros: list[tuple[str, str]], depends: lis
 
     # CUDAExtension and torch's own search for the toolkit need a torch that was built for CUDA.
     cpp_extension.CUDA_HOME = str(home)
-    options = ["-O3", "-Xptxas", "-v", "-Xcompiler", "-fvisibility=hidden,-Wall"]
+    options = ["-O3", "--threads=2", "-Xptxas", "-v", "-Xcompiler", "-fvisibility=hidden,-Wall"]
     if "TORCH_CUDA_ARCH_LIST" not in os.environ:
         options += [f"-gencode=arch={target}" for target in TARGETS]
     return cpp_extension.CppExtension(

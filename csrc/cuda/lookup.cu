@@ -49,9 +49,9 @@ Kernel direct() {
           &direct_margin};
 }
 
-template <class T, int NT, int Stages, int Blocks, int LeastRows>
+template <class T, int MT, int Stages, int Blocks, int LeastRows>
 Kernel tensor() {
-  using Shape = TensorScan<T, NT, Stages, Blocks>;
+  using Shape = TensorScan<T, MT, Stages, Blocks>;
   constexpr int kQueries = Shape::kQueries;
   return {reinterpret_cast<const void*>(&tensor_kernel<T, Shape>),
           kQueries,
@@ -62,19 +62,20 @@ Kernel tensor() {
           &tensor_margin};
 }
 
-// Which kernel answers. Counted instructions, nothing measured yet: on CUDA cores a key costs about
-// 4 instructions per 16 bytes and query, on tensor cores 5 per 16 bytes, for 8 queries or fewer. A
-// slice of few keys is short of bytes on their way, of which the tensor scan has fewer per row.
-// Eight times 8 queries need 160 KB of shared memory, which not every device has.
+// Which kernel answers. Counted instructions, nothing measured yet: on CUDA cores 16 bytes of keys
+// per lane cost 60 instructions with one query and 22 more with each further one, on tensor cores
+// 50 with 16 queries and 90 with 64. But 8 KB ahead per warp on CUDA cores are whole rows where a
+// tensor scan of few keys has 64 bytes per row and stage, and waits longer. Four times 16 queries
+// need 160 KB of shared memory, which not every device has.
 constexpr int64_t kFewBytes = 64 << 10;  // of keys per multiprocessor
 
 template <class T>
 Kernel choose(int64_t batch, int64_t bytes_each, int shared_limit) {
   if (batch == 1) return direct<T, 1, 2>();
   if constexpr (sizeof(T) == 2) {
-    const Kernel wide = tensor<T, 8, 8, 1, 16>();
-    if (batch > 8 && wide.shared_bytes <= shared_limit) return wide;
-    if (batch > 8 || bytes_each > kFewBytes) return tensor<T, 1, 6, 2, 8>();
+    const Kernel wide = tensor<T, 4, 8, 1, 16>();
+    if (batch > 16 && wide.shared_bytes <= shared_limit) return wide;
+    if (batch > 8 || bytes_each > kFewBytes) return tensor<T, 1, 5, 2, 8>();
   }
   return batch <= 4 ? direct<T, 4, 2>() : direct<T, 8, 2>();
 }

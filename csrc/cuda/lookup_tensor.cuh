@@ -1,21 +1,20 @@
 // The scan for many queries, fp16 and bf16: products on tensor cores, |x|^2 + |k|^2 - 2 x.k.
 //
-// A block takes 256 keys at a time, 32 per warp, against NT * 8 queries, 32 elements of all of them
-// per stage of a ring in shared memory (cp.async). Keys are the M operand of mma.m16n8k16, queries
-// N. Which of the 32 elements meets which position of the operands does not matter as long as it is
-// the same for both, so a lane reads 16 neighbouring bytes of a row for two mma. Of the keys it
-// reads what it has copied itself; queries are shared, hence one barrier per stage.
+// A block takes 256 keys at a time, 32 per warp, against MT * 16 queries, 32 elements of all of
+// them per stage of a ring in shared memory (cp.async). Queries are the M operand of mma.m16n8k16,
+// keys N: operands then come from shared memory as they are used, one ldmatrix for two mma. The
+// four 16-byte parts of a row are swapped by its number, so that eight rows meet all banks.
 #pragma once
 
 #include "lookup_answer.cuh"
 
 namespace grace::cuda {
 
-template <class T, int NT, int Stages, int Blocks>
+template <class T, int MT, int Stages, int Blocks>
 struct TensorScan {
-  static_assert(sizeof(T) == 2);
-  static constexpr int kTiles = NT;  // of 8 queries
-  static constexpr int kQueries = NT * 8;
+  static_assert(sizeof(T) == 2 && Stages >= 2);
+  static constexpr int kTiles = MT;  // of 16 queries
+  static constexpr int kQueries = MT * 16;
   static constexpr int kStages = Stages;
   static constexpr int kBlocks = Blocks;  // per multiprocessor
   static constexpr int kRows = kWarps * 32;
@@ -24,13 +23,19 @@ struct TensorScan {
   static constexpr int kStageBytes = kKeyBytes + kQueries * 64;
   static constexpr int kScanBytes = kStages * kStageBytes;
   static_assert(kWarps * kQueries * sizeof(Found) <= kScanBytes);
+  static_assert(kTiles <= kWarps);
 };
+
+// Where part `part` of row `row` is in a tile of rows of 64 bytes.
+__device__ __forceinline__ int swapped(int row, int part) {
+  return row * 64 + (part ^ (row / 2 % 4)) * 16;
+}
 
 // The sum of eight squares.
 template <class T>
-__device__ __forceinline__ float sum_of_squares(const uint4& v) {
+__device__ __forceinline__ float sum_of_squares(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   float x[8], sum = 0;
-  widen_vector(v, x, T{});
+  widen_vector(uint4{a, b, c, d}, x, T{});
 #pragma unroll
   for (int i = 0; i < 8; ++i) sum = fmaf(x[i], x[i], sum);
   return sum;
@@ -54,56 +59,58 @@ __device__ __forceinline__ Found pick(bool first, const Found& a, const Found& b
           first ? a.hi : b.hi,   first ? a.row1 : b.row1, first ? a.row2 : b.row2};
 }
 
-// Where the results of a tile of 32 rows by NT * 8 queries are in a warp. Lane 4 g + j has the sums
-// of the rows m * 8 + g, m < 4, and the queries t * 8 + 2 j + h, t < NT, h < 2.
-template <int NT>
+// The results of 32 rows and MT * 16 queries in a warp. Lane 4 g + j has the products of the
+// queries t * 16 + half * 8 + g and the rows m * 8 + 2 j + h, t < MT, m < 4, half and h < 2.
+template <int MT>
 struct TileSums {
-  float dot[2][NT][4];  // [m / 2][t][m % 2 * 2 + h]
-  float key_norm[4];    // of row m * 8 + g; NaN where the row holds one
-  unsigned live;        // bit m
+  float dot[MT][4][4];   // [t][m][half * 2 + h]
+  float key_norm[4][2];  // [m][h]; NaN where the row holds one
+  unsigned live;         // bit m * 2 + h
 };
 
-// Bounds of the squared distances of query t * 8 + 2 j + h to this lane's four rows.
-template <int NT>
-__device__ __forceinline__ Found bounds(const Problem& p, const TileSums<NT>& sums, int t, int h,
+// Bounds of the squared distances of one query to this lane's eight rows.
+template <int MT, int V>
+__device__ __forceinline__ Found bounds(const Problem& p, const TileSums<MT>& sums,
                                         float query_norm, int first_row) {
   Found found;
   found.clear();
 #pragma unroll
   for (int m = 0; m < 4; ++m) {
-    const float norms = query_norm + sums.key_norm[m];
-    const float c = fmaf(-2.0f, sums.dot[m / 2][t][m % 2 * 2 + h], norms);
-    const float e = fmaf(norms, p.relative, p.absolute);
-    const bool finite = fabsf(c) < infinity() && e < infinity();
-    // Out: a dead row, or a NaN, which counts as +inf. Undecided: anything else that overflowed.
-    const bool out = !(sums.live >> m & 1) || is_nan(sums.key_norm[m]);
-    const float lo = out ? infinity() : finite ? c - e : -infinity();
-    const float hi = !out && finite ? c + e : infinity();
-    found.take(lo, first_row + m * 8);
-    found.hi = fminf(found.hi, hi);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float norms = query_norm + sums.key_norm[m][h];
+      const float c = fmaf(-2.0f, sums.dot[V / 2][m][V % 2 * 2 + h], norms);
+      const float e = fmaf(norms, p.relative, p.absolute);
+      const bool finite = fabsf(c) < infinity() && e < infinity();
+      // Out: a dead row, or a NaN, which counts as +inf. Undecided: anything else that overflowed.
+      const bool out = !(sums.live >> (m * 2 + h) & 1) || is_nan(sums.key_norm[m][h]);
+      const float lo = out ? infinity() : finite ? c - e : -infinity();
+      const float hi = !out && finite ? c + e : infinity();
+      found.take(lo, first_row + m * 8 + h);
+      found.hi = fminf(found.hi, hi);
+    }
   }
   return found;
 }
 
-// Bring together what the eight lanes of a column found in their rows, halving the queries that a
-// lane is responsible for at each step while there are more than two: in the end lane 4 g + j has
-// query g * 8 + 2 j + h (NT = 8) or 2 j + h (NT = 1). Recursive, so that nothing is indexed at run
-// time and few queries are on their way at once.
-template <int NT, int Width, int Mask, int V>
-__device__ __forceinline__ Found collect(const Problem& p, const TileSums<NT>& sums,
+// Bring together what the four lanes of a query found in their rows. Value V is query V / 2 * 16 +
+// V % 2 * 8 + g. While there are more than two, a step halves those that a lane is responsible for:
+// in the end lane 4 g + j has value v < 2 of j * 16 + v * 8 + g (MT = 4) or v * 8 + g (MT = 1).
+// Recursive, so that nothing is indexed at run time and few are on their way at once.
+template <int MT, int Width, int Mask, int V>
+__device__ __forceinline__ Found collect(const Problem& p, const TileSums<MT>& sums,
                                          const float* query_norms, int first_row) {
-  if constexpr (Mask == 32) {
-    const int column = lane_id() % 4 * 2 + V % 2;
-    return bounds<NT>(p, sums, V / 2, V % 2, query_norms[V / 2 * 8 + column], first_row);
-  } else if constexpr (Width * 2 <= NT * 2) {
-    const Found low = collect<NT, Width * 2, Mask * 2, V>(p, sums, query_norms, first_row);
-    const Found high = collect<NT, Width * 2, Mask * 2, V + Width>(p, sums, query_norms, first_row);
+  if constexpr (Mask == 4) {
+    return bounds<MT, V>(p, sums, query_norms[V / 2 * 16 + V % 2 * 8 + lane_id() / 4], first_row);
+  } else if constexpr (Width * 2 <= MT * 2) {
+    const Found low = collect<MT, Width * 2, Mask * 2, V>(p, sums, query_norms, first_row);
+    const Found high = collect<MT, Width * 2, Mask * 2, V + Width>(p, sums, query_norms, first_row);
     const bool upper = lane_id() & Mask;
     Found keep = pick(upper, high, low);
     keep.merge(found_across(pick(upper, low, high), Mask));
     return keep;
   } else {
-    Found keep = collect<NT, Width, Mask * 2, V>(p, sums, query_norms, first_row);
+    Found keep = collect<MT, Width, Mask * 2, V>(p, sums, query_norms, first_row);
     keep.merge(found_across(keep, Mask));
     return keep;
   }
@@ -118,8 +125,8 @@ __device__ __forceinline__ void tensor_scan(const Problem& p, const Slice& slice
   constexpr int kRows = Shape::kRows, kQueries = Shape::kQueries;
   const int lane = lane_id(), warp = warp_id();
   const int64_t queries_left = p.batch - first_query;
-  // Of 8 queries, in use.
-  const int tiles = queries_left < kQueries ? static_cast<int>(queries_left + 7) / 8 : kTiles;
+  // Of 16 queries, in use.
+  const int tiles = queries_left < kQueries ? static_cast<int>(queries_left + 15) / 16 : kTiles;
 
   // This thread copies 16 bytes of one query per stage, zeros for one that does not ask.
   const bool copies_query = threadIdx.x < kQueries * 4;
@@ -143,7 +150,7 @@ __device__ __forceinline__ void tensor_scan(const Problem& p, const Slice& slice
       const int left = row_bytes - (fill_step * 64 + lane % 4 * 16);
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
-        char* here = to + warp * 2048 + m * 512 + lane * 16;
+        char* here = to + warp * 2048 + m * 512 + swapped(lane / 4, lane % 4);
         if (left > 0 && fill_row + m * 8 < rows) {
           copy_vector<T>(here, fill_from + m * eight_rows, left, Aligned);
         } else {
@@ -151,7 +158,7 @@ __device__ __forceinline__ void tensor_scan(const Problem& p, const Slice& slice
         }
       }
       if (copies_query) {
-        char* here = to + Shape::kKeyBytes + threadIdx.x * 16;
+        char* here = to + Shape::kKeyBytes + swapped(threadIdx.x / 4, lane % 4);
         if (left > 0 && my_query != nullptr) {
           copy_vector<T>(here, my_query + fill_step * 64, left, Aligned);
         } else {
@@ -172,26 +179,30 @@ __device__ __forceinline__ void tensor_scan(const Problem& p, const Slice& slice
 #pragma unroll 1
   for (int i = 0; i < kStages - 1; ++i) fill();
 
+  // Where this lane finds the row that it names to ldmatrix: keys, four parts of 8 rows; queries,
+  // two parts of 16 rows.
+  const int key_at = warp * 2048 + swapped(lane % 8, lane / 8);
+  const int query_at = Shape::kKeyBytes + swapped(lane % 16, lane / 16);
   int stage = 0;
-  float query_norm = 0;  // lane 4 g + j of warp t < kTiles: a share of |x|^2 of query t * 8 + g
+  float query_norm[2] = {0, 0};  // lane 4 g + j of warp t: shares of |x|^2, query t * 16 + 8 i + g
 
 #pragma unroll 1
   for (int base = 0; base < rows; base += kRows) {
     TileSums<kTiles> sums;
-    const int my_row = base + warp * 32 + lane / 4;
-    float radius[4];
+    const int tile_row = base + warp * 32;
+    float key_norm[4], radius[4];  // of row m * 8 + g
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
-      const int row = my_row + m * 8;
+      const int row = tile_row + m * 8 + lane / 4;
       radius[m] = row < rows ? radius_of(p, slice.begin + row) : -infinity();
-      sums.key_norm[m] = 0;
+      key_norm[m] = 0;
     }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
+    for (int t = 0; t < kTiles; ++t) {
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t) {
+      for (int m = 0; m < 4; ++m) {
 #pragma unroll
-        for (int r = 0; r < 4; ++r) sums.dot[i][t][r] = 0;
+        for (int r = 0; r < 4; ++r) sums.dot[t][m][r] = 0;
       }
     }
     const bool first_tile = base == 0;
@@ -202,45 +213,56 @@ __device__ __forceinline__ void tensor_scan(const Problem& p, const Slice& slice
       fill();
       const char* here = memory + stage * Shape::kStageBytes;
       stage = stage + 1 < kStages ? stage + 1 : 0;
-      uint4 a[4];
+      uint32_t b[4][4];
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
-        a[m] = *reinterpret_cast<const uint4*>(here + warp * 2048 + m * 512 + lane * 16);
-        sums.key_norm[m] += sum_of_squares<T>(a[m]);
-      }
-      if (first_tile && warp < kTiles) {
-        query_norm += sum_of_squares<T>(
-            *reinterpret_cast<const uint4*>(here + Shape::kKeyBytes + warp * 512 + lane * 16));
+        load_matrices(here + key_at + m * 512, b[m]);
+        key_norm[m] += sum_of_squares<T>(b[m][0], b[m][1], b[m][2], b[m][3]);
       }
 #pragma unroll
       for (int t = 0; t < kTiles; ++t) {
         if (t >= tiles) continue;
-        const uint4 b =
-            *reinterpret_cast<const uint4*>(here + Shape::kKeyBytes + t * 512 + lane * 16);
+        uint32_t a[2][4];
+        load_matrices(here + query_at + t * 1024, a[0]);
+        load_matrices(here + (query_at ^ 32) + t * 1024, a[1]);
+        if (first_tile && warp == t) {
+          query_norm[0] += sum_of_squares<T>(a[0][0], a[0][2], a[1][0], a[1][2]);
+          query_norm[1] += sum_of_squares<T>(a[0][1], a[0][3], a[1][1], a[1][3]);
+        }
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
+        for (int m = 0; m < 4; ++m) {
           float d[4] = {0, 0, 0, 0};  // tensor cores add less exactly the more is there already
-          mma(T{}, d, a[2 * i].x, a[2 * i + 1].x, a[2 * i].y, a[2 * i + 1].y, b.x, b.y);
-          mma(T{}, d, a[2 * i].z, a[2 * i + 1].z, a[2 * i].w, a[2 * i + 1].w, b.z, b.w);
+          mma(T{}, d, a[0], b[m][0], b[m][1]);
+          mma(T{}, d, a[1], b[m][2], b[m][3]);
 #pragma unroll
-          for (int r = 0; r < 4; ++r) sums.dot[i][t][r] += d[r];
+          for (int r = 0; r < 4; ++r) sums.dot[t][m][r] += d[r];
         }
       }
     }
     if (first_tile) {
-      query_norm = sum_of_quad(query_norm);
-      if (warp < kTiles && lane % 4 == 0) query_norms[warp * 8 + lane / 4] = query_norm;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const float norm = sum_of_quad(query_norm[i]);
+        if (warp < kTiles && lane % 4 == 0) query_norms[warp * 16 + i * 8 + lane / 4] = norm;
+      }
       __syncthreads();
     }
     sums.live = 0;
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
-      sums.key_norm[m] = sum_of_quad(sums.key_norm[m]);
-      sums.live |= static_cast<unsigned>(radius[m] != -infinity()) << m;
       largest = fmaxf(largest, radius[m]);  // a NaN is no maximum
+      const float norm = sum_of_quad(key_norm[m]);
+      const unsigned live = ballot(radius[m] != -infinity());
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int from = lane % 4 * 8 + h * 4;  // has row m * 8 + 2 j + h
+        sums.key_norm[m][h] = shuffle(norm, from);
+        sums.live |= (live >> from & 1) << (m * 2 + h);
+      }
     }
-    found[0].merge(collect<kTiles, 2, 4, 0>(p, sums, query_norms, my_row));
-    found[1].merge(collect<kTiles, 2, 4, 1>(p, sums, query_norms, my_row));
+    const int first_row = tile_row + lane % 4 * 2;
+    found[0].merge(collect<kTiles, 2, 1, 0>(p, sums, query_norms, first_row));
+    found[1].merge(collect<kTiles, 2, 1, 1>(p, sums, query_norms, first_row));
   }
   wait_for_copies<0>();
 }
@@ -265,9 +287,10 @@ __device__ __forceinline__ void tensor_lookup(const Problem& p) {
   __syncthreads();  // the ring becomes the records of what was found
   const int lane = lane_id(), warp = warp_id();
   Found* records = reinterpret_cast<Found*>(memory);
-  if (lane * 2 < kQueries) {
-    records[(2 * lane) * kWarps + warp] = found[0];
-    records[(2 * lane + 1) * kWarps + warp] = found[1];
+  const int first = Shape::kTiles > 1 ? lane % 4 * 16 : 0;
+  if (Shape::kTiles > 1 || lane % 4 == 0) {
+    records[(first + lane / 4) * kWarps + warp] = found[0];
+    records[(first + 8 + lane / 4) * kWarps + warp] = found[1];
   }
   __syncthreads();
   answer<T, kQueries>(p, slice, {kWarps, 32, Shape::kRows}, records, largest, memory, shared);

@@ -126,11 +126,21 @@ struct Fragments {
   uint32_t a[4], b[2];
 };
 
+inline void load_matrices(const void* shared, uint32_t (&to)[4]) {
+  must_be_aligned(shared);
+  emulation::block().gather(&shared, sizeof shared, "ldmatrix", [&](char (*slots)[32], int lane) {
+    for (int i = 0; i < 4; ++i) {
+      const char* row;
+      std::memcpy(&row, slots[i * 8 + lane / 4], sizeof row);
+      std::memcpy(&to[i], row + lane % 4 * 4, 4);
+    }
+  });
+}
+
 // Sums exactly, then errs by up to controls().mma_error of the sum of |products| and |accumulator|.
 template <class T>
-void mma(T, float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-         uint32_t b1) {
-  const Fragments mine = {{a0, a1, a2, a3}, {b0, b1}};
+void mma(T, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const Fragments mine = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
   emulation::block().gather(&mine, sizeof mine, "mma", [&](char (*slots)[32], int lane) {
     const auto of = [&](int other) { return reinterpret_cast<const Fragments*>(slots[other]); };
     const auto element = [](uint32_t word, int i) {
