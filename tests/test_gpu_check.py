@@ -31,6 +31,7 @@ from benchmarks.gpu_check import (  # noqa: E402
     peers,
     place,
     problems,
+    process,
     report,
     special,
     warm,
@@ -221,9 +222,9 @@ def supervised(tmp_path: Path, program: str, run: int, seconds: float) -> journa
     script.write_text(source)
     book = journal.Journal(tmp_path / "rows.jsonl")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = [sys.executable, str(script), str(book.path), str(run)]
+    program_of_stage = [sys.executable, str(script), str(book.path), str(run)]
     end = time.monotonic() + seconds
-    journal.supervise(process, book, "stage", run, end, tmp_path / "log.txt", environment)
+    journal.supervise(program_of_stage, book, "stage", run, end, tmp_path / "log.txt", environment)
     return book
 
 
@@ -284,6 +285,20 @@ def test_a_process_that_dies_before_its_first_row_is_recorded(tmp_path: Path) ->
     book = supervised(tmp_path, "raise SystemError('no such library')\nrows = [", 1, 30)
     row = book.rows("stage")[journal.THE_STAGE]
     assert row["status"] == "crashed"
+
+
+def test_a_program_and_what_it_started_end_at_the_limit(tmp_path: Path) -> None:
+    note = tmp_path / "pid"
+    inner = f"import os, time; open({str(note)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    held = [sys.executable, "-c", inner]
+    outer = f"import subprocess; print('on', flush=True); subprocess.run({held!r})"
+    start = time.monotonic()
+    text, status = process.run([sys.executable, "-c", outer], 1.5)
+    assert time.monotonic() - start < 10
+    assert (text, status) == ("on\n", None)
+    state = Path(f"/proc/{note.read_text()}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+    assert process.run([sys.executable, "-c", "print(7); exit(3)"], 20) == ("7\n", 3)
 
 
 def test_a_wrong_bit_of_a_backend_is_found_and_told(monkeypatch: pytest.MonkeyPatch) -> None:

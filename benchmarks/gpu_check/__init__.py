@@ -7,6 +7,7 @@ replaced when a row takes it down (an illegal address ends a CUDA context for go
 
     __main__.py   arguments, the four stages in turn, the exit status
     journal.py    rows, their records, the process that runs them and the one that watches it
+    process.py    a program with a time limit
     place.py      the GPU, or for a rehearsal the CPU: capture, replay, timing, environment
     build.py      the compiled libraries on this machine; warm.py fills Triton's cache
     correct.py    bits against the CPU; problems.py makes the inputs, special.py the odd cases,

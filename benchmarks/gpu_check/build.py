@@ -12,8 +12,8 @@ from typing import Any
 
 import grace_kernels
 
-from . import warm
-from .journal import ROOT, Row, Skipped, Wrong
+from . import process, warm
+from .journal import ROOT, CutOff, Row, Skipped, Wrong
 from .place import Place, build_libraries
 
 LIBRARIES = ("_C.so", "_C_cuda.so")
@@ -48,33 +48,19 @@ def _compile(place: Place, log: Path) -> dict[str, Any]:
     # The library of an earlier build must not pass for this one's; unchanged objects are reused.
     for name in LIBRARIES:
         (ROOT / "grace_kernels" / name).unlink(missing_ok=True)
-    try:
-        done = subprocess.run(
-            [sys.executable, "setup.py", "build_ext", "--inplace"],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            timeout=max(1.0, place.remaining() - 3),
-        )
-    except subprocess.TimeoutExpired as late:
-        said = late.output or b""
-        _keep(log, said if isinstance(said, str) else said.decode(errors="replace"))
-        raise Wrong(f"the build did not end within {late.timeout:.0f} s") from None
-    _keep(log, done.stdout)
+    limit = place.remaining() - 3
+    said, status = process.run([sys.executable, "setup.py", "build_ext", "--inplace"], limit)
+    with log.open("a") as file:
+        file.write(f"--- build\n{said}\n")
+    if status is None:
+        raise CutOff(f"the build did not end within {limit:.0f} s")
     built = build_libraries()
     result = {"seconds": round(time.monotonic() - start, 1), "libraries": ", ".join(built)}
-    if done.returncode != 0:
-        raise Wrong(f"status {done.returncode}: " + done.stdout[-1500:], result)
+    if status != 0:
+        raise Wrong(f"status {status}: {said[-1500:]}", result)
     if not set(LIBRARIES) <= set(built):
         raise Wrong(f"{', '.join(LIBRARIES)} must be built, got {built}", result)
     return result
-
-
-def _keep(log: Path, text: str) -> None:
-    with log.open("a") as file:
-        file.write(f"--- build\n{text}\n")
 
 
 def _no_spills(log: Path) -> dict[str, Any]:

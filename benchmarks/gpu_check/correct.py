@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 import time
 from functools import partial
@@ -15,8 +14,8 @@ import torch
 import grace_kernels
 from grace_kernels import Backend
 
-from . import sanitizer, special
-from .journal import ROOT, CutOff, Journal, Row, Skipped, Wrong
+from . import process, sanitizer, special
+from .journal import CutOff, Journal, Row, Skipped, Wrong
 from .place import Place
 from .problems import DTYPES, Problem, compare, random_problem, regime_problems
 
@@ -48,10 +47,9 @@ def rows(place: Place, log: Path) -> list[Row]:
         ],
         *random[:4],
     ]
-    if place.gpu:
-        found.append(Row("operator tests", partial(_operator_tests, place, log), limit=200))
     found += [*odd, *random[4:]]
     if place.gpu:
+        found.append(Row("operator tests", partial(_operator_tests, place, log), limit=200))
         found.append(Row("compute-sanitizer works", partial(_sanitizer_works, place), limit=90))
         found += [
             Row(f"{tool}, {backend}", partial(_sanitized, place, log, tool, backend), limit=150)
@@ -185,19 +183,8 @@ def _sanitized(place: Place, log: Path, tool: str, backend: Backend) -> dict[str
 
 
 def _run(command: list[str], limit: float, log: Path, title: str) -> tuple[str, int | None]:
-    """Run a program; return what it printed and its status, None where the time ran out."""
-    code: int | None = None
-    try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=max(1.0, limit),
-        )
-        text, code = done.stdout.decode(errors="replace"), done.returncode
-    except subprocess.TimeoutExpired as late:
-        text = (late.output or b"").decode(errors="replace")
+    """Run a program; return what it printed, which goes to the log too, and its status."""
+    text, status = process.run(command, limit)
     with log.open("a") as file:
         file.write(f"--- {title}\n{text}\n")
-    return text, code
+    return text, status

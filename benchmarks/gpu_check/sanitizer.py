@@ -12,7 +12,7 @@ import torch
 
 from grace_kernels import Backend
 
-from .journal import ROOT
+from . import process
 from .place import Place
 from .problems import compare, random_problem
 from .special import plain_problem
@@ -31,25 +31,28 @@ def run(path: str, tool: str, what: str, limit: float) -> tuple[str, int | None]
     Without torch's caching allocator every tensor is an allocation, so that the first byte behind
     one is an error.
     """
-    command = [path, "--tool", tool, "--target-processes", "all", "--error-exitcode", "97"]
-    # torch asks what it may do and takes no for an answer; that is no error of a kernel.
-    command += ["--report-api-errors", "no"]
+    command = [path, "--tool", tool, "--error-exitcode", "97"]
+    options = {
+        # torch asks what it may do and takes no for an answer; that is no error of a kernel.
+        "--report-api-errors": "no",
+        # Importing torch takes longer than the tool waits by itself.
+        "--launch-timeout": "0",
+        "--target-processes": "all",
+    }
     if tool == "racecheck":
-        command += ["--racecheck-report", "analysis"]
+        options["--racecheck-report"] = "analysis"
+    known = _help(path)
+    for option, value in options.items():
+        if option in known:
+            command += [option, value]
     command += [sys.executable, "-m", "benchmarks.gpu_check.sanitizer", what]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=max(1.0, limit),
-        )
-    except subprocess.TimeoutExpired as late:
-        return (late.output or b"").decode(errors="replace"), None
-    return done.stdout.decode(errors="replace"), done.returncode
+    return process.run(command, limit, environment)
+
+
+def _help(path: str) -> str:
+    done = subprocess.run([path, "--help"], capture_output=True, text=True, timeout=20)
+    return done.stdout + done.stderr
 
 
 def sanitized(what: str) -> None:
