@@ -10,7 +10,8 @@ What serving with `torch.compile` and CUDA graphs may count on, edits being made
 * `generate` asks once per sequence, at the prompt's end. Later steps run no operator of this
   package: under `replace="last"` and `"prompt"` nothing at all, under `"all"` a `where` with the
   answers kept from the prompt. Those, and the plans of `generate`, lie in the same memory from call
-  to call of a thread, for the batch sizes used last.
+  to call of a thread, for the batch sizes used last. transformers makes a new static cache in every
+  call, which a CUDA graph notices if it lies elsewhere; one that is given and reset stays.
 * The host reads no value of a tensor: nothing waits for a GPU. The exceptions: once per adaptor,
   whether a batch is padded on the left or packed (to warn or refuse); once per call of `generate`,
   how much a static cache given to it holds.
@@ -20,6 +21,9 @@ What serving with `torch.compile` and CUDA graphs may count on, edits being made
   longer piece the device decides (it asks if the cache is empty).
 * Compiled and captured runs take no lock: edit between them, on their stream or after waiting for
   it.
+* Nothing here warms a GPU up. A server does it before its first request, and before it captures a
+  graph, with `grace_kernels.warmup`: the codebook's widths, dtypes and device, and the numbers of
+  sequences that will ask at a time.
 """
 
 from __future__ import annotations

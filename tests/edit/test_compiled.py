@@ -30,11 +30,11 @@ class Graphs:
     """A compiler that runs graphs as they are and remembers them, with what each run was given.
 
     Args:
-        ours: per graph, its inputs that belong to the adaptor: name to (static, addresses so far).
+        inputs: per graph, for each input: its name, whether it is static, its addresses so far.
     """
 
     def __init__(self):
-        self.graphs, self.ours = [], []
+        self.graphs, self.inputs = [], []
 
     def compile(self, graph, inputs):
         sources = [node._dynamo_source for node in graph.graph.find_nodes(op="placeholder")]
@@ -43,13 +43,12 @@ class Graphs:
 
         def forward(lowered, _):
             static = torch._guards.TracingContext.get().fw_metadata.static_input_indices
-            named = [(i, name) for i, name in enumerate(names) if "grace" in name]
-            ours = {i: (name, i in static, set()) for i, name in named}
-            self.ours.append(list(ours.values()))
+            seen = [(name, i in static, set()) for i, name in enumerate(names)]
+            self.inputs.append(seen)
 
             def run(*args):
-                for i, (_, _, addresses) in ours.items():
-                    addresses.add(args[i].data_ptr())
+                for (_, _, addresses), arg in zip(seen, args, strict=True):
+                    addresses.add(arg.data_ptr() if isinstance(arg, torch.Tensor) else 0)
                 return lowered(*args)
 
             return run
@@ -64,9 +63,14 @@ class Graphs:
             for of_graph in targets
         ]
 
-    def moved(self):
-        """Return the inputs of ours that a CUDA graph would have been recorded again for."""
-        return [n for ours in self.ours for n, static, at in ours if static and len(at) > 1]
+    def static(self, name=""):
+        """Return the inputs with `name` in theirs that are taken to stay where they are."""
+        every = [one for of_graph in self.inputs for one in of_graph]
+        return [(where, at) for where, static, at in every if static and name in where]
+
+    def moved(self, name="['grace']"):
+        """Return those for which a CUDA graph would have been recorded again: ours by default."""
+        return [where for where, at in self.static(name) if len(at) > 1]
 
 
 @pytest.fixture(autouse=True)
@@ -166,7 +170,7 @@ def test_an_edit_between_calls_of_a_compiled_generate_is_answered_and_compiles_n
     assert tokens == plain
     assert graphs.operators() == [[]]
     assert graphs.moved() == []
-    assert bool(graphs.ours[0]) == (replace == "all")
+    assert bool(graphs.static("['grace']")) == (replace == "all")
 
 
 @pytest.mark.parametrize("replace", ["last", "prompt", "all"])
@@ -177,6 +181,22 @@ def test_a_decode_step_runs_no_operator_of_ours_with_a_static_cache_either(edite
         how = {"cache_implementation": "static", "disable_compile": True}
         assert generated(editor.model, PAIR, 4, **how)[1][:3] == TARGET
     assert calls == [1, 0, 0, 0]
+
+
+def test_each_step_under_all_writes_the_kept_value_and_leaves_the_other_sequences_alone(edited):
+    editor = edited("llama", replace="all")
+    assert editor.edit(PROMPT, TARGET).success
+    value, seen = editor.codebook.values[0], []
+    layer = editor.model.get_submodule(editor.layer)
+    handle = layer.register_forward_hook(lambda module, args, out: seen.append(out.clone()))
+    how = {"cache_implementation": "static", "disable_compile": True}
+    generated(editor.model, PAIR, 4, **how)
+    handle.remove()
+    assert [out.shape[1] for out in seen] == [6, 1, 1, 1]
+    for out in seen:
+        equal = (out == value).all(dim=-1)
+        assert not equal[0].any()
+        assert equal[1, -len(PROMPT) :].all()
 
 
 def test_kept_answers_stay_in_place_and_belong_to_one_generation_at_a_time(edited):
@@ -233,6 +253,31 @@ def test_a_model_compiled_as_a_whole_generates_edited_text_with_a_static_cache(e
             assert generated(editor.model, PAIR, 4, **how)[row][:3] == TARGET
     assert sorted(map(len, graphs.operators())) == [0, 1]
     assert graphs.moved() == []
+
+
+@pytest.mark.parametrize("replace", ["last", "all"])
+def test_with_one_static_cache_nothing_at_all_moves_that_a_cuda_graph_would_hold(edited, replace):
+    from transformers import StaticCache
+
+    editor = edited("llama", replace=replace)
+    graphs = Graphs()
+    config = compile_config(graphs)
+    cache = StaticCache(config=editor.model.config, max_cache_len=32)
+
+    def ask():
+        cache.reset()
+        how = {"past_key_values": cache, "compile_config": config}
+        return generated(editor.model, PAIR, 4, **how)
+
+    plain = ask()
+    with compiling_nothing():
+        assert ask() == plain
+        editor.codebook.insert(*stored(edited, replace, PROMPT))
+        assert ask()[1][:3] == TARGET
+        editor.undo()
+        assert ask() == plain
+    assert len(graphs.static()) > 10
+    assert graphs.moved("") == []
 
 
 def test_a_prompt_in_compiled_chunks_is_answered_and_an_edit_compiles_nothing(edited):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 
+import grace_edit
 import pytest
 import torch
 from grace_edit import Codebook, GraceConfig, GraceEditor, QueryPlan
@@ -19,6 +20,8 @@ from grace_edit.records import CapacityError
 from tiny_models import LAYERS, CountGrace, build, padded, run_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import grace_kernels
 
 PROMPT, TARGET = run_of(10, 4), run_of(30, 3)
 ROWS = [run_of(40, 6), PROMPT, run_of(3, 2)]
@@ -311,6 +314,21 @@ def test_the_codebook_follows_the_model_to_a_device_and_never_to_a_dtype(edited)
     for name, tensor in kept.items():
         assert getattr(book, name).device.type == "meta"
         assert getattr(book, name).dtype == tensor.dtype
+
+
+def test_nothing_warms_a_device_up_unasked(edited, monkeypatch, tmp_path):
+    def refuse(*args, **kwargs):
+        raise AssertionError("warmup was called")
+
+    for place in (grace_kernels, grace_kernels.api):
+        monkeypatch.setattr(place, "warmup", refuse)
+    editor = edited("gpt2")
+    assert editor.edit(PROMPT, TARGET).success
+    editor.save_pretrained(tmp_path)
+    model = editor.model
+    editor.detach()
+    grace_edit.load(model, tmp_path)
+    assert model(torch.tensor([PROMPT])).logits[0, -1].argmax() == TARGET[0]
 
 
 def changes(book):
