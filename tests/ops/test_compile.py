@@ -50,6 +50,8 @@ def test_adapt_passes_opcheck(op: Any, permuted: bool) -> None:
     )
 
 
+@pytest.mark.on_a_cpu
+@pytest.mark.too_long_interpreted
 def test_fakes_tell_shapes_dtypes_and_strides(backend: str) -> None:
     p = problem()
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
@@ -59,6 +61,8 @@ def test_fakes_tell_shapes_dtypes_and_strides(backend: str) -> None:
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
 
+@pytest.mark.on_a_cpu
+@pytest.mark.too_long_interpreted
 def test_whole_graphs_compile_and_agree_with_eager(backend: str) -> None:
     p = problem()
 
@@ -88,6 +92,8 @@ def test_whole_graphs_compile_and_agree_with_eager(backend: str) -> None:
     assert torch.equal(results[0], expected_hidden(p))
 
 
+@pytest.mark.on_a_cpu
+@pytest.mark.too_long_interpreted
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 def test_a_compiled_call_tells_autograd_that_it_wrote(compiler: str, backend: str) -> None:
     p = problem()
@@ -104,6 +110,8 @@ def test_a_compiled_call_tells_autograd_that_it_wrote(compiler: str, backend: st
         hidden.sum().backward()
 
 
+@pytest.mark.on_a_cpu
+@pytest.mark.too_long_interpreted
 def test_gradients_compile_in_one_graph(backend: str) -> None:
     p = problem()
     hidden, values = p["hidden"].requires_grad_(), p["values"].requires_grad_()

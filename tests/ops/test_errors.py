@@ -61,6 +61,8 @@ LOOKUP_ERRORS = [
 ]
 
 
+@pytest.mark.on_a_cpu
+@pytest.mark.index_values_are_checked
 @pytest.mark.parametrize("operation", [grace_kernels.nearest, grace_kernels.lookup])
 @pytest.mark.parametrize(("name", "value", "error", "message"), LOOKUP_ERRORS)
 def test_a_bad_argument_of_a_lookup_is_named(
@@ -129,14 +131,14 @@ def test_an_unknown_backend_is_an_error() -> None:
         grace_kernels.lookup(**LOOKUP, backend="gpu")
 
 
-@pytest.mark.parametrize("name", ["triton", "cuda"])
+@pytest.mark.parametrize("name", ["cpu", "triton", "cuda"])
 def test_a_backend_that_cannot_answer_says_so(name: str) -> None:
-    with pytest.raises(grace_kernels.BackendUnavailable, match=f"backend '{name}'"):
-        grace_kernels.lookup(**LOOKUP, backend=name)  # type: ignore[arg-type]
-    with pytest.raises(grace_kernels.BackendUnavailable, match="needs tensors on a CPU, got meta"):
-        grace_kernels.lookup(
-            *(LOOKUP[key].to("meta") for key in ("query", "keys", "radii")), backend="cpu"
-        )
+    elsewhere = [LOOKUP[key].to("meta") for key in ("query", "keys", "radii")]
+    with pytest.raises(grace_kernels.BackendUnavailable, match=f"backend '{name}'") as caught:
+        grace_kernels.lookup(*elsewhere, backend=name)  # type: ignore[arg-type]
+    missing = grace_kernels.build_info()[name].get("reason")
+    where = "a CPU" if name == "cpu" else "a CUDA device"
+    assert (missing or f"needs tensors on {where}, got meta") in str(caught.value)
 
 
 def test_shapes_that_do_not_fit_are_refused_by_the_operators_themselves(isa: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import grace_kernels
+from grace_kernels import Backend
 
 from .output import FAILED, OK, facts, print_json, screen
 
@@ -33,8 +34,8 @@ def self_test() -> dict[str, Any]:
     """Look a few queries up and compare with what must come out.
 
     Returns:
-        `{"passed", "compared", "detail"}`. `compared`: the compiled operators answered too and were
-        held against the reference bit by bit.
+        `{"passed", "compared", "detail"}`. `compared`: where other implementations answered too and
+        were held against the reference bit by bit.
     """
     source = torch.Generator().manual_seed(0)
     keys = torch.randn(67, 41, generator=source)
@@ -42,35 +43,54 @@ def self_test() -> dict[str, Any]:
     radii[5] = -float("inf")
     query = torch.cat([keys[:9], keys[9:18] + 0.05, torch.randn(5, 41, generator=source)])
     query[-1, 0] = float("nan")
-    compared = False
+    compared: list[str] = []
     try:
-        compared = bool(grace_kernels.build_info()["cpu"]["available"])
+        info = grace_kernels.build_info()
         expected = grace_kernels.lookup(query, keys, radii, backend="reference")
         own = [0, 1, 2, 3, 4, -1, 6, 7, 8]
         if expected[0][:9].tolist() != own or expected[1][:5].any() or int(expected[0][-1]) != -1:
             return _verdict(False, compared, "the reference does not find a key's own entry")
-        if not compared:
-            return _verdict(True, False, "the reference finds its own keys; nothing is compiled")
-        found = grace_kernels.lookup(query, keys, radii, backend="cpu")
+        for backend, device in _machines():
+            if not info[backend]["available"]:
+                continue
+            where = device if backend == "cpu" else f"{device}, {backend}"
+            arguments = [t.to(device) for t in (query, keys, radii)]
+            found = grace_kernels.lookup(*arguments, backend=backend)
+            compared.append(where)
+            for name, want, got in zip(("indices", "distances"), expected, found, strict=True):
+                if not torch.equal(want, got.cpu()):
+                    detail = f"compiled ({where}) and reference operators differ in {name}"
+                    return _verdict(False, compared, detail)
     except (RuntimeError, ValueError) as error:
         return _verdict(False, compared, str(error))
-    for name, want, got in zip(("indices", "distances"), expected, found, strict=True):
-        if not torch.equal(want, got):
-            return _verdict(False, True, f"compiled and reference operators differ in {name}")
-    return _verdict(True, True, "compiled and reference operators agree to the bit")
+    if not compared:
+        return _verdict(True, compared, "the reference finds its own keys; nothing is compiled")
+    detail = f"compiled ({'; '.join(compared)}) and reference operators agree to the bit"
+    return _verdict(True, compared, detail)
 
 
-def _verdict(passed: bool, compared: bool, detail: str) -> dict[str, Any]:
+def _machines() -> list[tuple[Backend, str]]:
+    """Return what there is to compare: backends and where they answer."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    on_gpus: list[tuple[Backend, str]] = [(b, gpu) for gpu in gpus for b in ("triton", "cuda")]
+    return [("cpu", "cpu"), *on_gpus]
+
+
+def _verdict(passed: bool, compared: list[str], detail: str) -> dict[str, Any]:
     return {"passed": passed, "compared": compared, "detail": detail}
 
 
 def examine() -> dict[str, Any]:
     """Return everything the doctor knows, as JSON can hold it."""
     try:
-        operators = dict(grace_kernels.build_info()["cpu"])
+        info = grace_kernels.build_info()
+        operators = dict(info["cpu"])
+        on_gpu = {"answers": info["chosen"]["cuda"], "why": info["why"]["cuda"]}
+        on_gpu.update({backend: info[backend] for backend in ("triton", "cuda")})
     except ValueError as error:
         remedy = "unset GRACE_KERNELS_ISA, or name one that this machine has"
         operators = {"available": False, "reason": str(error), "remedy": remedy}
+        on_gpu = {}
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "grace": version_of("grace-kernels"),
@@ -83,6 +103,7 @@ def examine() -> dict[str, Any]:
             for name, remedy in OPTIONAL.items()
         },
         "operators": operators,
+        "gpu_operators": on_gpu,
         "threads": torch.get_num_threads(),
         "gpus": gpus,
         "self_test": self_test(),
@@ -117,5 +138,12 @@ def _show(data: dict[str, Any]) -> None:
         rows["to mend it"] = operators["remedy"]
     rows["threads"] = data["threads"]
     rows["gpu"] = ", ".join(data["gpus"]) or "none that torch can use"
+    on_gpu = data["gpu_operators"]
+    if on_gpu and data["gpus"]:
+        rows["on the gpu"] = f"{on_gpu['answers']} answers: {on_gpu['why']}"
+        for backend in ("triton", "cuda"):
+            found = on_gpu[backend]
+            missing = "" if found["available"] else f"{found['reason']}; {found['remedy']}"
+            rows[f"{backend} lookup"] = missing or "available"
     rows["self-test"] = f"{'passed' if test['passed'] else 'FAILED'}: {test['detail']}"
     screen().print(facts(rows))
