@@ -4,8 +4,8 @@ The library uses torch's stable ABI and no Python C API, so one wheel serves eve
 and torch >= 2.10. Without a C++ compiler a pure wheel is built that answers from the reference.
 
 GRACE_KERNELS_COMPILE says what is compiled: `0` nothing, `cpu` the CPU kernels, `cuda` the CUDA
-kernels too, or an error. Unset: the CPU kernels, and the CUDA kernels where nvcc is there and torch
-was built for CUDA. Those are compiled for sm_80, sm_90 and what comes after, or for what
+kernels too, or an error. Unset or `1`: the CPU kernels, and the CUDA kernels where nvcc is there
+and torch was built for CUDA. Those are compiled for sm_80, sm_90 and what comes after, or for what
 TORCH_CUDA_ARCH_LIST says.
 """
 
@@ -28,6 +28,8 @@ ROOT = Path(__file__).parent
 
 
 WANTED = os.environ.get("GRACE_KERNELS_COMPILE", "")
+if WANTED not in ("", "0", "1", "cpu", "cuda"):
+    raise SystemExit(f"GRACE_KERNELS_COMPILE must be 0, 1, cpu or cuda, got {WANTED}")
 TARGETS = ["compute_80,code=sm_80", "compute_90,code=sm_90", "compute_90,code=compute_90"]
 
 

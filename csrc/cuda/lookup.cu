@@ -66,16 +66,16 @@ Kernel tensor() {
 // per lane cost 60 instructions with one query and 22 more with each further one, on tensor cores
 // 50 with 16 queries and 90 with 64. But 8 KB ahead per warp on CUDA cores are whole rows where a
 // tensor scan of few keys has 64 bytes per row and stage, and waits longer. Four times 16 queries
-// need 160 KB of shared memory, which not every device has.
+// need 160 KB of shared memory, which not every device has. Only CUDA cores take unaligned rows.
 constexpr int64_t kFewBytes = 64 << 10;  // of keys per multiprocessor
 
 template <class T>
-Kernel choose(int64_t batch, int64_t bytes_each, int shared_limit) {
+Kernel choose(int64_t batch, bool aligned, int64_t bytes_each, int shared_limit) {
   if (batch == 1) return direct<T, 1, 2>();
   if constexpr (sizeof(T) == 2) {
     const Kernel wide = tensor<T, 4, 8, 1, 16>();
-    if (batch > 16 && wide.shared_bytes <= shared_limit) return wide;
-    if (batch > 8 || bytes_each > kFewBytes) return tensor<T, 1, 5, 2, 8>();
+    if (aligned && batch > 16 && wide.shared_bytes <= shared_limit) return wide;
+    if (aligned && (batch > 8 || bytes_each > kFewBytes)) return tensor<T, 1, 5, 2, 8>();
   }
   return batch <= 4 ? direct<T, 4, 2>() : direct<T, 8, 2>();
 }
@@ -301,15 +301,16 @@ class Call {
   }
 
   Kernel choose(const Device& device) const {
+    const bool aligned = p_.keys_aligned && p_.source_aligned;
     const int64_t bytes_each =
         p_.capacity * p_.dim * static_cast<int64_t>(keys_.element_size()) / device.processors;
     switch (keys_.scalar_type()) {
       case ScalarType::Float:
-        return cuda::choose<float>(p_.batch, bytes_each, device.shared_limit);
+        return cuda::choose<float>(p_.batch, aligned, bytes_each, device.shared_limit);
       case ScalarType::Half:
-        return cuda::choose<Half>(p_.batch, bytes_each, device.shared_limit);
+        return cuda::choose<Half>(p_.batch, aligned, bytes_each, device.shared_limit);
       case ScalarType::BFloat16:
-        return cuda::choose<BFloat>(p_.batch, bytes_each, device.shared_limit);
+        return cuda::choose<BFloat>(p_.batch, aligned, bytes_each, device.shared_limit);
       default:
         STD_TORCH_CHECK(false, "keys must be float32, float16 or bfloat16");
     }

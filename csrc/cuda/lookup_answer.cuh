@@ -130,10 +130,12 @@ __device__ __forceinline__ void load_run(const T* row, int at, int dim, bool ali
 
 // The canonical squared distances of K pairs of rows, by one warp, known to all its lanes: element
 // i belongs to lane (i / 8) mod 32, a lane adds in ascending i, lanes are folded by halves. fp64,
-// never fused. Several pairs at a time hide the latency of one another's loads and additions.
+// never fused. Several pairs at a time hide the latency of one another's loads and additions; only
+// the tensor scan has so many queries, and aligned rows.
 template <class T, int K>
 __device__ __forceinline__ void canonical(const Problem& p, const T* const (&query)[K],
                                           const T* const (&key)[K], float (&s)[K]) {
+  const bool keys_aligned = K > 1 || p.keys_aligned, query_aligned = K > 1 || p.source_aligned;
   double sum[K];
 #pragma unroll
   for (int j = 0; j < K; ++j) sum[j] = 0;
@@ -142,8 +144,8 @@ __device__ __forceinline__ void canonical(const Problem& p, const T* const (&que
 #pragma unroll
     for (int j = 0; j < K; ++j) {
       float x[8], k[8];
-      load_run(key[j], base + lane * 8, p.dim, p.keys_aligned, k);
-      load_run(query[j], base + lane * 8, p.dim, p.source_aligned, x);
+      load_run(key[j], base + lane * 8, p.dim, keys_aligned, k);
+      load_run(query[j], base + lane * 8, p.dim, query_aligned, x);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const double d = __dsub_rn(static_cast<double>(x[i]), static_cast<double>(k[i]));

@@ -3,7 +3,8 @@
 // A block takes 256 keys at a time, 32 per warp, against MT * 16 queries, 32 elements of all of
 // them per stage of a ring in shared memory (cp.async). Queries are the M operand of mma.m16n8k16,
 // keys N: operands then come from shared memory as they are used, one ldmatrix for two mma. The
-// four 16-byte parts of a row are swapped by its number, so that eight rows meet all banks.
+// four 16-byte parts of a row are swapped by its number, so that eight rows meet all banks. Rows
+// must be aligned.
 #pragma once
 
 #include "lookup_answer.cuh"
@@ -117,7 +118,7 @@ __device__ __forceinline__ Found collect(const Problem& p, const TileSums<MT>& s
 }
 
 // Scan a slice; what is found belongs to this lane's two queries, see collect().
-template <class T, class Shape, bool Aligned>
+template <class T, class Shape>
 __device__ __forceinline__ void tensor_scan(const Problem& p, const Slice& slice,
                                             int64_t first_query, char* memory, float* query_norms,
                                             Found (&found)[2], float& largest) {
@@ -147,20 +148,20 @@ __device__ __forceinline__ void tensor_scan(const Problem& p, const Slice& slice
   const auto fill = [&] {
     if (fill_base < rows) {
       char* to = memory + fill_stage * Shape::kStageBytes;
-      const int left = row_bytes - (fill_step * 64 + lane % 4 * 16);
+      const bool within = fill_step * 64 + lane % 4 * 16 < row_bytes;
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
         char* here = to + warp * 2048 + m * 512 + swapped(lane / 4, lane % 4);
-        if (left > 0 && fill_row + m * 8 < rows) {
-          copy_vector<T>(here, fill_from + m * eight_rows, left, Aligned);
+        if (within && fill_row + m * 8 < rows) {
+          copy16(here, fill_from + m * eight_rows);
         } else {
           copy_zeros(here);
         }
       }
       if (copies_query) {
         char* here = to + Shape::kKeyBytes + swapped(threadIdx.x / 4, lane % 4);
-        if (left > 0 && my_query != nullptr) {
-          copy_vector<T>(here, my_query + fill_step * 64, left, Aligned);
+        if (within && my_query != nullptr) {
+          copy16(here, my_query + fill_step * 64);
         } else {
           copy_zeros(here);
         }
@@ -278,11 +279,7 @@ __device__ __forceinline__ void tensor_lookup(const Problem& p) {
   found[0].clear();
   found[1].clear();
   float largest = -infinity();
-  if (p.keys_aligned && p.source_aligned) {
-    tensor_scan<T, Shape, true>(p, slice, first_query, memory, shared.query_norm, found, largest);
-  } else {
-    tensor_scan<T, Shape, false>(p, slice, first_query, memory, shared.query_norm, found, largest);
-  }
+  tensor_scan<T, Shape>(p, slice, first_query, memory, shared.query_norm, found, largest);
 
   __syncthreads();  // the ring becomes the records of what was found
   const int lane = lane_id(), warp = warp_id();

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ["csrc", "grace_kernels", "python", "tests", "benchmarks"]
@@ -49,6 +50,46 @@ def test_it_is_said_why_nothing_is_compiled(environment: dict[str, str], why: st
     assert told == f"grace-kernels: building without compiled operators, because {why}"
 
 
+@pytest.mark.parametrize(
+    ("environment", "why"),
+    [
+        ({"GRACE_KERNELS_COMPILE": "cpu"}, "GRACE_KERNELS_COMPILE is cpu"),
+        (
+            {"GRACE_KERNELS_COMPILE": "", "CUDA_HOME": "/nowhere"},
+            "there is no nvcc in /nowhere/bin",
+        ),
+    ],
+)
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+def test_it_is_said_why_there_are_no_cuda_kernels(environment: dict[str, str], why: str) -> None:
+    told = build(ROOT, "--version", **{"CXX": "c++", **environment})
+    assert told == f"grace-kernels: building without CUDA kernels, because {why}"
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built for CUDA")
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+def test_a_torch_without_cuda_gets_no_cuda_kernels_unless_they_are_asked_for() -> None:
+    told = build(ROOT, "--version", GRACE_KERNELS_COMPILE="", CXX="c++")
+    assert told.startswith(
+        "grace-kernels: building without CUDA kernels, because torch was built without CUDA"
+    )
+    assert build(ROOT, "--version", GRACE_KERNELS_COMPILE="cuda", CXX="c++") == ""
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+def test_cuda_kernels_that_are_asked_for_and_cannot_be_built_are_an_error() -> None:
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "--version"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "GRACE_KERNELS_COMPILE": "cuda", "CUDA_HOME": "/nowhere", "CXX": "c++"},
+        timeout=300,
+    )
+    assert done.returncode != 0
+    assert "GRACE_KERNELS_COMPILE is cuda, but there is no nvcc in /nowhere/bin" in done.stderr
+
+
 def test_without_a_compiler_there_is_a_pure_wheel_and_the_sdist_is_whole(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     for name in FOLDERS:
@@ -63,7 +104,7 @@ def test_without_a_compiler_there_is_a_pure_wheel_and_the_sdist_is_whole(tmp_pat
     assert wheel.name.endswith("-py3-none-any.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"grace_kernels/api.py", "grace_kernels/py.typed", "grace_edit/__init__.py"} <= names
-    assert [name for name in names if name.endswith((".so", ".cpp"))] == []
+    assert [name for name in names if name.endswith((".so", ".cpp", ".cu"))] == []
 
     (sdist,) = dist.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:

@@ -30,6 +30,12 @@ __attribute__((visibility("default"))) emulation::Controls* emulation_controls()
   return &emulation::controls();
 }
 
+// Tickets for a launch on a stream, as the launcher takes them.
+__attribute__((visibility("default"))) const unsigned* emulation_take(void* stream, int words) {
+  using grace::cuda::State;
+  return State::get().tickets.take(0, static_cast<cudaStream_t>(stream), words);
+}
+
 // Forget devices and tickets, as in a new process.
 __attribute__((visibility("default"))) void emulation_reset() {
   using grace::cuda::State;

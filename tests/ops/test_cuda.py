@@ -1,0 +1,167 @@
+"""The CUDA library, compiled but not run: symbols, spills, what the machine code loads.
+
+Its arithmetic is tested in `cuda_emulation`, on a CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from .test_library import ALLOWED, ALLOWED_TORCH
+
+ROOT = Path(__file__).parents[2]
+KERNELS = 13  # 3 of direct_kernel for each of three dtypes, 2 of tensor_kernel for two
+
+
+def tool(name: str) -> str | None:
+    """Return where a CUDA tool is: on the path, in a toolkit, or in Triton, which ships some."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    folders = [f"{home}/bin" for home in homes if home]
+    try:
+        import triton
+
+        folders.append(str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin"))
+    except ImportError:
+        pass
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(folders))
+
+
+@dataclass(frozen=True)
+class Built:
+    """A library and what the build said."""
+
+    library: Path
+    said: str
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """_C_cuda.so, built by setup.py in folders of its own; half a minute."""
+    if not (ROOT / "setup.py").exists():
+        pytest.skip("no source tree")
+    if shutil.which("nvcc") is None and tool("nvcc") is None:
+        pytest.skip("there is no nvcc")
+    if shutil.which("c++") is None and "CXX" not in os.environ:
+        pytest.skip("there is no C++ compiler")
+    out = tmp_path_factory.mktemp("cuda_build")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", f"--build-lib={out}", f"--build-temp={out}/temp"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        # The CPU kernels are built too; they need not be fast here.
+        env={**os.environ, "GRACE_KERNELS_COMPILE": "cuda"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Built(out / "grace_kernels" / "_C_cuda.so", done.stdout + done.stderr)
+
+
+def cuobjdump(built: Built, *options: str) -> str:
+    """Return what cuobjdump prints about the library."""
+    program = tool("cuobjdump")
+    if program is None:
+        pytest.skip("there is no cuobjdump")
+    done = subprocess.run(
+        [program, *options, str(built.library)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_library_needs_only_the_c_and_cpp_run_time_and_torchs_stable_interface(
+    built: Built,
+) -> None:
+    listed = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(built.library)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    symbols = [line.split()[-1] for line in listed.stdout.splitlines()]
+    assert "torch_library_impl" in symbols
+    assert "aoti_torch_get_current_cuda_stream" in symbols
+    symbols = [name for name in symbols if name not in ALLOWED_TORCH]
+    assert [name for name in symbols if not ALLOWED.fullmatch(name)] == []
+
+
+def test_nothing_of_the_cuda_run_time_is_left_to_be_found(built: Built) -> None:
+    listed = subprocess.run(
+        ["nm", "-D", str(built.library)], capture_output=True, text=True, check=True
+    )
+    names = [line.split()[-1] for line in listed.stdout.splitlines()]
+    assert [name for name in names if name.startswith(("cuda", "cu", "__cuda"))] == []
+
+
+def test_no_kernel_spills_registers_or_has_a_stack(built: Built) -> None:
+    found = re.findall(
+        r"Compiling entry function '(\w+)' for '(sm_\d+)'\n.*\n\s*"
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
+        built.said,
+    )
+    assert sorted({arch for _, arch, *_ in found}) == ["sm_80", "sm_90"]
+    assert len(found) == 2 * KERNELS
+    assert [entry for entry in found if entry[2:] != ("0", "0", "0")] == []
+    functions = re.findall(r"\d+ bytes spill stores, \d+ bytes spill loads", built.said)
+    assert set(functions) == {"0 bytes spill stores, 0 bytes spill loads"}
+
+
+def test_there_is_machine_code_for_sm_80_and_sm_90_and_ptx_for_what_comes_after(
+    built: Built,
+) -> None:
+    cubins = re.findall(r"\.(sm_\d+)\.cubin", cuobjdump(built, "--list-elf"))
+    assert sorted(set(cubins)) == ["sm_80", "sm_90"]
+    assert set(re.findall(r"\.(sm_\d+)\.ptx", cuobjdump(built, "--list-ptx"))) == {"sm_90"}
+
+
+def loops(ptx: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield the lines of every loop of every kernel, the kernel's name first."""
+    for entry in ptx.split(".visible .entry ")[1:]:
+        name = entry.split("(")[0]
+        lines = entry.split("\n.func")[0].split("\n.visible")[0].splitlines()
+        places = {
+            line[:-1]: at for at, line in enumerate(lines) if re.fullmatch(r"\$\w+:", line.strip())
+        }
+        for at, line in enumerate(lines):
+            branch = re.search(r"\bbra(?:\.uni)?\s+(\$\w+);", line)
+            if branch and places.get(branch[1], at) < at:
+                yield name, lines[places[branch[1]] : at + 1]
+
+
+def test_the_scan_loads_16_bytes_at_a_time_and_has_no_double_precision(built: Built) -> None:
+    ptx = cuobjdump(built, "--dump-ptx")
+    scans: dict[str, list[list[str]]] = {}
+    for name, lines in loops(ptx):
+        body = "\n".join(lines)
+        # What overlaps loads with arithmetic; the smallest such loop of a kernel is its scan.
+        if "cp.async.cg" in body and re.search(r"\bsub\.f32|mma\.sync", body):
+            scans.setdefault(name, []).append(lines)
+    assert len(scans) == KERNELS
+    for name, found in scans.items():
+        body = "\n".join(min(found, key=len))
+        assert ".f64" not in body, name
+        assert re.search(r"cp\.async\.cg\.shared\.global\S* \[%\w+\], \[%\w+\], 16;", body), name
+        assert not re.search(r"ld\.global\.(nc\.)?[usbf]\d+ ", body), name
+        if "tensor_kernel" in name:
+            assert "ldmatrix.sync.aligned.m8n8.x4" in body, name
+            assert "mma.sync.aligned.m16n8k16" in body, name
+        else:
+            assert "ld.global.v4" in body, name
+            assert ".f64" not in body, name
+
+
+def test_the_canonical_sum_is_not_fused(built: Built) -> None:
+    ptx = cuobjdump(built, "--dump-ptx")
+    assert "mul.rn.f64" in ptx
+    assert "add.rn.f64" in ptx
+    assert "fma.rn.f64" not in ptx
+    assert ".ftz" not in ptx
