@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import re
 import sys
 import time
@@ -130,6 +132,8 @@ def _operator_tests(place: Place, log: Path) -> dict[str, Any]:
     """Run the operators' own tests on the GPU, in a process of their own."""
     command = [sys.executable, "-m", "pytest", "tests/ops", "--gpu", "-q", "--no-header"]
     command += ["--maxfail=20", "-p", "no:cacheprovider", "--durations=5"]
+    if importlib.util.find_spec("xdist") is not None:  # most of the time goes into compiling
+        command += ["-n", str(max(1, min(8, (os.cpu_count() or 2) // 2)))]
     limit = min(190.0, place.remaining() - 3)
     text, code = _run(command, limit, log, "operator tests")
     counts = {name.rstrip("s"): int(n) for n, name in _COUNTS.findall(text.strip()[-400:])}

@@ -3,8 +3,8 @@
 A peer answers a lookup: index and distance of the nearest key where its radius covers the query,
 -1 and +inf elsewhere. None of them is exact in general, since none certifies its winner; each is
 compared with the right answer before it is timed, and shown as wrong where it differs. They are
-given what a server could keep: the squared norms of the keys (+inf for a dead entry). A count on
-the device they do without.
+given what a server could keep: the squared norms of the keys (+inf for a dead entry, of which cdist
+is not told). A count on the device they do without.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,8 @@ def write(journal: Journal, out: Path, stages: Sequence[str]) -> list[str]:
     everything = {"runs": runs, "rows": {s: journal.rows(s) for s in stages}, "states": found}
     whole = without_paths(json.dumps(everything, indent=1))
     (out / names["gpu-check.json"]).write_text(whole + "\n")
-    _write_csv(measured, out / names["bench.csv"])
+    with (out / names["bench.csv"]).open("w", newline="") as file:
+        file.write(without_paths(_csv(measured)))
     picture = f"{prefix}-bench.png"
     trouble = None
     try:
@@ -125,8 +127,8 @@ _TIMES = tuple(
 )
 
 
-def _write_csv(measured: list[dict[str, Any]], path: Path) -> None:
-    with path.open("w", newline="") as file:
+def _csv(measured: list[dict[str, Any]]) -> str:
+    with io.StringIO() as file:
         writer = csv.writer(file)
         writer.writerow([*_CSV, *_TIMES, "roof us", "share of the roof"])
         for shape in measured:
@@ -140,6 +142,7 @@ def _write_csv(measured: list[dict[str, Any]], path: Path) -> None:
                 share = f"{roof / cold:.4f}" if roof and cold else ""
                 row = [shape.get(key, "") for key in _CSV[:-2]]
                 writer.writerow([*row, name, told, *times, f"{roof:.3f}" if roof else "", share])
+        return file.getvalue()
 
 
 def _cell(column: dict[str, Any], kind: str = "cold") -> str:
