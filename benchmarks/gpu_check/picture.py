@@ -72,7 +72,8 @@ def draw(measured: list[dict[str, Any]], path: Path, title: str) -> bool:
                 label=TITLES.get(name, name),
             )
             wrong = [(x, y) for x, y, c in line if not c.get("verdict", "").startswith("right")]
-            axis.plot(*zip(*wrong, strict=True), "rx", markersize=9) if wrong else None
+            if wrong:
+                axis.plot(*zip(*wrong, strict=True), "rx", markersize=9, label="wrong answers")
         roof = [(s["key bytes"], s["roof us"]) for s in here if "roof us" in s]
         if roof:
             axis.plot(*zip(*roof, strict=True), "k:", linewidth=1.2, label="roof")
