@@ -85,7 +85,7 @@ inline uint4 load16(const void* from) {
 inline void copy16(void* shared, const void* global) {
   must_be_aligned(shared);
   must_be_aligned(global);
-  std::memset(shared, 0xff, 16);
+  std::memset(shared, emulation::kPoison, 16);
   emulation::block().current().issued.push_back({shared, global});
 }
 inline void commit_copies() {
