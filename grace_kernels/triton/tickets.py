@@ -14,8 +14,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-_SLAB = 1 << 16  # counters allocated at a time
-_CAPTURES = 1 << 14  # left over, by eager calls, for captures
+_SLAB = 1 << 20  # counters allocated at a time, 4 MiB
+_CAPTURES = 1 << 19  # left over, by eager calls, for captures
 
 _lock = threading.Lock()
 _slabs: dict[torch.device, tuple[Tensor, int]] = {}  # and how many counters are given out

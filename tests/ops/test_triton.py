@@ -62,13 +62,18 @@ def codebook(
     return query.to(dtype), keys.to(dtype), radii
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize(("entries", "dim"), [(150, 40), (300, 257)])
+@pytest.mark.parametrize(
+    ("dtype", "batch"),
+    [
+        *((torch.float32, batch) for batch in BATCHES),
+        *((torch.bfloat16, batch) for batch in BATCHES),
+        *((torch.float16, batch) for batch in (2, 20)),
+    ],
+)
 def test_every_tile_answers_over_several_tiles_slices_and_blocks(
-    triton: ModuleType, dtype: torch.dtype, batch: int, entries: int, dim: int
+    triton: ModuleType, dtype: torch.dtype, batch: int
 ) -> None:
-    query, keys, radii = codebook(dtype, batch, entries, dim)
+    query, keys, radii = codebook(dtype, batch, 280, 257)
     index = agree(query, keys, radii)
     assert batch < 9 or {-1} < set(index.tolist())
 
@@ -89,13 +94,12 @@ def test_neither_the_table_nor_the_number_of_slices_matters(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch", [1, 2, 4, 5])
-@pytest.mark.parametrize("centre", [0.0, 4.0])
+@pytest.mark.parametrize(("batch", "centre"), [(1, 0.0), (1, 4.0), (3, 4.0), (5, 4.0)])
 def test_nearly_tied_keys_are_told_apart(
     triton: ModuleType, dtype: torch.dtype, batch: int, centre: float
 ) -> None:
-    query, keys = ties_within_rounding(dtype, 70, 300, 1.0, 1, centre)
-    agree(query.expand(batch, 300), keys, torch.full((70,), math.inf))
+    query, keys = ties_within_rounding(dtype, 40, 300, 1.0, 1, centre)
+    agree(query.expand(batch, 300), keys, torch.full((40,), math.inf))
 
 
 def test_without_its_margin_a_kernel_would_take_the_wrong_key(
