@@ -250,3 +250,21 @@ def test_every_slice_settles_its_own_ties(batch: int, emulator: Emulator) -> Non
         expect(emulator, torch.full((batch, 24), INF, dtype=torch.bfloat16), keys, radii)
         radii[399] = INF
         expect(emulator, torch.full((batch, 24), INF, dtype=torch.bfloat16), keys, radii)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 9])
+def test_a_largest_radius_equal_to_the_distance_of_the_winner_keeps_it(
+    batch: int, emulator: Emulator
+) -> None:
+    # Every key is there twice, so that a slice knows the distance exactly, without a margin.
+    generator = torch.Generator().manual_seed(batch)
+    with emulator.device(processors=1):
+        for _ in range(20):
+            query = torch.randn(1, 40, generator=generator).bfloat16()
+            keys = torch.randn(4, 40, generator=generator).bfloat16().repeat(2, 1)
+            index, distance = reference.nearest(query, keys, torch.ones(8))
+            radii = torch.zeros(8)
+            radii[index] = distance
+            slots, distances = emulator("lookup", query.repeat(batch, 1), keys, radii)
+            assert slots.tolist() == index.tolist() * batch
+            assert same_bits(distances, distance.repeat(batch))
