@@ -6,7 +6,7 @@ STAMPS := .stamps
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 BUILD_INPUTS := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: setup demo test lint format bench gpu-check wheel clean help
+.PHONY: setup demo test lint format bench check-aot gpu-check wheel clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -58,6 +58,9 @@ format: $(STAMPS)/lint ## rewrite the files in house style
 
 bench: $(STAMPS)/bench ## ratios of the CPU lookup to its peers
 	$(BIN)/python benchmarks/cpu_lookup.py
+
+check-aot: $(STAMPS)/build ## compile the Triton kernel for every tile, type and architecture (no GPU needed)
+	$(BIN)/python benchmarks/check_aot.py --json benchmarks/results/aot.json --markdown benchmarks/results/aot.md
 
 # The Python of the machine as it is: where the GPU is, nothing may be installable.
 gpu-check: ## build, check and measure on a GPU with PYTHON as it is: make gpu-check OUT=DIR
