@@ -119,6 +119,22 @@ def order_shows(dtype: torch.dtype, batch: int, dim: int) -> tuple[Tensor, Tenso
     return query.to(dtype), torch.zeros(1, dim, dtype=dtype)
 
 
+def swap_shows(dtype: torch.dtype, place: int, lane: int) -> tuple[Tensor, Tensor]:
+    """Return a query `[1, 600]` and two keys of which the second is nearest, by the order alone.
+
+    In units of 2^20, the lane of the first key adds three times 2^-54 at its elements place - 2 to
+    place, which together still count beside the 1 that comes next, and one by one would not. With
+    2^-24 from another lane this makes s = 1 + 2^-23; were the last of them swapped with its
+    neighbour, s would be 1 as for the second key, and the first would win. `place` is 2 to 14.
+    """
+    query, keys = torch.zeros(1, 600), torch.zeros(2, 600)
+    elements = [n // 8 * 256 + lane * 8 + n % 8 for n in range(place - 2, place + 2)]
+    keys[0, elements] = torch.tensor([2.0**-17] * 3 + [2.0**10])
+    keys[0, (lane + 5) % 32 * 8] = 0.25
+    keys[1, 0] = 2.0**10
+    return query.to(dtype), keys.to(dtype)
+
+
 def fusion_shows(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return queries and a key `[B, 600]` for which a fused multiply-add gives another distance.
 

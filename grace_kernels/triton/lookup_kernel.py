@@ -387,6 +387,7 @@ def lookup_kernel(
         x = tl.load(query[:, None] + at[None, :], mask=asks[:, None] & (at < D)[None, :], other=0.0)
         square += tl.sum(x.to(tl.float32) * x.to(tl.float32), axis=1)
     asks = asks & (square == square)
+    end = tl.where(_any(asks, 0), end, begin)  # nothing to scan for
 
     low_1, place_1, low_2, high_1, radius, some_live = _scan(
         query, asks, square, keys, key_stride, radii, begin, end, D, relative, absolute,

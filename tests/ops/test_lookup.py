@@ -19,6 +19,7 @@ from grace_kernels.testing import (
     order_shows,
     regimes,
     same_bits,
+    swap_shows,
     ties_within_rounding,
 )
 
@@ -86,6 +87,18 @@ def test_the_inputs_tell_one_order_of_the_sum_from_another(dtype: torch.dtype) -
         for difference in (row - key.double()[0]).tolist():
             fused = Fraction(float(fused + Fraction(difference) ** 2))
         assert roots(torch.tensor(float(fused), dtype=torch.float64)) != distance
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_two_neighbours_in_a_lane_change_places(dtype: torch.dtype, backend: str) -> None:
+    for place in range(2, 15):
+        query, keys = swap_shows(dtype, place, lane=place % 9)
+        (index, distance), far = oracle(query, keys, torch.ones(2), None, bounded=False), 2.0**10
+        assert (index.item(), distance.item()) == (1, far)
+        queries = query.expand(1 + place % 6, 600)
+        index, distance = grace_kernels.nearest(queries, keys, torch.ones(2), backend=backend)
+        assert index.tolist() == [1] * len(queries)
+        assert distance.tolist() == [far] * len(queries)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

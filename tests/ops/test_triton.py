@@ -107,11 +107,14 @@ def test_without_its_margin_a_kernel_would_take_the_wrong_key(
 ) -> None:
     monkeypatch.setattr(triton.tiles, "error_bound", lambda *_: (0.0, 0.0))
     for batch in (1, 6):
-        query, keys = ties_within_rounding(torch.float32, 70, 700, 1.0, 1, 4.0)
-        radii = torch.full((70,), math.inf)
-        index, _ = grace_kernels.nearest(query.expand(batch, -1), keys, radii, backend="triton")
-        expected, _ = grace_kernels.nearest(query, keys, radii, backend="reference")
-        assert index.tolist() != expected.tolist() * batch
+        wrong = 0
+        for seed in range(6):
+            query, keys = ties_within_rounding(torch.float32, 40, 300, 1.0, seed, 4.0)
+            query, radii = query.expand(batch, -1), torch.full((40,), math.inf)
+            index, _ = grace_kernels.nearest(query, keys, radii, backend="triton")
+            expected, _ = grace_kernels.nearest(query, keys, radii, backend="reference")
+            wrong += int(not torch.equal(index, expected))
+        assert wrong > 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -121,10 +124,10 @@ def test_the_error_bound_holds_for_products_that_lose_as_much_as_a_tensor_core_m
     # Large norms and small distances, the worst there is for |x|^2 + |k|^2 - 2 x.k.
     generator = torch.Generator().manual_seed(3)
     for norm, spread in ((100.0, 1.0), (100.0, 0.01)):
-        centre = torch.randn(1, 300, generator=generator) * norm
-        keys = (centre + spread * torch.randn(90, 300, generator=generator)).to(dtype)
-        query = (centre + spread * torch.randn(6, 300, generator=generator)).to(dtype)
-        agree(query, keys, torch.full((90,), spread * 24))
+        centre = torch.randn(1, 140, generator=generator) * norm
+        keys = (centre + spread * torch.randn(20, 140, generator=generator)).to(dtype)
+        query = (centre + spread * torch.randn(5, 140, generator=generator)).to(dtype)
+        agree(query, keys, torch.full((20,), spread * 16))
 
 
 def test_the_tables_take_every_batch_with_a_bound_below_one_percent(triton: ModuleType) -> None:
@@ -150,7 +153,7 @@ def test_rows_too_wide_for_the_bound_are_compared_exactly(
     bound = triton.tiles.error_bound
     monkeypatch.setattr(triton.tiles, "error_bound", lambda tile, _, size: bound(tile, 2**21, size))
     for batch in (1, 6):
-        query, keys, radii = codebook(torch.float32, batch, 60, 50)
+        query, keys, radii = codebook(torch.float32, batch, 30, 50)
         agree(query, keys, radii)
 
 
@@ -270,14 +273,14 @@ def test_a_tile_spreads_its_rows_over_groups_without_losing_one(
     monkeypatch.setattr(triton.tiles, "choose", lambda *_: replace(tile, keys=32, groups=8))
     keys = torch.zeros(96, 20)
     keys[:, 0] = 10.0
-    for place in range(0, 96, 5):
+    for place in range(0, 96, 13):
         here = keys.clone()
         here[place, 0] = 1.0
         here[(place + 1) % 96, 0] = 1.0
         here[(place + 40) % 96, 0] = 1.0
         wanted = min(place, (place + 1) % 96, (place + 40) % 96)
-        query = torch.zeros(6, 20, dtype=torch.bfloat16)
+        query = torch.zeros(5, 20, dtype=torch.bfloat16)
         index, _ = grace_kernels.nearest(
             query, here.to(torch.bfloat16), torch.ones(96), backend="triton"
         )
-        assert index.tolist() == [wanted] * 6
+        assert index.tolist() == [wanted] * 5
