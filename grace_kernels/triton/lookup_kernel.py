@@ -24,6 +24,7 @@ _INF = tl.constexpr(float("inf"))
 _LARGEST = tl.constexpr(3.4028234663852886e38)
 _NO_ROW = tl.constexpr(2**62)
 _SLICES = tl.constexpr(64)  # partials looked at together
+_RADII = tl.constexpr(16384)  # are read in the time that a pass over PAIRS rows takes, roughly
 
 
 @triton.jit
@@ -94,9 +95,9 @@ def _limit(radius):
 @triton.jit
 def _largest_radius(radii, rows):
     """The largest of radii[:rows]; a NaN is passed over."""
-    largest = tl.full([1024], -_INF, tl.float32)
-    for start in range(0, rows, 1024):
-        at = start + tl.arange(0, 1024)
+    largest = tl.full([4096], -_INF, tl.float32)
+    for start in range(0, rows, 4096):
+        at = start + tl.arange(0, 4096).to(tl.int64)
         radius = tl.load(radii + at, mask=at < rows, other=-_INF)
         largest = tl.where(radius > largest, radius, largest)
     return tl.max(largest, axis=0)
@@ -233,10 +234,15 @@ def _settle(low_1, place_1, low_2, high_1, some_live, source, source_stride, ask
     several = _any(crowded, 0) | (tl.sum(candidate.to(tl.int32), axis=0) > 1)
     unsettled = asks & some_live & several
     if _any(unsettled, None):
-        if BOUNDED:  # beyond the largest radius nothing matters
-            row = tl.where(unsettled, -1, row)
-            unsettled = unsettled & (low <= _limit(_largest_radius(radii, n)))
         candidate = candidate & unsettled[None, :]
+        members = tl.cdiv(end - begin, BLOCK_N) * MEMBERS
+        passes = tl.sum(tl.where(candidate, tl.where(crowded, members // PAIRS + 1, 1), 0))
+        if BOUNDED:
+            # Beyond the largest radius nothing matters, if finding it is worth the while.
+            if passes * _RADII > n:
+                row = tl.where(unsettled, -1, row)
+                unsettled = unsettled & (low <= _limit(_largest_radius(radii, n)))
+                candidate = candidate & unsettled[None, :]
         low = tl.where(unsettled, _INF, low)
         row = tl.where(unsettled, _NO_ROW, row)
         while _any(candidate, None):
@@ -248,12 +254,12 @@ def _settle(low_1, place_1, low_2, high_1, some_live, source, source_stride, ask
             query = query + tl.zeros([PAIRS], tl.int64)
             known = begin + tl.max(tl.where(here, place_1, -1))
             every = _any(here & crowded, None)
-            members = tl.where(every, tl.cdiv(end - begin, BLOCK_N) * MEMBERS, 1)
-            for start in range(0, members, PAIRS):
+            scored = tl.where(every, members, 1)
+            for start in range(0, scored, PAIRS):
                 at = start + tl.arange(0, PAIRS).to(tl.int64)
                 at_row = begin + at // MEMBERS * BLOCK_N + one % GROUPS * MEMBERS + at % MEMBERS
                 at_row = tl.where(every, at_row, known)
-                wanted = (at < members) & (at_row < end)
+                wanted = (at < scored) & (at_row < end)
                 wanted = wanted & (tl.load(radii + at_row, mask=wanted, other=-_INF) != -_INF)
                 s = _squared_distances(query, keys + at_row * key_stride, wanted, D)
                 s_least = tl.min(tl.where(wanted, s, _INF), axis=0)

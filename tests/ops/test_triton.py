@@ -7,6 +7,7 @@ scheduling and its arithmetic on tensor cores are not.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Iterator
 from dataclasses import replace
@@ -173,6 +174,23 @@ def test_outputs_and_workspace_may_hold_anything_before_and_tickets_are_zero_aft
         agree(query, keys, radii, count=0)
     counters = triton.tickets.take(torch.device("cpu"), 3)
     assert counters.tolist() == [0] * len(counters)
+
+
+@pytest.mark.parametrize("radii_in_a_pass", [0, 10**6])
+def test_a_slice_settles_alike_with_and_without_the_largest_radius(
+    triton: ModuleType, monkeypatch: pytest.MonkeyPatch, radii_in_a_pass: int
+) -> None:
+    import triton.language as tl
+
+    kernel = importlib.import_module("grace_kernels.triton.lookup_kernel")
+    monkeypatch.setattr(kernel, "_RADII", tl.constexpr(radii_in_a_pass))
+    for batch in (1, 5):
+        query, keys = ties_within_rounding(torch.float32, 30, 90, 1.0, 2, 4.0)
+        _, distance = grace_kernels.nearest(query, keys, torch.ones(30), backend="reference")
+        radii = torch.full((30,), 0.5 * distance.item())
+        assert agree(query.expand(batch, 90), keys, radii).tolist() == [-1] * batch
+        radii[3] = 2 * distance.item()
+        agree(query.expand(batch, 90), keys, radii)
 
 
 def test_queries_beyond_one_launch_are_answered_too(
