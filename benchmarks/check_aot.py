@@ -3,8 +3,10 @@
 For each architecture, each element type, each row of the tile table and each operation, compiled
 exactly as the launcher would launch it:
 
-* no spills to local memory, registers within 255, shared memory within what a block may have;
-* the loops over the keys have no 64-bit floating point, and load or copy keys 16 bytes at a time.
+* no spills to local memory, shared memory within what a block may have;
+* the loops over the keys have no 64-bit floating point, and load or copy keys 16 bytes at a time;
+* the exact distance is not fused and flushes nothing, its root is correctly rounded, and arrivals
+  are counted with acquire and release.
 
     python benchmarks/check_aot.py [--arch 90 ...] [--dtype bfloat16 ...] [--operation lookup ...]
         [--first-row] [--json FILE] [--markdown FILE]
@@ -165,6 +167,17 @@ def check(architecture: int, dtype: str, operation: str, tile: tiles.Tile, batch
             row.wide_loads = max(row.wide_loads, wide)
         if re.search(r"wgmma|mma\.sync|tcgen05\.mma", text) and ".f64" in text:
             row.faults.append("fp64 in a loop with tensor cores")
+    ptx = kernel.asm["ptx"]
+    for what, pattern, wanted in (
+        ("fused fp64", r"fma\S*\.f64", False),
+        ("flushing of subnormals", r"\.ftz\b", False),
+        ("fp64 products", r"mul\S*\.f64", True),
+        ("a correctly rounded root", r"sqrt\.rn\.f32", True),
+        ("a counter with acquire and release", r"atom\.global\S*\.acq_rel\S*\.add", True),
+        ("loads of partials past the first cache", r"ld\.global\.cg", True),
+    ):
+        if bool(re.search(pattern, ptx)) != wanted:
+            row.faults.append(f"{'no ' if wanted else ''}{what}")
     if row.key_loops == 0:
         row.faults.append("no loop without fp64 loads its tile of keys 16 bytes at a time")
     return row

@@ -119,7 +119,8 @@ def adapt_(
         query_row: `[B]` int64, less than S; negative: sequence b does not ask, its index is -1, and
             its first and last row are not read.
         first_row, last_row: `[B]` int64, 0 <= first <= last <= R. Where the ranges of two hits
-            overlap, the later sequence's value stands.
+            overlap, the later sequence's value stands on a CPU; on a GPU each element holds one of
+            the two.
         keys, radii, count, backend: as for `lookup`, `keys` in the dtype of `source`.
         values: `[C, V]`, the dtype of `hidden`.
 
@@ -176,7 +177,8 @@ def adapt(
 
     The gradient of a replaced row goes to the value that replaced it (summed over the rows in
     ascending order, in float32 or wider) and is zero for `hidden`. `source`, `keys` and `radii` get
-    none. There are no second derivatives, no forward mode and no batching rule: of torch.func,
+    none. Where ranges overlap, the later sequence's value gets it, though on a GPU the other may
+    stand. There are no second derivatives, no forward mode and no batching rule: of torch.func,
     grad, vjp and jacrev work; jvp and vmap raise.
 
     Args:
@@ -218,9 +220,11 @@ def warmup(
     """Compile and load what a server will need, so that no request pays for it.
 
     Calls `nearest`, `lookup` and `adapt_` once for every batch size on a codebook of one dead entry
-    and waits for the device. Kernels are compiled per dtype, kind of batch size and divisibility of
-    `dim` and `value_dim` by 16, never per number of entries; what triton has compiled it keeps on
-    disk. A call that is captured into a CUDA graph needs a warm device.
+    and waits for the device, with `count` given and not. Kernels are compiled per dtype, row of the
+    table of tiles, and whether strides and addresses of queries, keys, values and outputs are
+    multiples of 16 (taken to be so here where the widths are), never per number of entries; what
+    triton has compiled it keeps on disk. A call that is captured into a CUDA graph needs a warm
+    device.
 
     Args:
         dim: D, the width of keys and queries.

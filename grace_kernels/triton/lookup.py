@@ -13,6 +13,7 @@ from .lookup_kernel import lookup_kernel
 
 _MOST_QUERIES = 4096  # per launch
 _MOST_SLICES = 1024
+_MOST_COUNTED = 1 << 30  # rows and steps of a slice
 
 
 class _Written(NamedTuple):
@@ -22,6 +23,10 @@ class _Written(NamedTuple):
     first_row: Tensor
     last_row: Tensor
     values: Tensor
+
+    def part(self, queries: slice) -> _Written:
+        """Return what some of the queries write."""
+        return self._replace(first_row=self.first_row[queries], last_row=self.last_row[queries])
 
 
 @lru_cache
@@ -33,11 +38,13 @@ def machine(device: torch.device) -> tuple[tuple[int, int], int]:
     return (properties.major, properties.minor), properties.multi_processor_count
 
 
-def slices_of(tile: tiles.Tile, capacity: int, batch: int, multiprocessors: int) -> int:
+def slices_of(tile: tiles.Tile, capacity: int, dim: int, batch: int, multiprocessors: int) -> int:
     """Return how many slices the keys are cut into. It does not depend on the rows in use."""
     blocks = -(-batch // tile.queries)
     wanted = max(1, multiprocessors * tile.resident // blocks)
-    return max(1, min(wanted, -(-capacity // tile.keys), _MOST_SLICES))
+    wanted = min(wanted, -(-capacity // tile.keys), _MOST_SLICES)
+    steps = -(-capacity // tile.keys) * -(-dim // tile.elements)  # in all; 32 bits count a slice's
+    return max(1, wanted, -(-capacity // _MOST_COUNTED), -(-steps // _MOST_COUNTED))
 
 
 def nearest(
@@ -79,6 +86,7 @@ def _all(
     bounded: bool,
     written: _Written | None,
 ) -> tuple[Tensor, Tensor]:
+    _check(source, query_row, keys, radii, count, written)
     device = source.device
     source, keys, radii = _packed(source), _packed(keys), _packed(radii)
     batch = source.shape[0] if query_row is None else query_row.shape[0]
@@ -86,30 +94,41 @@ def _all(
     distance = torch.empty(batch, dtype=torch.float32, device=device)
     if batch == 0:
         return index, distance
-    tile = tiles.choose(machine(device)[0], keys.element_size(), min(batch, _MOST_QUERIES))
+    at_once = min(batch, _MOST_QUERIES)
+    capability, multiprocessors = machine(device)
+    tile = tiles.choose(capability, keys.element_size(), at_once)
+    slices = slices_of(tile, *keys.shape, at_once, multiprocessors)
+    blocks = -(-at_once // tile.queries)
     if written is not None and batch > tile.queries and _overlap(written.hidden, source):
         source = source.clone()  # one block of queries writes while another one still reads
     with tickets.launching_on(device):
-        if batch <= _MOST_QUERIES:
-            _launch(source, query_row, keys, radii, count, bounded, written, index, distance, tile)
-            return index, distance
-        for start in range(0, batch, _MOST_QUERIES):
-            part = slice(start, start + _MOST_QUERIES)
+        # torch's allocator gives these out per stream, and keeps them to a graph that captures.
+        bounds = torch.empty((2 * at_once + blocks) * slices, dtype=torch.float32, device=device)
+        rows = torch.empty(at_once * slices, dtype=torch.int64, device=device)
+        workspace = bounds, rows, tickets.take(device, blocks)
+        if batch == at_once:
+            answers = index, distance
             _launch(
-                source[part] if query_row is None else source,
-                None if query_row is None else query_row[part],
-                keys,
-                radii,
-                count,
-                bounded,
-                written
-                and written._replace(
-                    first_row=written.first_row[part], last_row=written.last_row[part]
-                ),
-                index[part],
-                distance[part],
-                tile,
-            )
+                source, query_row, keys, radii, count, bounded, written, answers, workspace, tile,
+                slices,
+            )  # fmt: skip
+            return index, distance
+        for start in range(0, batch, at_once):
+            part = slice(start, start + at_once)
+            try:
+                _launch(
+                    source[part] if query_row is None else source,
+                    None if query_row is None else query_row[part],
+                    keys, radii, count, bounded,
+                    None if written is None else written.part(part),
+                    (index[part], distance[part]), workspace, tile, slices,
+                )  # fmt: skip
+            except RuntimeError as error:
+                if start == 0:
+                    raise
+                raise RuntimeError(
+                    f"the first {start} queries were answered; then {error}"
+                ) from error
     return index, distance
 
 
@@ -121,18 +140,13 @@ def _launch(
     count: Tensor | None,
     bounded: bool,
     written: _Written | None,
-    index: Tensor,
-    distance: Tensor,
+    answers: tuple[Tensor, Tensor],
+    workspace: tuple[Tensor, Tensor, Tensor],
     tile: tiles.Tile,
+    slices: int,
 ) -> None:
     """Answer up to 4096 queries with one launch on the current stream."""
-    device = source.device
-    batch, dim = index.shape[0], keys.shape[1]
-    blocks = -(-batch // tile.queries)
-    slices = slices_of(tile, keys.shape[0], batch, machine(device)[1])
-    # torch's allocator gives this out per stream, and keeps it to the graph that captures it.
-    bounds = torch.empty((2 * batch + blocks) * slices, dtype=torch.float32, device=device)
-    rows = torch.empty(batch * slices, dtype=torch.int64, device=device)
+    batch, dim, size = answers[0].shape[0], keys.shape[1], keys.element_size()
     if written is None:
         output: tuple = (None, 0, 0, None, None, None, 0, 0)
         output_shape = (0, 0)
@@ -141,20 +155,57 @@ def _launch(
         output = (hidden, *hidden.stride(), first_row, last_row, values, *values.stride())
         output_shape = hidden.shape
     try:
-        lookup_kernel[(slices, blocks)](
+        lookup_kernel[(slices, -(-batch // tile.queries))](
             source, source.stride(0), query_row, keys, keys.stride(0), radii, count,
-            index, distance, bounds, rows, tickets.take(device, blocks), *output,
+            *answers, *workspace, *output,
             batch, source.shape[0], output_shape[0], keys.shape[0], dim, output_shape[1],
-            *tiles.error_bound(tile, dim, keys.element_size()),
-            BOUNDED=bounded, DIRECT=tile.direct, PRECISION=tiles.precision(keys.element_size()),
+            *tiles.error_bound(tile, dim, size),
+            BOUNDED=bounded, DIRECT=tile.direct, PRECISION=tiles.precision(size),
             BLOCK_B=tile.queries, BLOCK_N=tile.keys, BLOCK_D=tile.elements, GROUPS=tile.groups,
             PAIRS=tile.pairs, STAGES=tile.stages, num_warps=tile.warps, enable_fp_fusion=False,
         )  # fmt: skip
     except Exception as error:
         raise RuntimeError(
-            f"the Triton lookup did not start on {device}, and nothing was written: "
+            f"the Triton lookup did not start on {source.device} and wrote nothing: "
             f"{type(error).__name__}: {error}; backend='cuda' or backend='reference' may still work"
         ) from error
+
+
+def _check(
+    source: Tensor,
+    query_row: Tensor | None,
+    keys: Tensor,
+    radii: Tensor,
+    count: Tensor | None,
+    written: _Written | None,
+) -> None:
+    """Refuse what would be read or written out of bounds; api.py says more about it."""
+    capacity = keys.shape[0]
+    if not source.dim() == keys.dim() == 2 or radii.shape != (capacity,):
+        raise ValueError("query and keys must have rank 2 and radii a number per key")
+    if source.shape[1] != keys.shape[1] or source.dtype != keys.dtype:
+        raise ValueError("query and keys must have one width and dtype")
+    if radii.dtype != torch.float32:
+        raise ValueError(f"radii must be float32, got {radii.dtype}")
+    numbers = [query_row, count]
+    others = [keys, radii]
+    if written is not None:
+        hidden, first_row, last_row, values = written
+        if hidden.dim() != 2 or values.shape[1:] != hidden.shape[1:] or len(values) < capacity:
+            raise ValueError("hidden and values must have one width, and values a row per key")
+        if hidden.dtype != values.dtype:
+            raise ValueError("hidden and values must have one dtype")
+        if not first_row.shape == last_row.shape == query_row.shape:  # type: ignore[union-attr]
+            raise ValueError("query_row, first_row and last_row must have one length")
+        numbers += [first_row, last_row]
+        others += [hidden, values]
+    integers = [tensor for tensor in numbers if tensor is not None]
+    if any(tensor.dtype != torch.int64 for tensor in integers):
+        raise ValueError("query_row, first_row, last_row and count must be int64")
+    if any(tensor.device != source.device for tensor in (*others, *integers)):
+        raise ValueError(
+            f"all arguments must be on one device, that of the queries {source.device}"
+        )
 
 
 def _packed(tensor: Tensor) -> Tensor:
@@ -163,5 +214,15 @@ def _packed(tensor: Tensor) -> Tensor:
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Tell whether two tensors may share memory."""
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    """Tell whether the memory that two tensors span meets."""
+    if a.numel() == 0 or b.numel() == 0:
+        return False
+    (a_first, a_end), (b_first, b_end) = _span(a), _span(b)
+    return a_first < b_end and b_first < a_end
+
+
+def _span(matrix: Tensor) -> tuple[int, int]:
+    """Return the addresses of the first byte and of the one after the last."""
+    reach = sum((n - 1) * step for n, step in zip(matrix.shape, matrix.stride(), strict=True))
+    first = matrix.data_ptr()
+    return first, first + (reach + 1) * matrix.element_size()

@@ -104,47 +104,19 @@ def _largest_radius(radii, rows):
 
 
 @triton.jit
-def _direct(query, asks, keys, key_stride, row, inside, D, relative, absolute,
-            BLOCK_D: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Bounds [BLOCK_N, BLOCK_B] of s from squared differences."""
-    c = tl.zeros([row.shape[0], query.shape[0]], tl.float32)
-    key = keys + row * key_stride
-    for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
-        at = start + tl.arange(0, BLOCK_D)
-        there = (at < D)[None, None, :]
-        k = tl.load(
-            key[:, None, None] + at[None, None, :], mask=inside[:, None, None] & there, other=0.0
-        )
-        x = tl.load(
-            query[None, :, None] + at[None, None, :], mask=asks[None, :, None] & there, other=0.0
-        )
-        difference = k.to(tl.float32) - x.to(tl.float32)
-        c += tl.sum(difference * difference, axis=2)
+def _direct_bounds(c, relative, absolute):
+    """Bounds of s from sums of squared differences."""
     error = c * relative + absolute
     # A NaN is exact: s counts as +inf. An overflow says that s is near the largest fp32 or beyond.
     low = tl.where(c <= _LARGEST, c - error, tl.where(c == c, _LARGEST - _LARGEST * relative, _INF))
-    high = tl.where(c <= _LARGEST, c + error, _INF)
-    return low, high
+    return low, tl.where(c <= _LARGEST, c + error, _INF)
 
 
 @triton.jit
-def _dot(query, asks, square, keys, key_stride, row, inside, D, relative, absolute,
-         BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Low bounds [BLOCK_N, BLOCK_B] of s from norms and products, and [BLOCK_B] what is to be added
-    to any of them for a high bound.
+def _dot_bounds(product, norm, square, relative, absolute):
+    """Low bounds [BLOCK_N, BLOCK_B] of s from minus x.k, |k|^2 and |x|^2, and [BLOCK_B] what is to
+    be added to any of them for a high bound.
     """
-    product = tl.zeros([row.shape[0], query.shape[0]], tl.float32)  # minus x.k
-    norm = tl.zeros([row.shape[0]], tl.float32)
-    key = keys + row * key_stride
-    for start in tl.range(0, D, BLOCK_D, num_stages=STAGES):
-        at = start + tl.arange(0, BLOCK_D)
-        there = at < D
-        k = tl.load(key[:, None] + at[None, :], mask=inside[:, None] & there[None, :], other=0.0)
-        x = tl.load(query[None, :] + at[:, None], mask=asks[None, :] & there[:, None], other=0.0)
-        # A subtraction, since Triton would make an addition the accumulator of the product.
-        product -= tl.dot(k, x, input_precision=PRECISION)
-        wide = k.to(tl.float32)
-        norm += tl.sum(wide * wide, axis=1)
     size = square[None, :] + norm[:, None]
     low = size + 2.0 * product - (size * relative + absolute)
     # Where something overflowed nothing is known, but that a key with a NaN is at +inf.
@@ -177,37 +149,67 @@ def _scan(query, asks, square, keys, key_stride, radii, begin, end, D, relative,
     some_live = tl.zeros([BLOCK_N], tl.int1)
     member = tl.arange(0, MEMBERS)[None, :, None]
     group = tl.arange(0, GROUPS)[:, None] * MEMBERS
-    for tile in range(begin, end, BLOCK_N):
-        row = tile + tl.arange(0, BLOCK_N).to(tl.int64)
+    # Sums of squares, or minus x.k and |k|^2, of the tile that is being read.
+    coarse = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
+    norm = tl.zeros([BLOCK_N], tl.float32)
+    # One loop over tiles and their chunks, so that loads run ahead from one tile into the next.
+    chunks = tl.maximum(tl.cdiv(D, BLOCK_D), 1)
+    steps = tl.cdiv((end - begin).to(tl.int32), BLOCK_N) * chunks
+    for step in tl.range(0, steps, num_stages=STAGES):
+        tile = step // chunks * BLOCK_N
+        row = begin + tile + tl.arange(0, BLOCK_N).to(tl.int64)
         inside = row < end
-        radius = tl.load(radii + row, mask=inside, other=-_INF)
-        live = radius != -_INF
-        some_live = some_live | live
-        largest = tl.where(radius > largest, radius, largest)  # a NaN is passed over
+        at = step % chunks * BLOCK_D + tl.arange(0, BLOCK_D)
+        there = at < D
+        key = keys + row * key_stride
         if DIRECT:
-            least, high = _direct(
-                query, asks, keys, key_stride, row, inside, D, relative, absolute, BLOCK_D, STAGES
-            )
-            least = tl.where(live[:, None], least, _INF)
-            high = tl.where(live[:, None], high, _INF)
-            place = group + tl.zeros([GROUPS, BLOCK_B], tl.int32)
-        else:
-            low, slack = _dot(
-                query, asks, square, keys, key_stride, row, inside, D, relative, absolute,
-                BLOCK_D, PRECISION, STAGES,
+            k = tl.load(
+                key[:, None, None] + at[None, None, :],
+                mask=inside[:, None, None] & there[None, None, :], other=0.0,
             )  # fmt: skip
-            low = tl.where(live[:, None], low, _INF)
-            low = tl.reshape(low, [GROUPS, MEMBERS, BLOCK_B])
-            least = tl.min(low, axis=1)
-            who = tl.min(tl.where(low == least[:, None, :], member, MEMBERS), axis=1)
-            next_low = tl.min(tl.where(member == who[:, None, :], _INF, low), axis=1)
-            low_2 = tl.minimum(low_2, next_low)
-            high = tl.where(least > -_INF, least + slack[None, :], _INF)
-            place = group + who
-        place_1 = tl.where(least < low_1, place + (tile - begin).to(tl.int32), place_1)
-        low_2 = tl.minimum(low_2, tl.maximum(low_1, least))
-        low_1 = tl.minimum(low_1, least)
-        high_1 = tl.minimum(high_1, high)
+            x = tl.load(
+                query[None, :, None] + at[None, None, :],
+                mask=asks[None, :, None] & there[None, None, :], other=0.0,
+            )  # fmt: skip
+            difference = k.to(tl.float32) - x.to(tl.float32)
+            coarse += tl.sum(difference * difference, axis=2)
+        else:
+            k = tl.load(
+                key[:, None] + at[None, :], mask=inside[:, None] & there[None, :], other=0.0
+            )
+            x = tl.load(
+                query[None, :] + at[:, None], mask=asks[None, :] & there[:, None], other=0.0
+            )
+            # A subtraction, since Triton would make an addition the accumulator of the product.
+            coarse -= tl.dot(k, x, input_precision=PRECISION)
+            wide = k.to(tl.float32)
+            norm += tl.sum(wide * wide, axis=1)
+        if step % chunks == chunks - 1:
+            radius = tl.load(radii + row, mask=inside, other=-_INF)
+            live = radius != -_INF
+            some_live = some_live | live
+            largest = tl.where(radius > largest, radius, largest)  # a NaN is passed over
+            if DIRECT:
+                least, high = _direct_bounds(coarse, relative, absolute)
+                least = tl.where(live[:, None], least, _INF)
+                high = tl.where(live[:, None], high, _INF)
+                place = group + tl.zeros([GROUPS, BLOCK_B], tl.int32)
+            else:
+                low, slack = _dot_bounds(coarse, norm, square, relative, absolute)
+                low = tl.where(live[:, None], low, _INF)
+                low = tl.reshape(low, [GROUPS, MEMBERS, BLOCK_B])
+                least = tl.min(low, axis=1)
+                who = tl.min(tl.where(low == least[:, None, :], member, MEMBERS), axis=1)
+                next_low = tl.min(tl.where(member == who[:, None, :], _INF, low), axis=1)
+                low_2 = tl.minimum(low_2, next_low)
+                high = tl.where(least > -_INF, least + slack[None, :], _INF)
+                place = group + who
+            place_1 = tl.where(least < low_1, place + tile, place_1)
+            low_2 = tl.minimum(low_2, tl.maximum(low_1, least))
+            low_1 = tl.minimum(low_1, least)
+            high_1 = tl.minimum(high_1, high)
+            coarse = tl.zeros([BLOCK_N, BLOCK_B], tl.float32)
+            norm = tl.zeros([BLOCK_N], tl.float32)
     return low_1, place_1, low_2, high_1, tl.max(largest, axis=0), _any(some_live, 0)
 
 
@@ -226,8 +228,8 @@ def _settle(low_1, place_1, low_2, high_1, some_live, source, source_stride, ask
     group = tl.arange(0, GROUPS)[:, None]
     high = tl.min(high_1, axis=0)
     low = tl.min(low_1, axis=0)
-    unknown = (high == _INF)[None, :]  # or everything is far: all live keys are candidates
-    crowded = (low_2 <= high[None, :]) | unknown  # groups with more candidates than they know
+    # Groups with more candidates than they know: all, where nothing is known or everything is far.
+    crowded = low_2 <= high[None, :]
     candidate = ((place_1 >= 0) & (low_1 <= high[None, :])) | crowded
     row = begin + tl.max(tl.where(candidate, place_1, -1), axis=0)
     row = tl.where(asks & some_live & _any(candidate, 0), row, -1)
@@ -237,12 +239,14 @@ def _settle(low_1, place_1, low_2, high_1, some_live, source, source_stride, ask
         candidate = candidate & unsettled[None, :]
         members = tl.cdiv(end - begin, BLOCK_N) * MEMBERS
         passes = tl.sum(tl.where(candidate, tl.where(crowded, members // PAIRS + 1, 1), 0))
-        if BOUNDED:
+        if BOUNDED:  # noqa: SIM102 (decided when compiled, and what follows while running)
             # Beyond the largest radius nothing matters, if finding it is worth the while.
             if passes * _RADII > n:
+                limit = _limit(_largest_radius(radii, n))
                 row = tl.where(unsettled, -1, row)
-                unsettled = unsettled & (low <= _limit(_largest_radius(radii, n)))
-                candidate = candidate & unsettled[None, :]
+                unsettled = unsettled & (low <= limit)
+                candidate = candidate & unsettled[None, :] & (low_1 <= limit)
+                crowded = crowded & (low_2 <= limit)
         low = tl.where(unsettled, _INF, low)
         row = tl.where(unsettled, _NO_ROW, row)
         while _any(candidate, None):

@@ -3,7 +3,8 @@
 A launch counts the programs that have finished with a block of queries; the last one stores zero
 back. Launches that may run at the same time need counters of their own: eager calls have those of
 their device, stream and thread, and a call that is captured into a graph gets fresh ones, since the
-graph may be replayed beside anything.
+graph may be replayed beside anything. A stream is told by its handle: one from outside torch must
+not be destroyed while a call on it is under way.
 """
 
 from __future__ import annotations
@@ -43,13 +44,11 @@ def take(device: torch.device, blocks: int) -> Tensor:
     return _of_thread(device, torch.cuda.current_stream(device).cuda_stream, blocks)
 
 
-def prepare(device: torch.device) -> None:
-    """Allocate the counters of `device`, which a captured call finds there."""
-    with _lock:
-        _reserve(device, 0)
-
-
 def _of_thread(device: torch.device, stream: int, blocks: int) -> Tensor:
+    slab = _slabs.get(device)
+    if slab is None or slab[1] + _CAPTURES > _SLAB:  # captures, which cannot allocate, need some
+        with _lock:
+            _reserve(device, _CAPTURES)
     key = (device, stream, threading.get_ident())
     counters = _own.get(key)
     if counters is None or counters.shape[0] < blocks:
@@ -77,18 +76,24 @@ def _reserve(device: torch.device, blocks: int) -> None:
     if used + blocks <= _SLAB and device in _slabs:
         return
     made: list[Tensor] = []
+    errors: list[Exception] = []
 
     def allocate() -> None:
-        made.append(torch.zeros(_SLAB, dtype=torch.int32, device=device))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        try:
+            made.append(torch.zeros(_SLAB, dtype=torch.int32, device=device))
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        except Exception as error:
+            errors.append(error)
 
     # In a thread of its own, since torch may be directing this one's allocations into the memory of
     # a graph that it is warming up, and takes that back.
     thread = threading.Thread(target=allocate)
     thread.start()
     thread.join()
-    if not made:
-        raise RuntimeError(f"counters on {device} could not be allocated")
+    if errors:
+        raise RuntimeError(
+            f"counters of arrivals on {device} could not be allocated: {errors[0]}"
+        ) from errors[0]
     _kept.append(made[0])
     _slabs[device] = (made[0], 0)

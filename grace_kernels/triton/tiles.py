@@ -6,6 +6,7 @@ multiprocessor (at least 48 KiB), registers (no spills, see `make check-aot`) an
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -41,7 +42,7 @@ class Tile:
 # Shared memory: sm_90 and sm_100 have 227 KiB, sm_80 163 KiB, its smaller relatives 99 KiB.
 _SM90 = {
     2: (
-        Tile(1, True, 1, 16, 512, 16, 8, 4, 4, 2),
+        Tile(1, True, 1, 16, 256, 16, 4, 4, 8, 2),
         Tile(2, True, 2, 16, 256, 16, 4, 4, 6, 2),
         Tile(4, True, 4, 8, 256, 8, 4, 4, 8, 2),
         Tile(16, False, 16, 64, 128, 16, 16, 4, 4, 2),
@@ -49,7 +50,7 @@ _SM90 = {
         Tile(None, False, 64, 128, 64, 8, 16, 8, 4, 1),
     ),
     4: (
-        Tile(1, True, 1, 16, 256, 16, 8, 4, 4, 2),
+        Tile(1, True, 1, 16, 256, 16, 4, 4, 5, 2),
         Tile(2, True, 2, 16, 256, 16, 8, 4, 4, 2),
         Tile(4, True, 4, 8, 256, 8, 8, 4, 6, 2),
         Tile(16, False, 16, 64, 32, 16, 8, 4, 6, 2),
@@ -58,7 +59,7 @@ _SM90 = {
 }
 _SM80 = {
     2: (
-        Tile(1, True, 1, 16, 512, 16, 8, 4, 3, 2),
+        Tile(1, True, 1, 16, 256, 16, 4, 4, 6, 2),
         Tile(2, True, 2, 16, 256, 16, 8, 4, 4, 2),
         Tile(4, True, 4, 8, 256, 8, 8, 4, 6, 2),
         Tile(16, False, 16, 64, 128, 16, 16, 4, 3, 2),
@@ -66,7 +67,7 @@ _SM80 = {
         Tile(None, False, 64, 128, 64, 8, 16, 8, 3, 1),
     ),
     4: (
-        Tile(1, True, 1, 16, 256, 16, 8, 4, 3, 2),
+        Tile(1, True, 1, 16, 256, 16, 4, 4, 3, 2),
         Tile(2, True, 2, 16, 256, 16, 8, 4, 3, 2),
         Tile(4, True, 4, 8, 256, 8, 8, 4, 4, 2),
         Tile(16, False, 16, 64, 32, 16, 8, 4, 4, 2),
@@ -111,23 +112,23 @@ def error_bound(tile: Tile, dim: int, element_size: int) -> tuple[float, float]:
       (1 - m u), m = dim / elements + elements + 4. 1.25 g covers the step from S to c.
     * dot: squares and additions of the norms as above. Products of 16-bit elements are exact;
       those of float32 taken as three of tf32 lose at most 2^-18. A step of a tensor core adds 16
-      (tf32: 8) products to its accumulator and errs by at most 2^-19.7 of the sum of magnitudes,
-      which is 17 addends cut off at the 24th bit of the largest, and a cut of the sum. Measured on
-      V100 to H100 by Fasi, Higham, Mikaitis and Pranesh (PeerJ CS 2021) and their successors, the
-      cut is there or lower. All magnitudes together are at most |x| |k| <= (|x|^2 + |k|^2) / 2,
-      and twice x.k enters.
+      (tf32: 8) products to its accumulator and errs by at most 2^-18.8 of the sum of magnitudes:
+      17 addends, each cut off at the 24th bit of the largest, with as much again for doing it in
+      two halves and for the cut of the sum. Measured on V100 to H100 by Fasi, Higham, Mikaitis and
+      Pranesh (PeerJ CS 2021) and their successors, the cuts are there or lower. All magnitudes
+      together are at most |x| |k| <= (|x|^2 + |k|^2) / 2, and twice x.k enters.
 
-    What underflows is at most 2^-126 per element, also where a unit flushes subnormal numbers. Both
-    bounds have room for the rounding of the bounds themselves.
+    What underflows is less than 2^-123 per element, also where a unit flushes subnormal numbers.
+    Both bounds have room for the rounding of the bounds themselves.
     """
     u = 2.0**-24
     chunks = -(-dim // tile.elements)
     if dim > 1 << 20:  # beyond what the first-order terms are good for: everything is computed
-        return 0.0, 3.4028234663852886e38
+        return 1.0, math.inf
     if tile.direct:
         m = chunks + tile.elements + 4
         return 1.25 * m * u / (1 - m * u) + 2.0**-20, (dim + 16) * 2.0**-147
     norms = (chunks + max(tile.elements, 128) + 3) * u
     steps = tile.elements / 16 if element_size == 2 else 3 * tile.elements / 8
-    products = steps * 2.0**-19.7 + (chunks + 2) * u + (2.0**-18 if element_size == 4 else 0)
-    return 1.1 * (norms + products + 4 * u) + 2.0**-20, (dim + 16) * 2.0**-126
+    products = steps * 2.0**-18.8 + (chunks + 2) * u + (2.0**-18 if element_size == 4 else 0)
+    return 1.1 * (norms + products + 4 * u) + 2.0**-20, (dim + 16) * 2.0**-120

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-ERROR = 2.0**-19.7 / 16  # of a product's magnitude, for each element summed up
+ERROR = 2.0**-18.8 / 16  # of a product's magnitude, for each element summed up
 _noise = np.random.default_rng(0)
 
 

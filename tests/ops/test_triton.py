@@ -143,9 +143,20 @@ def test_the_tables_take_every_batch_with_a_bound_below_one_percent(triton: Modu
                 for dim in (1, 768, 4096, 11008):
                     relative, absolute = tiles.error_bound(tile, dim, size)
                     assert 2**-20 < relative < 0.01
-                    assert 0 < absolute < 1e-30
+                    assert 0 < absolute < 1e-31
             # Beyond the terms the bound was derived for, nothing is concluded from a coarse result.
-            assert tiles.error_bound(table[0], 1 << 21, size)[1] > 1e38
+            assert tiles.error_bound(table[0], 1 << 21, size)[1] == math.inf
+
+
+def test_the_slices_follow_the_capacity_and_stay_countable(triton: ModuleType) -> None:
+    tile = triton.tiles.choose((9, 0), 2, 1)
+    assert triton.slices_of(tile, 0, 768, 1, 132) == 1
+    assert triton.slices_of(tile, 1000, 768, 1, 132) == 63
+    assert triton.slices_of(tile, 10**6, 768, 1, 132) == 264
+    assert triton.slices_of(tile, 2**31, 64, 1, 1) == 2
+    assert triton.slices_of(tile, 2**31, 11008, 4096, 1) == 6
+    wide = triton.tiles.choose((9, 0), 2, 4096)
+    assert triton.slices_of(wide, 10**6, 768, 4096, 132) == 2
 
 
 def test_rows_too_wide_for_the_bound_are_compared_exactly(
@@ -176,6 +187,27 @@ def test_outputs_and_workspace_may_hold_anything_before_and_tickets_are_zero_aft
     assert counters.tolist() == [0] * len(counters)
 
 
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_blocker_in_one_slice_stops_an_answer_from_another(
+    triton: ModuleType, monkeypatch: pytest.MonkeyPatch, batch: int, order: int
+) -> None:
+    # Three entries at distance 1 that reach less far, in one slice; one at 2 that reaches it, in
+    # another. Without the largest radius of all, the first slice would drop what it has to score.
+    entries = 128
+    keys = torch.full((entries, 8), 100.0)
+    radii = torch.full((entries,), 0.1)
+    keys[:3], keys[-1] = 0.0, 0.0
+    keys[:3, 0], keys[-1, 0], radii[-1] = 1.0, 2.0, 5.0
+    monkeypatch.setattr(triton, "slices_of", lambda *_: 2)
+    query = torch.zeros(batch, 8)
+    ordered = torch.arange(entries) if order == 1 else torch.arange(entries).flip(0)
+    assert agree(query, keys[ordered], radii[ordered]).tolist() == [-1] * batch
+    radii[:3] = -math.inf
+    reached = ordered.tolist().index(entries - 1)
+    assert agree(query, keys[ordered], radii[ordered]).tolist() == [reached] * batch
+
+
 @pytest.mark.parametrize("radii_in_a_pass", [0, 10**6])
 def test_a_slice_settles_alike_with_and_without_the_largest_radius(
     triton: ModuleType, monkeypatch: pytest.MonkeyPatch, radii_in_a_pass: int
@@ -200,6 +232,19 @@ def test_queries_beyond_one_launch_are_answered_too(
     query, keys, radii = codebook(torch.float32, 11, 40, 20)
     agree(query, keys, radii)
     p = problem()
+    kernel, launches = triton.lookup_kernel, []
+
+    class SecondFails:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            launches.append(grid)
+            if len(launches) == 2:
+                raise OSError("out of resources")
+            return kernel[grid]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton, "lookup_kernel", SecondFails())
+        with pytest.raises(RuntimeError, match="first 4 queries were answered"):
+            grace_kernels.adapt_(**problem(), backend="triton")
     expected = expected_hidden(p)
     index, _ = grace_kernels.adapt_(**p, backend="triton")
     assert index.tolist() == [5, -1, -1, 2, 2]
@@ -278,8 +323,16 @@ def test_tickets_are_shared_by_no_two_threads_and_by_no_two_captures(
     monkeypatch.setattr(tickets, "_slabs", {})
     with pytest.raises(RuntimeError, match="device must be warmed up before a lookup is captured"):
         tickets._fresh(device, 1, capturing=True)
-    tickets.prepare(device)
+    tickets.take(device, 1)  # an eager call, of a stream that has its counters
     assert tickets._fresh(device, 1, capturing=True).tolist() == [0]
+
+    def fails(*_: Any, **__: Any) -> Tensor:
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(tickets, "_slabs", {})
+    monkeypatch.setattr(torch, "zeros", fails)
+    with pytest.raises(RuntimeError, match="counters of arrivals on cpu could not be allocated"):
+        tickets.take(device, 1)
 
 
 def test_a_tile_spreads_its_rows_over_groups_without_losing_one(
