@@ -63,9 +63,9 @@ check-aot: $(STAMPS)/build ## compile the Triton kernel for every tile, type and
 	$(BIN)/python benchmarks/check_aot.py --json benchmarks/results/aot.json --markdown benchmarks/results/aot.md
 
 # The Python of the machine as it is: where the GPU is, nothing may be installable.
-gpu-check: ## build, check and measure on a GPU with PYTHON as it is: make gpu-check OUT=DIR
+gpu-check: ## build, check and measure on a GPU with PYTHON as it is: make gpu-check OUT=DIR [COMMIT=HASH]
 	$(if $(OUT),,$(error gpu-check needs OUT=DIR))
-	$(PYTHON) -m benchmarks.gpu_check --out $(OUT)
+	$(PYTHON) -m benchmarks.gpu_check --out $(OUT) $(if $(COMMIT),--commit $(COMMIT))
 
 wheel: $(STAMPS)/deps ## one wheel for many torch versions, in dist/
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .

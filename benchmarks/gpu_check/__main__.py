@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 try:
     import torch
@@ -73,7 +74,7 @@ def _device(rehearse: bool) -> torch.device:
 def _child(arguments: argparse.Namespace) -> int:
     """Be the process of one stage."""
     from . import bench, build, correct, graphs
-    from .place import Place
+    from .place import Place, sources_digest
 
     stage, run = arguments.child
     place = Place(
@@ -86,7 +87,7 @@ def _child(arguments: argparse.Namespace) -> int:
     if place.gpu:
         torch.cuda.set_device(place.device)
     gc.collect()
-    gc.freeze()  # every capture collects garbage: let it not look through what was imported
+    gc.freeze()  # `Captured` collects garbage: let it not look through what was imported
     log = arguments.out / "log.txt"
     rows = {
         "build": lambda: build.rows(place, log),
@@ -95,8 +96,18 @@ def _child(arguments: argparse.Namespace) -> int:
         "bench": lambda: bench.rows(place),
     }[stage]()
     journal = Journal(arguments.out / "rows.jsonl")
+    depends: dict[str, Any] = {"sources": sources_digest()}
+    if stage != "build":  # whose rows decide what there is
+        depends["backends"] = list(place.available)
     return records.run_rows(
-        stage, rows, journal, int(run), place.remaining, settle=place.settle, out=sys.stdout
+        stage,
+        rows,
+        journal,
+        int(run),
+        place.remaining,
+        settle=place.settle,
+        depends=depends,
+        out=sys.stdout,
     )
 
 

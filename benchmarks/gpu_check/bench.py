@@ -24,7 +24,7 @@ from grace_kernels import testing
 
 from . import peers
 from .correct import usable
-from .journal import Row, Skipped, Wrong
+from .journal import ContextLost, Row, Skipped, Wrong
 from .peers import Peer, Shelf
 from .place import Captured, Place, Tensors, clocks, gpu_figures, time_eager, time_replays
 
@@ -107,7 +107,7 @@ def rows(place: Place) -> list[Row]:
 
 
 def ceilings(place: Place) -> dict[str, Any]:
-    """Measure what the device can do: copy, multiply, and start a kernel of a graph."""
+    """Measure what the device can do: copy, read, multiply, and start a kernel of a graph."""
     n = place.pick(1 << 30, 1 << 30, 1 << 22)
     source = torch.randint(-100, 100, (n,), dtype=torch.int8, device=place.device)
     target = torch.empty_like(source)
@@ -117,6 +117,11 @@ def ceilings(place: Place) -> dict[str, Any]:
         "clocks": clocks() if place.gpu else {},
     }
     del source, target
+    n = place.pick(1 << 29, 1 << 29, 1 << 20)  # 2 GiB, which no cache holds
+    source = torch.zeros(n, device=place.device)
+    reads = [time_replays(place, partial(read, source), 1) for read in (torch.sum, torch.amax)]
+    result["read bytes per second"] = 4 * n / (min(took["us"] for took in reads) * 1e-6)
+    del source
     size = place.pick(8192, 8192, 256)
     for name, dtype, precision in (
         ("bf16", BF16, "highest"),
@@ -180,8 +185,8 @@ class Stock:
 
 def release(place: Place) -> None:
     """Return cached memory to the device."""
-    gc.collect()
     if place.gpu:
+        gc.collect()
         torch.cuda.empty_cache()
 
 
@@ -289,6 +294,9 @@ def measure(place: Place, stock: Stock, shape: Shape) -> dict[str, Any]:
         for name, (call, exact) in columns(place, shape, shelves).items():
             try:
                 timed[name] = _column(place, call, exact, shelves, right)
+            except ContextLost as error:
+                timed[name] = {"error": str(error)[:300]}
+                raise ContextLost(f"{name}: {error}", result) from error
             except torch.OutOfMemoryError as error:
                 timed[name] = {"error": f"out of memory: {str(error).splitlines()[0][:120]}"}
             except Exception as error:
@@ -296,6 +304,9 @@ def measure(place: Place, stock: Stock, shape: Shape) -> dict[str, Any]:
                 place.settle()  # raises where the device is beyond use
             if shape.key_bytes > 1 << 30:
                 release(place)
+    if not shape.compiled:
+        for name in place.backends:
+            timed.setdefault(name, {"error": "must answer here, and does not"})
     wrong = [
         f"{name}: {timed[name].get('error') or timed[name]['verdict']}"
         for name in timed

@@ -21,6 +21,8 @@ from .journal import CutOff, Journal, Row, Skipped, Wrong
 from .place import Place
 from .problems import DTYPES, Problem, compare, random_problem, regime_problems
 
+COMPARING = 100.0  # seconds after which a row of many problems counts as hung
+LEAST = 30.0  # seconds: with less, the sanitizer is not begun
 _COUNTS = re.compile(r"(\d+) (passed|failed|errors?|skipped|xfailed|xpassed|deselected)")
 
 
@@ -29,7 +31,11 @@ def rows(place: Place, log: Path) -> list[Row]:
     each = place.pick(500, 250, 20)
     total = place.pick(10_000, 1_000, 40)
     random = [
-        Row(f"codebooks {start} to {start + each - 1}", partial(_random, place, start, each))
+        Row(
+            f"codebooks {start} to {start + each - 1}",
+            partial(_random, place, start, each),
+            limit=COMPARING,
+        )
         for start in range(0, total, each)
     ]
     odd = [
@@ -44,12 +50,16 @@ def rows(place: Place, log: Path) -> list[Row]:
             for backend in place.backends
         ],
         *[
-            Row(f"regimes, {str(dtype).removeprefix('torch.')}", partial(_regimes, place, dtype))
+            Row(
+                f"regimes, {str(dtype).removeprefix('torch.')}",
+                partial(_regimes, place, dtype),
+                limit=COMPARING,
+            )
             for dtype in DTYPES
         ],
-        *random[:4],
+        *random[:2],
+        *odd,
     ]
-    found += [*odd, *random[4:]]
     if place.gpu:
         found.append(Row("operator tests", partial(_operator_tests, place, log), limit=200))
         found.append(Row("compute-sanitizer works", partial(_sanitizer_works, place), limit=90))
@@ -58,7 +68,7 @@ def rows(place: Place, log: Path) -> list[Row]:
             for tool in ("memcheck", "racecheck")
             for backend in place.backends
         ]
-    return found
+    return [*found, *random[2:]]  # the bulk: what the time does not reach, a second run does
 
 
 def usable(place: Place) -> tuple[Backend, ...]:
@@ -93,12 +103,13 @@ def _answers(place: Place, backend: Backend) -> dict[str, Any]:
 
 
 def _judge(place: Place, problems: list[Problem] | Any, expected: int | None) -> dict[str, Any]:
-    """Compare problems one by one; stop at the budget's end with what was reached."""
+    """Compare problems one by one; stop with what was reached before the time ends."""
     backends = usable(place)
+    end = time.monotonic() + min(0.8 * COMPARING, place.remaining() - 1)
     wrong: dict[str, list[str]] = {backend: [] for backend in backends}
     number = 0
     for problem in problems:
-        if place.remaining() <= 1:
+        if time.monotonic() >= end:
             break
         for backend, found in compare(place, problem, backends).items():
             if found:
@@ -111,8 +122,11 @@ def _judge(place: Place, problems: list[Problem] | Any, expected: int | None) ->
     if any(wrong.values()):
         first = next(lines[0] for lines in wrong.values() if lines)
         raise Wrong(first, result)
+    silent = [backend for backend in place.backends if backend not in backends]
+    if silent:
+        raise Wrong(f"{', '.join(silent)} must answer here, and does not", result)
     if expected is not None and number < expected:
-        raise CutOff(f"the budget ended after {number} of {expected}, all right", result)
+        raise CutOff(f"the time ended after {number} of {expected}, all right", result)
     return result
 
 
@@ -154,18 +168,30 @@ def _sanitizer_works(place: Place) -> dict[str, Any]:
     tool = sanitizer.program()
     if tool is None:
         raise Skipped("there is no compute-sanitizer")
-    text, code = sanitizer.run(tool, "memcheck", "trivial", min(80.0, place.remaining() - 3))
+    limit = _time_for(place, 80.0)
+    text, code = sanitizer.run(tool, "memcheck", "trivial", limit)
+    if code is None:
+        raise (CutOff if limit < 80 else Wrong)(f"no end within {limit:.0f} s")
     if code != 0 or "ERROR SUMMARY: 0 errors" not in text:
         raise Skipped(f"it does not work on a trivial program, status {code}: {text[-400:]}")
     return {"trivial program": "0 errors"}
 
 
+def _time_for(place: Place, most: float) -> float:
+    left = place.remaining() - 3
+    if left < LEAST:
+        raise CutOff(f"not begun with {max(0.0, left):.0f} s left")
+    return min(most, left)
+
+
 def _sanitized(place: Place, log: Path, tool: str, backend: Backend) -> dict[str, Any]:
     program = sanitizer.program()
     tried = Journal(log.parent / "rows.jsonl").rows("correct").get("compute-sanitizer works", {})
-    if program is None or tried.get("status") != "ok":
+    if program is None or tried.get("status") == "skipped":
         raise Skipped("compute-sanitizer does not work here, see its row")
-    limit = min(140.0, place.remaining() - 3)
+    if tried.get("status") != "ok":
+        raise CutOff("whether compute-sanitizer works here is not known yet, see its row")
+    limit = _time_for(place, 140.0)
     text, code = sanitizer.run(program, tool, backend, limit)
     with log.open("a") as file:
         file.write(f"--- {tool}, {backend}\n{text[-20000:]}\n")
@@ -175,7 +201,7 @@ def _sanitized(place: Place, log: Path, tool: str, backend: Backend) -> dict[str
     problems = re.findall(r"^problems (\d+) wrong (\d+)$", text, flags=re.MULTILINE)
     result = {"summary": "; ".join(lines), "status": code}
     if code is None:
-        raise Wrong(f"no end within {limit:.0f} s", result)
+        raise (CutOff if limit < 140 else Wrong)(f"no end within {limit:.0f} s", result)
     if not problems:
         raise Wrong(f"the program did not end: {text[-600:]}", result)
     result["problems"], result["wrong"] = map(int, problems[-1])

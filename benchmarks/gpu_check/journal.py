@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 ROOT = Path(__file__).resolve().parents[2]
-DONE = ("ok", "skipped")  # not run again; what failed is tried once more by a second run
+# Not run again where sources and backends are the same; what failed is tried once more.
+DONE = ("ok", "skipped")
 CONTEXT_LOST = 75  # exit status of a stage whose CUDA context a row has broken
 THE_STAGE = "the stage"  # the row that stands for a process which dies outside its rows
 
@@ -37,7 +38,11 @@ class Wrong(Exception):
 
 
 class CutOff(Wrong):
-    """The stage's budget ended within a row; what it saw until then was right."""
+    """The time of a row ended within it; what it saw until then was right."""
+
+
+class ContextLost(Wrong):
+    """The process is of no more use: the rows behind this one need a new one."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +89,9 @@ class Journal:
     """Records of every run into one folder, a JSON object per line; the last one of a row counts.
 
     A record has `run` (1, 2, ...), `stage`, `row`, `status` and, by status, `seconds`, `result`,
-    `error`. Status: `started`; `ok`; `skipped` with a reason; `failed`; `crashed` (it took its
-    process down); `hung`; `cut off` (the budget ended while it ran).
+    `error`, besides what it depends on: `sources`, a digest, and `backends`. Status: `started`;
+    `ok`; `skipped` with a reason; `failed`; `crashed` (it took its process down); `hung`; `cut off`
+    (the time ended while it ran).
     """
 
     def __init__(self, path: Path) -> None:
@@ -121,19 +127,29 @@ class Journal:
         """Return what each run said of itself when it began."""
         return [record for record in self.records() if "about" in record]
 
+    def _of_these_sources(self) -> list[dict[str, Any]]:
+        """Return the records of the runs whose sources are those of the last run."""
+        records = self.records()
+        sources = {r["run"]: r["about"].get("sources") for r in records if "about" in r}
+        last = sources[max(sources)] if sources else None
+        return [r for r in records if sources.get(r.get("run")) == last]
+
     def plan(self, stage: str) -> list[str]:
-        """Return the names of a stage's rows, of all runs so far."""
+        """Return the names of a stage's rows, of all runs of the present sources."""
         names: dict[str, None] = {}
-        for record in self.records():
+        for record in self._of_these_sources():
             if record.get("stage") == stage and "plan" in record:
                 names.update(dict.fromkeys(record["plan"]))
         return list(names)
 
     def rows(self, stage: str) -> dict[str, dict[str, Any]]:
-        """Return the last record of each row of a stage, `started` ones included."""
+        """Return the last record of each row of a stage, `started` ones included.
+
+        Rows of other sources than the last run's are left out: they are about other code.
+        """
         return {
             record["row"]: record
-            for record in self.records()
+            for record in self._of_these_sources()
             if record.get("stage") == stage and "row" in record
         }
 
@@ -146,6 +162,7 @@ def run_rows(
     remaining: Callable[[], float],
     *,
     settle: Callable[[], None] = lambda: None,
+    depends: dict[str, Any] | None = None,
     out: TextIO = sys.stderr,
 ) -> int:
     """Run what is not done yet: what must be made anew, what was never tried, what failed.
@@ -153,6 +170,7 @@ def run_rows(
     Args:
         remaining: seconds left of the stage's budget; no row begins without any.
         settle: waits for the device; an error that a row left behind shows here.
+        depends: recorded with each row; a row recorded with anything else is not done.
 
     Returns:
         The exit status of the stage's process: 0, or `CONTEXT_LOST`.
@@ -168,15 +186,16 @@ def run_rows(
         record = before.get(row.name)
         if record is not None and record["run"] == run:
             continue
-        if record is not None and record["status"] in DONE:
-            if row.again():
-                anew.append(row)
-        else:
-            (fresh if record is None else failed).append(row)
+        if record is None or any(record.get(k) != v for k, v in (depends or {}).items()):
+            fresh.append(row)
+        elif record["status"] not in DONE:
+            failed.append(row)
+        elif row.again():
+            anew.append(row)
     for row in [*anew, *fresh, *failed]:
         if remaining() <= 0:
             break
-        common = {"run": run, "stage": stage, "row": row.name}
+        common = {"run": run, "stage": stage, "row": row.name, **(depends or {})}
         journal.append(**common, status="started", limit=row.limit)
         start = time.monotonic()
         record, lost = _record(row, settle)
@@ -194,6 +213,7 @@ def run_rows(
 def _record(row: Row, settle: Callable[[], None]) -> tuple[dict[str, Any], bool]:
     """Run one row; return its record and whether the device is beyond use."""
     record: dict[str, Any]
+    lost = False
     try:
         result = row.run()
         settle()
@@ -201,6 +221,7 @@ def _record(row: Row, settle: Callable[[], None]) -> tuple[dict[str, Any], bool]
     except Skipped as reason:
         record = {"status": "skipped", "error": without_paths(str(reason))}
     except Wrong as wrong:
+        lost = isinstance(wrong, ContextLost)
         record = {
             "status": "cut off" if isinstance(wrong, CutOff) else "failed",
             "error": without_paths(str(wrong)),
@@ -215,7 +236,7 @@ def _record(row: Row, settle: Callable[[], None]) -> tuple[dict[str, Any], bool]
             record["status"] = "failed"
         record["error"] += "\nafterwards: " + without_paths(str(error)).splitlines()[0]
         return record, True
-    return record, False
+    return record, lost
 
 
 def brief(result: dict[str, Any]) -> str:
@@ -265,9 +286,8 @@ def supervise(
                 "hung": f"no end within {record['limit']:g} s",
                 "cut off": "the budget of the stage ended while it ran",
             }.get(why, f"the process ended with status {code}\n{tail}")
-            journal.append(
-                run=run, stage=stage, row=record["row"], status=why or "crashed", error=told
-            )
+            kept = {k: v for k, v in record.items() if k not in ("status", "limit")}
+            journal.append(**kept, status=why or "crashed", error=told)
             print(f"{stage}: {record['row']}: {why or 'crashed'}", file=sys.stderr, flush=True)
 
 

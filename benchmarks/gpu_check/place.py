@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import itertools
 import os
@@ -11,7 +13,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,7 @@ from torch import Tensor
 import grace_kernels
 from grace_kernels import Backend
 
-from .journal import ROOT
+from .journal import ROOT, ContextLost, short_traceback
 
 Tensors = tuple[Tensor, ...]
 
@@ -53,6 +55,12 @@ class Place:
         return ("triton", "cuda") if self.gpu else (_best_on_cpu(),)
 
     @property
+    def available(self) -> tuple[Backend, ...]:
+        """Those of `backends` that the package says it has here."""
+        info = grace_kernels.build_info()
+        return tuple(b for b in self.backends if b == "reference" or info[b]["available"])
+
+    @property
     def truth(self) -> Backend:
         """Name of the implementation on the CPU that says what is right."""
         return _best_on_cpu() if self.gpu else "reference"
@@ -77,6 +85,19 @@ def _best_on_cpu() -> Backend:
     return "cpu" if grace_kernels.build_info()["cpu"]["available"] else "reference"
 
 
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Collect garbage now and not before the end: a collection may free memory of the device."""
+    gc.collect()
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
 class Captured:
     """A function's work as a CUDA graph; in a rehearsal, the function called again.
 
@@ -87,6 +108,9 @@ class Captured:
 
     Attributes:
         outputs: what the function returned; each replay writes these tensors anew.
+
+    Raises:
+        ContextLost: the capture failed; torch may be left with its stream as the current one.
     """
 
     def __init__(
@@ -105,11 +129,14 @@ class Captured:
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         self.graph = torch.cuda.CUDAGraph(keep_graph=True) if keep else torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.outputs = function()
-        if keep:
-            self.graph.instantiate()
-        torch.cuda.synchronize()
+        try:
+            with _without_collections(), torch.cuda.graph(self.graph):
+                self.outputs = function()
+            if keep:
+                self.graph.instantiate()
+            torch.cuda.synchronize()
+        except Exception as error:
+            raise ContextLost(f"the capture failed: {short_traceback(error)}") from error
 
     def replay(self) -> None:
         """Do the work again, on the current stream."""
@@ -204,11 +231,23 @@ def clocks() -> dict[str, str]:
     return smi("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw", "pstate")
 
 
+SOURCES = (
+    "setup.py",
+    "csrc",
+    "grace_kernels",
+    "python",
+    "benchmarks/gpu_check",
+    "tests/ops",
+    "tests/edit/tiny_models.py",
+)
+
+
 def sources_digest() -> str:
-    """Return a digest of the sources of the operators, which names them where there is no git."""
+    """Return a digest of all that a row may depend on, which names it where there is no git."""
     digest = hashlib.sha256()
-    for folder in ("csrc", "grace_kernels"):
-        for path in sorted((ROOT / folder).rglob("*")):
+    for name in SOURCES:
+        top = ROOT / name
+        for path in [top] if top.is_file() else sorted(top.rglob("*")):
             if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh"):
                 digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
@@ -222,6 +261,7 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
         triton_version = triton.__version__
     except ImportError:
         triton_version = None
+    head = _printed("git", "rev-parse", "HEAD")
     changed = _printed("git", "status", "--porcelain", "--untracked-files=no")
     about: dict[str, Any] = {
         "device": "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device),
@@ -231,8 +271,8 @@ def environment(device: torch.device, commit: str | None = None) -> dict[str, An
         "nvcc": _printed("nvcc", "--version").rpartition("\n")[2] or None,
         "python": platform.python_version(),
         "cores": os.cpu_count(),
-        "commit": commit or _printed("git", "rev-parse", "HEAD") or None,
-        "changed since": bool(changed),
+        "commit": commit or head or None,
+        "changed since": bool(changed) if head else None,  # without git nobody knows
         "sources": sources_digest(),
     }
     if device.type == "cuda":

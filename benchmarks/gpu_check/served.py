@@ -16,12 +16,15 @@ from .place import Place
 LENGTH = 5
 
 
-def row(place: Place) -> dict[str, Any]:
+def row(place: Place, replace: str) -> dict[str, Any]:
     """Edits made between two calls take effect; nothing is compiled or captured for them.
 
     On a GPU transformers compiles the decode step of a static cache and replays it as a CUDA graph.
     The model is the tests' GPT-2, trained to count; the tokens expected are those of a plain
     generate with a growing cache, which nothing compiles.
+
+    Args:
+        replace: which rows an edit replaces, as in `GraceConfig`.
     """
     for folder in (ROOT / "python", ROOT / "tests" / "edit"):
         if str(folder) not in sys.path:
@@ -32,6 +35,8 @@ def row(place: Place) -> dict[str, Any]:
         from transformers import StaticCache
     except ImportError as error:
         raise Skipped(str(error)) from error
+    torch._dynamo.reset()  # what an earlier row compiled is none of this one's
+    compiled, skips = _compiled(), _skips()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -39,7 +44,9 @@ def row(place: Place) -> dict[str, Any]:
     finally:
         torch.set_num_threads(threads)
     model = model.to(place.device)
-    editor = GraceEditor(model, None, GraceConfig(layer=tiny_models.LAYERS["gpt2"]))
+    editor = GraceEditor(
+        model, None, GraceConfig(layer=tiny_models.LAYERS["gpt2"], replace=replace)
+    )
     run_of = tiny_models.run_of
     prompt, other = run_of(10, 4), run_of(40, 6)
     ids, mask = (t.to(place.device) for t in tiny_models.padded([prompt, other], left=True))
@@ -62,10 +69,22 @@ def row(place: Place) -> dict[str, Any]:
     plain = ask()
     if plain != follows:
         raise Wrong(f"the unedited model must count on, {follows}, got {plain}")
-    for _ in range(4):  # compiles, warms the graph trees up, captures, replays
-        if (got := static()) != plain:
-            raise Wrong(f"unedited, static cache: {got} for {plain}")
-    result: dict[str, Any] = {"compiled graphs": _compiled()}
+    with _recordings() as recorded:
+        for _ in range(4):  # compiles, warms the graph trees up, captures, replays
+            if (got := static()) != plain:
+                raise Wrong(f"unedited, static cache: {got} for {plain}")
+    result: dict[str, Any] = {
+        "compiled graphs": _compiled() - compiled,
+        "captured graphs": len(recorded),
+        "capture skips": _skips() - skips,
+    }
+    if place.gpu:  # or what follows would be true of a model that is neither compiled nor captured
+        if not result["compiled graphs"]:
+            raise Wrong(
+                "generate compiled nothing: the static cache was not served compiled", result
+            )
+        if not recorded or result["capture skips"]:
+            raise Wrong("the compiled decode step must be captured as a CUDA graph", result)
     checked = 0
     for name, target in (
         ("an edit", run_of(30, 3)),
@@ -92,9 +111,11 @@ def row(place: Place) -> dict[str, Any]:
             raise Wrong(f"after {name} {len(recorded)} CUDA graphs were captured anew", result)
         checked += 1
     result["changes that took effect"] = checked
-    if place.gpu and result["compiled graphs"] == 0:
-        raise Wrong("generate compiled nothing: the static cache was not served compiled", result)
     return result
+
+
+def _skips() -> int:
+    return int(torch._dynamo.utils.counters["inductor"]["cudagraph_skips"])
 
 
 def _compiled() -> int:
@@ -108,13 +129,10 @@ def _recordings() -> Iterator[list[int]]:
     found: list[int] = []
     try:
         from torch._inductor.cudagraph_trees import CUDAGraphTreeManager
-    except ImportError:
-        yield found
-        return
-    original = getattr(CUDAGraphTreeManager, "record_function", None)
-    if original is None:
-        yield found
-        return
+
+        original = CUDAGraphTreeManager.record_function
+    except (ImportError, AttributeError) as error:
+        raise Skipped(f"this torch does not let captures be counted: {error}") from error
 
     def record(self: Any, *args: Any, **kwargs: Any) -> Any:
         found.append(1)
