@@ -130,7 +130,7 @@ class State {
 class OnDevice {
  public:
   explicit OnDevice(int index) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(index, &guard_));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(index, &guard_));
     const cudaError_t status = cudaSetDevice(index);
     if (status == cudaSuccess) return;
     aoti_torch_delete_cuda_guard(guard_);
@@ -149,13 +149,15 @@ Tensor with_unit_stride(const Tensor& t) {
   return t.size(last) > 1 && t.stride(last) != 1 ? torch::stable::contiguous(t) : t;
 }
 
-Tensor allocate(int64_t size, ScalarType dtype, const Tensor& like) {
+Tensor allocate(const char* what, int64_t size, ScalarType dtype, const Tensor& like) {
   try {
     return torch::stable::empty({size}, dtype, std::nullopt, like.device());
   } catch (const std::exception& error) {
+    const int64_t element = dtype == ScalarType::Long ? 8 : dtype == ScalarType::Float ? 4 : 1;
     throw std::runtime_error(
-        "grace_cuda: " + std::to_string(size) +
-        " elements of outputs or workspace could not be allocated: " + error.what());
+        std::string("grace_cuda: ") + what + " of " + std::to_string(size * element) +
+        " bytes could not be allocated on cuda:" + std::to_string(like.get_device_index()) +
+        " (out of memory?): " + error.what());
   }
 }
 
@@ -185,6 +187,8 @@ class Call {
         "query and keys must share a dtype and radii be float32");
     STD_TORCH_CHECK(keys.size(1) <= kMaxDim, "keys must have at most ", kMaxDim,
                     " columns on CUDA, got ", keys.size(1));
+    STD_TORCH_CHECK(keys.size(0) <= kMaxRows, "keys must have at most ", kMaxRows,
+                    " rows on CUDA, got ", keys.size(0));
     same_device(keys, "keys", source);
     same_device(radii, "radii", source);
     const int64_t element = static_cast<int64_t>(keys.element_size());
@@ -251,8 +255,8 @@ class Call {
 
   std::tuple<Tensor, Tensor> run() {
     const OnDevice on(source_.get_device_index());
-    Tensor index = allocate(p_.batch, ScalarType::Long, source_);
-    Tensor distance = allocate(p_.batch, ScalarType::Float, source_);
+    Tensor index = allocate("index", p_.batch, ScalarType::Long, source_);
+    Tensor distance = allocate("distance", p_.batch, ScalarType::Float, source_);
     if (p_.batch == 0) return {index, distance};
     const Device& device = State::get().device(source_.get_device_index());
     const Kernel kernel = choose(device);
@@ -267,8 +271,29 @@ class Call {
     p_.absolute = margin.absolute;
     p_.index = static_cast<int64_t*>(index.mutable_data_ptr());
     p_.distance = static_cast<float*>(distance.mutable_data_ptr());
+    void* current = nullptr;
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_get_current_cuda_stream(source_.get_device_index(), &current));
+    const cudaStream_t stream = static_cast<cudaStream_t>(current);
+    // All that may fail comes before anything is written, if it can: parts run one after the other
+    // and share the workspace and the tickets.
+    const dim3 first = grid(device, kernel, std::min(kLaunchQueries, p_.batch));
+    const dim3 last = grid(device, kernel, (p_.batch - 1) % kLaunchQueries + 1);
+    const int64_t records = std::max(int64_t{first.x} * first.y, int64_t{last.x} * last.y);
+    const int64_t bytes = records * (kernel.queries + 1) * static_cast<int64_t>(sizeof(Partial));
+    const Tensor workspace = allocate("workspace", bytes, ScalarType::Byte, source_);
+    p_.partials = workspace.mutable_data_ptr();
+    p_.tickets =
+        State::get().tickets.take(source_.get_device_index(), stream, static_cast<int>(first.y));
     for (int64_t at = 0; at < p_.batch; at += kLaunchQueries) {
-      launch(device, kernel, part(at, std::min(kLaunchQueries, p_.batch - at)));
+      const Problem p = part(at, std::min(kLaunchQueries, p_.batch - at));
+      const cudaError_t status = launch(kernel, grid(device, kernel, p.batch), p, stream);
+      if (status == cudaSuccess) continue;
+      std::string what = "the launch";
+      if (at > 0) {
+        what += " for query " + std::to_string(at) + " and later ones, with those before answered,";
+      }
+      check(status, what.c_str());
     }
     return {index, distance};
   }
@@ -335,32 +360,25 @@ class Call {
     return p;
   }
 
-  void launch(const Device& device, const Kernel& kernel, Problem p) const {
-    const int index = source_.get_device_index();
-    void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &current));
-    const cudaStream_t stream = static_cast<cudaStream_t>(current);
-
-    const int64_t query_blocks = (p.batch + kernel.queries - 1) / kernel.queries;
-    // Depends on shapes only, never on count: a graph stays right when entries are added.
+  // Slices times blocks of queries. Depends on shapes only, never on count: a graph stays right
+  // when entries are added.
+  dim3 grid(const Device& device, const Kernel& kernel, int64_t batch) const {
+    const int64_t query_blocks = (batch + kernel.queries - 1) / kernel.queries;
+    const int64_t record = (kernel.queries + 1) * static_cast<int64_t>(sizeof(Partial));
     int64_t slices = std::min(device.processors * kernel.blocks / query_blocks,
-                              (p.capacity + kernel.least_rows - 1) / kernel.least_rows);
-    const int64_t records = kernel.queries + 1;  // of a slice
-    slices = std::min<int64_t>(
-        slices, kernel.scan_bytes / (records * static_cast<int64_t>(sizeof(Partial))));
+                              (p_.capacity + kernel.least_rows - 1) / kernel.least_rows);
+    slices = std::min(slices, kernel.scan_bytes / record);
+    slices = std::max(slices, (p_.capacity + kMaxSliceRows - 1) / kMaxSliceRows);
     slices = std::max<int64_t>(slices, 1);
+    return dim3(static_cast<unsigned>(slices), static_cast<unsigned>(query_blocks));
+  }
 
-    const int64_t bytes = query_blocks * slices * records * static_cast<int64_t>(sizeof(Partial));
-    const Tensor workspace = allocate(bytes, ScalarType::Byte, source_);
-    p.partials = workspace.mutable_data_ptr();
-    p.tickets = State::get().tickets.take(index, stream, static_cast<int>(query_blocks));
+  static cudaError_t launch(const Kernel& kernel, dim3 grid, Problem p, cudaStream_t stream) {
     void* arguments[] = {&p};
     cudaGetLastError();  // an error of somebody else's
-    cudaError_t status = cudaLaunchKernel(
-        kernel.function, dim3(static_cast<unsigned>(slices), static_cast<unsigned>(query_blocks)),
-        dim3(kThreads), arguments, kernel.shared_bytes, stream);
-    if (status == cudaSuccess) status = cudaGetLastError();
-    check(status, "the launch");
+    const cudaError_t status = cudaLaunchKernel(kernel.function, grid, dim3(kThreads), arguments,
+                                                kernel.shared_bytes, stream);
+    return status == cudaSuccess ? cudaGetLastError() : status;
   }
 
   Tensor source_, keys_, radii_;

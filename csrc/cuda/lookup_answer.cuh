@@ -110,26 +110,60 @@ __device__ __forceinline__ void rescore_group(const Problem& p, const T* query, 
   }
 }
 
-// One warp: what this slice has to say of a query, given what its groups found.
+// sqrt_rn(s) <= R is only possible for s <= R^2 (1 + 2^-22). Where R is the largest radius, a row
+// beyond that is no hit, and keeps none from being one.
+__device__ __forceinline__ float limit_of(float radius) {
+  const double square = static_cast<double>(radius) * radius * (1 + 0x1p-22);
+  return radius >= 0 ? __double2float_ru(square) : -infinity();
+}
+
+// The same of all rows, not only the slice's: its nearest row may stand in the way of a farther hit
+// elsewhere.
+__device__ __noinline__ float limit_of_all(const Problem& p) {
+  const int64_t n = rows_in_use(p);
+  float largest = -infinity();
+#pragma unroll 8
+  for (int64_t row = lane_id(); row < n; row += 32) {
+    largest = fmaxf(largest, radius_of(p, row));  // a NaN is no maximum
+  }
+  return limit_of(largest_of_warp(largest));
+}
+
+// Radii that are read in the time that scoring a row takes, roughly.
+constexpr int64_t kRadiiPerRow = 1024;
+
+// One warp: what this slice has to say of a query, given what its groups found. `limit` is
+// limit_of_all(), or NaN as long as that was not worth reading all radii.
 template <class T>
 __device__ __forceinline__ Partial settle(const Problem& p, const Slice& slice, const T* query,
-                                          const Groups& groups, const Found* found) {
+                                          const Groups& groups, const Found* found, float& limit) {
   const int lane = lane_id();
   Found mine;
   mine.clear();
   if (lane < groups.count) mine = found[lane];
   const float u = least_of_warp(mine.hi);
   Best best = {infinity(), -1};
-  if (u == infinity()) {
-    // Every live row is too far, NaN or undecided, or there is none.
-    if (!holds_nan(p, query)) {
-      rescore_group(p, query, slice.begin, slice.end, 1, 1, best);
+  // Without a bound, every live row is too far, NaN or undecided, or there is none.
+  if (u == infinity() && holds_nan(p, query)) return {best.s, best.s, best.row};
+  unsigned one = ballot(mine.lo1 <= u), two = ballot(mine.lo2 <= u), more = ballot(mine.lo3 <= u);
+  float bound = u;
+  if (p.bounded && ((one & (one - 1)) != 0 || two != 0)) {
+    const int64_t rows = slice.end - slice.begin;
+    const int64_t scored =
+        u == infinity() ? rows : __popc(one) + __popc(two) + __popc(more) * (rows / groups.count);
+    if (is_nan(limit) && scored * kRadiiPerRow > rows_in_use(p)) limit = limit_of_all(p);
+    if (limit < bound) {
+      bound = limit;
+      one = ballot(mine.lo1 <= bound);
+      two = ballot(mine.lo2 <= bound);
+      more = ballot(mine.lo3 <= bound);
     }
+  }
+  if (bound == infinity()) {
+    rescore_group(p, query, slice.begin, slice.end, 1, 1, best);
     return {best.s, best.s, best.row};
   }
-  unsigned one = ballot(mine.lo1 <= u);
-  const unsigned two = ballot(mine.lo2 <= u), more = ballot(mine.lo3 <= u);
-  if ((one & (one - 1)) == 0 && two == 0) {
+  if (one != 0 && (one & (one - 1)) == 0 && two == 0) {
     const int who = __ffs(one) - 1;
     return {shuffle(mine.lo1, who), u, slice.begin + shuffle(mine.row1, who)};
   }
@@ -224,14 +258,11 @@ __device__ __forceinline__ void finalise(const Problem& p, int64_t first_query,
   wait_for_copies<0>();
   __syncthreads();
 
-  // sqrt_rn(s) <= R is only possible for s <= R^2 (1 + 2^-22).
   float limit = infinity();
   if (p.bounded) {
     float radius = -infinity();
     for (int i = lane; i < slices; i += 32) radius = fmaxf(radius, part[i * (Q + 1) + Q].lo);
-    radius = largest_of_warp(radius);
-    const double square = static_cast<double>(radius) * radius * (1 + 0x1p-22);
-    limit = radius >= 0 ? __double2float_ru(square) : -infinity();
+    limit = limit_of(largest_of_warp(radius));
   }
 
   for (int q0 = warp_id(); q0 < Q; q0 += kWarps * kAtOnce) {
@@ -323,10 +354,11 @@ __device__ __forceinline__ void answer(const Problem& p, const Slice& slice, con
   Partial* partials =
       static_cast<Partial*>(p.partials) + static_cast<int64_t>(blockIdx.y) * slices * (Q + 1);
   Partial* mine = partials + static_cast<int64_t>(blockIdx.x) * (Q + 1);
+  float limit = __uint_as_float(0x7fc00000u);  // NaN: not known
   for (int q = warp_id(); q < Q; q += kWarps) {
     const T* query = query_of<T>(p, first_query + q);
     if (query == nullptr) continue;
-    const Partial partial = settle<T>(p, slice, query, groups, found + q * groups.count);
+    const Partial partial = settle<T>(p, slice, query, groups, found + q * groups.count, limit);
     if (lane_id() == 0) mine[q] = partial;
   }
   largest = largest_of_warp(largest);

@@ -6,8 +6,11 @@
 // (few queries, or fp32: CUDA cores; otherwise tensor cores) for certified intervals lo <= s <= hi,
 // turns them into at most one row per query, and the last block to arrive scores those rows
 // canonically, decides, and writes the values of hits. Nothing spins, nothing needs to be reset.
-// Bytes moved: every key once per block of queries, N * D * sizeof(key); 16 per slice and query.
-// Limit: the bandwidth of the memory, up to 4 queries directly and up to 64 on tensor cores.
+// Blocks of queries: 1, 4 or 8 on CUDA cores, 16 or 64 on tensor cores, see choose() in lookup.cu.
+// Bytes read: every key once per block of queries, so ceil(B / 8) times for B > 8 fp32 or unaligned
+// queries and ceil(B / 64) times for 16-bit ones, though blocks of one slice may meet in L2; 16
+// bytes per slice and query. Limit: the bandwidth of the memory for one block of queries on tensor
+// cores or a few queries on CUDA cores, instructions beyond. Counted, not measured.
 #pragma once
 
 #include "lookup_direct.cuh"

@@ -80,21 +80,25 @@ inline Margin direct_margin(int64_t dim) {
 }
 
 // Tensor cores, c = (|x|^2 + |k|^2) - 2 x.k, M = |x|^2 + |k|^2, sum |x_i k_i| <= M / 2.
-// * Products are exact. One step of mma over 16 elements is assumed to err by at most
-//   t = 2^-19 times the sum of its |products| and |accumulator| (seventeen numbers are aligned and
-//   cut off; Fasi et al. 2021 measured and bounded less). An accumulator takes two steps, starting
-//   at zero: 2.1 t per chunk of 32; the chunks are added in fp32, D/32 + 1 roundings: x.k errs by
-//   (2.1 t + 1.1 (D/32 + 1) u) M / 2, and c by twice that.
+// * Products are exact. One step of mma over 16 elements is assumed to err by at most t = 2^-18.8
+//   times the sum of its |products| and |accumulator|: 17 addends, each cut off at the 24th bit of
+//   the largest, 34 u, and two roundings. (Fasi et al. 2021 measured cuts there or lower.) An
+//   accumulator takes two steps, starting at zero: 2.1 t per chunk of 32; the chunks are added in
+//   fp32, D/32 + 1 roundings: x.k errs by (2.1 t + 1.1 (D/32 + 1) u) M / 2, and c by twice that.
 // * A norm: 8 squares are added, those sums over the chunks, then four lanes: D/32 + 12 roundings.
 // * The last additions: 4 u M, s itself: |s - S| <= 2^-23 S, S <= 2 M, and four to spare.
 //     |c - s| <= r M + a,  r = 1.05 (2.1 t + (2.2 (D/32) + 32) u),  a = (D + 32) 2^-120
 // where r M may be computed from the rounded M, and `a` covers whatever is flushed on the way.
+constexpr double kTensorError = 0x1.2611186bae672p-19;  // t = 2^-18.8
+
 inline Margin tensor_margin(int64_t dim) {
   const double u = 0x1p-24;
-  const double r = 1.05 * (2.1 * 0x1p-19 + (2.2 * (static_cast<double>(dim) / 32) + 32) * u);
+  const double r = 1.05 * (2.1 * kTensorError + (2.2 * (static_cast<double>(dim) / 32) + 32) * u);
   return {static_cast<float>(r), static_cast<float>((dim + 32.0) * 0x1p-120)};
 }
 
 constexpr int64_t kMaxDim = int64_t{1} << 24;
+constexpr int64_t kMaxSliceRows = int64_t{1} << 30;  // a row of a slice is an int
+constexpr int64_t kMaxRows = 64 * kMaxSliceRows;     // every kernel can have 64 slices
 
 }  // namespace grace::cuda

@@ -199,8 +199,10 @@ struct Controls {
   double mma_error = 0;  // share of the sum of |products| and |accumulator|
   bool capturing = false;
   int fail_launch = 0, fail_malloc = 0;  // error codes
+  int good_launches = 0;                 // before one fails
   int shared_limit = 227 << 10;
   int launches = 0, mallocs = 0;
+  int64_t scored = 0;  // pairs of rows, canonically
   unsigned grid_x = 0, grid_y = 0;
   int shared_bytes = 0;
   const void* tickets = nullptr;

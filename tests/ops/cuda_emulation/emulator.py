@@ -37,9 +37,11 @@ class Controls(ctypes.Structure):
         ("capturing", ctypes.c_bool),
         ("fail_launch", ctypes.c_int),
         ("fail_malloc", ctypes.c_int),
+        ("good_launches", ctypes.c_int),
         ("shared_limit", ctypes.c_int),
         ("launches", ctypes.c_int),
         ("mallocs", ctypes.c_int),
+        ("scored", ctypes.c_int64),
         ("grid_x", ctypes.c_uint),
         ("grid_y", ctypes.c_uint),
         ("shared_bytes", ctypes.c_int),
@@ -86,6 +88,7 @@ class Emulator:
         self._reset = loaded.emulation_reset
         self._take = loaded.emulation_take
         self._take.restype, self._take.argtypes = ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_int)
+        self.tensor_error = ctypes.c_double.in_dll(loaded, "emulation_tensor_error").value
         self.controls: Controls = loaded.emulation_controls().contents
         self.defaults = {name: getattr(self.controls, name) for name, _ in Controls._fields_}
 

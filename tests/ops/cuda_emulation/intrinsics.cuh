@@ -35,10 +35,14 @@ inline uint32_t __float_as_uint(float value) {
   return bits;
 }
 inline int __ffs(int v) { return __builtin_ffs(v); }
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __dsub_rn(double a, double b) { return a - b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
-inline float __double2float_rn(double v) { return static_cast<float>(v); }
+inline float __double2float_rn(double v) {  // each lane's last step in scoring a pair
+  if (threadIdx.x % 32 == 0) ++emulation::controls().scored;
+  return static_cast<float>(v);
+}
 inline float __double2float_ru(double v) {
   const float f = static_cast<float>(v);
   return f < v ? std::nextafterf(f, INFINITY) : f;

@@ -30,6 +30,10 @@ __attribute__((visibility("default"))) emulation::Controls* emulation_controls()
   return &emulation::controls();
 }
 
+// What the margin takes a tensor core to err by.
+__attribute__((visibility("default"))) extern const double emulation_tensor_error;
+const double emulation_tensor_error = grace::cuda::kTensorError;
+
 // Tickets for a launch on a stream, as the launcher takes them.
 __attribute__((visibility("default"))) const unsigned* emulation_take(void* stream, int words) {
   using grace::cuda::State;
@@ -50,7 +54,9 @@ cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 threads, void**
   using grace::cuda::Partial;
   using grace::cuda::Problem;
   emulation::Controls& controls = emulation::controls();
-  if (controls.fail_launch != 0) return static_cast<cudaError_t>(controls.fail_launch);
+  if (controls.fail_launch != 0 && controls.launches >= controls.good_launches) {
+    return static_cast<cudaError_t>(controls.fail_launch);
+  }
   ++controls.launches;
   controls.grid_x = grid.x;
   controls.grid_y = grid.y;

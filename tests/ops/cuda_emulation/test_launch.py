@@ -239,6 +239,49 @@ def test_a_failure_is_a_clear_error_and_nothing_is_written(
         assert expect(emulator, arguments) > 0
 
 
+def test_memory_that_is_not_to_be_had_is_an_error_that_says_what_was_wanted(
+    emulator: Emulator,
+) -> None:
+    keys = torch.eye(16)
+    query = keys[:1].expand(2**46, 16)
+    with emulator.device() as controls:
+        with pytest.raises(
+            RuntimeError,
+            match=rf"grace_cuda: index of {8 * 2**46} bytes could not be allocated on cuda:-?\d+ "
+            r"\(out of memory\?\): \S",
+        ):
+            emulator("lookup", query, keys, torch.ones(16))
+        assert controls.launches == 0
+
+
+def test_a_failure_after_the_first_launch_says_what_was_answered(emulator: Emulator) -> None:
+    with emulator.device(processors=1, fail_launch=1, good_launches=1) as controls:
+        with pytest.raises(RuntimeError, match="the launch for query 4096 and later .* before ans"):
+            emulator("lookup", *lookup_arguments(4100))
+        assert controls.launches == 1
+
+
+def test_the_launches_of_a_call_share_tickets_even_in_a_capture(emulator: Emulator) -> None:
+    with emulator.device(processors=1, capturing=True) as controls:
+        taken = []
+        for batch in (4100, 20):
+            emulator("lookup", *lookup_arguments(batch))
+            taken.append(controls.tickets)
+        assert taken[1] - taken[0] == 4 * (4096 // 64)
+
+
+def test_a_slice_has_no_more_rows_than_an_int_can_count(emulator: Emulator) -> None:
+    keys = torch.zeros(1, 8, dtype=torch.bfloat16)
+    with emulator.device(processors=1) as controls:
+        for rows, slices in ((2**30, 1), (2**30 + 1, 2), (2**36, 64)):
+            many = keys.expand(rows, 8), torch.zeros(1).expand(rows), torch.tensor(70)
+            assert emulator("lookup", keys.expand(65, 8), *many)[0].tolist() == [0] * 65
+            assert controls.grid_x == slices
+        with pytest.raises(RuntimeError, match="at most 68719476736 rows on CUDA, got 68719476737"):
+            many = keys.expand(2**36 + 1, 8), torch.zeros(1).expand(2**36 + 1), torch.tensor(1)
+            emulator("lookup", keys, *many)
+
+
 def test_a_device_with_little_shared_memory_gets_the_narrow_kernel(emulator: Emulator) -> None:
     arguments = lookup_arguments(64)
     blocks = []

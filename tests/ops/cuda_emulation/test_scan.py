@@ -25,7 +25,7 @@ CASES = [
 # Batch sizes on both sides of every change of kernel (1, 4, 8, 16) and of block of queries.
 BATCHES = [1, 2, 4, 5, 8, 9, 16, 17, 64, 65]
 # What a step on tensor cores errs by, at most, of the sum of |products| and |accumulator|.
-MMA_ERROR = 2.0**-19.7
+MMA_ERROR = 2.0**-18.8
 
 
 def expect(
@@ -250,6 +250,58 @@ def test_every_slice_settles_its_own_ties(batch: int, emulator: Emulator) -> Non
         expect(emulator, torch.full((batch, 24), INF, dtype=torch.bfloat16), keys, radii)
         radii[399] = INF
         expect(emulator, torch.full((batch, 24), INF, dtype=torch.bfloat16), keys, radii)
+
+
+def test_the_emulated_tensor_core_errs_by_all_that_the_margin_allows(emulator: Emulator) -> None:
+    assert emulator.tensor_error == MMA_ERROR
+
+
+def far_ties(dtype: torch.dtype, n: int, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys of which all but the last are as far from them, the last farther; no radii."""
+    keys = torch.ones(n, 24, dtype=dtype)
+    keys[n - 1] = 2.0
+    return torch.zeros(batch, 24, dtype=dtype), keys, torch.full((n,), 0.25)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 4, 8, 9, 17])
+@pytest.mark.parametrize("radius", [100.0, INF])
+def test_ties_beyond_their_radii_block_a_farther_entry_of_another_slice(
+    dtype: torch.dtype, batch: int, radius: float, emulator: Emulator
+) -> None:
+    # The largest radius of their own slice would have left them out.
+    query, keys, radii = far_ties(dtype, 64, batch)
+    radii[3:63] = -INF  # three in one slice
+    radii[63] = radius
+    with emulator.device(processors=4, mma_error=MMA_ERROR) as controls:
+        expect(emulator, query, keys, radii)
+        assert emulator("lookup", query, keys, radii)[0].tolist() == [-1] * batch
+        assert controls.grid_x > 1
+        radii[:3] = NAN
+        expect(emulator, query, keys, radii)
+        radii[:3] = 100.0
+        expect(emulator, query, keys, radii)
+        assert emulator("lookup", query, keys, radii)[0].tolist() == [0] * batch
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 4, 8, 9, 17])
+@pytest.mark.parametrize("radius", [0.25, 0.0, -1.0, NAN, -INF])
+@pytest.mark.parametrize("scale", [1.0, 3e4])
+def test_ties_beyond_all_radii_are_not_scored(
+    dtype: torch.dtype, batch: int, radius: float, scale: float, emulator: Emulator
+) -> None:
+    query, keys, radii = far_ties(dtype, 300, batch)
+    radii[:] = radius
+    keys *= scale
+    with emulator.device(processors=3, mma_error=MMA_ERROR) as controls:
+        expect(emulator, query, keys, radii)
+        controls.scored = 0
+        emulator("lookup", query, keys, radii)
+        assert controls.scored == 0
+        if radius != -INF:
+            emulator("nearest", query, keys, radii)
+            assert controls.scored >= 300 * batch
 
 
 @pytest.mark.parametrize("batch", [1, 4, 9])
