@@ -346,7 +346,8 @@ class GraceAdaptor:
         if kept is None:
             return rows
         answered = (kept.index >= 0)[:, None, None]
-        return torch.where(answered, kept.values[:, None], each).view(rows.shape)
+        values = kept.values.to(rows.dtype)[:, None]
+        return torch.where(answered, values, each).view(rows.shape)
 
     def _answers(self) -> Kept | None:
         generation = self.generation

@@ -21,34 +21,43 @@ def plan_forward(adaptor: GraceAdaptor, given: dict[str, Any], *, causal: bool) 
     """Plan a plain forward: without past its whole input is prompt, with past nobody asks.
 
     How much a static cache that was used before holds is known to its device alone, and the host
-    does not wait for it: a single token is taken for a step of decoding, which runs nothing, and of
-    a longer piece the device decides whether it asks.
+    does not wait for a GPU: there the device decides whether anybody asks. Compiled or captured, a
+    single token is taken for a step of decoding, which runs nothing: not so a prompt of one token,
+    which therefore goes unedited there after a `reset` of the cache.
 
     Args:
         given: the arguments of the forward by name.
         causal: the model generates, so that left padding without positions is worth a warning.
 
     Raises:
-        ValueError: a packed batch, or a mask that is not `[B, T]`.
+        ValueError: a mask that is not `[B, T]`; a packed batch. If its positions alone tell, a CPU
+            always sees it and a GPU is asked once per adaptor: after that, and in a compiled
+            forward, nobody asks in a row whose positions start anew.
     """
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     tokens = ids if ids is not None else embeds
     if tokens is None:
         return None
     past = _length(given.get("past_key_values"))
+    if isinstance(past, Tensor) and _waits_for_nothing(past):
+        past = int(past)
     if isinstance(past, Tensor):
-        if tokens.shape[1] == 1:
+        if tokens.shape[1] == 1 and _recorded(past):
             return None
     elif past > 0:
         return None
+    restarts = None
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     if given.get("cu_seq_lens_q") is not None:
         raise _packed("cu_seq_lens_q must be None")
     if mask is None:
         # transformers takes sequences apart where the positions start anew.
-        plain = positions is not None and positions.ndim == 2
-        if plain and _may_look(adaptor, "packed", positions):
-            _refuse_restarts(positions)
+        if positions is not None and positions.ndim == 2:
+            restarts = (positions.diff(dim=1) < 0).any(dim=1)
+            if _may_look(adaptor, "packed", restarts):
+                if bool(restarts.any()):
+                    raise _packed("position_ids without a mask must ascend within a row")
+                restarts = None
         mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
     elif mask.ndim != 2:
         raise ValueError(
@@ -60,12 +69,10 @@ def plan_forward(adaptor: GraceAdaptor, given: dict[str, Any], *, causal: bool) 
     plan = plan_prompts(adaptor, mask.bool(), ids)
     if isinstance(past, Tensor):
         plan.query_row = torch.where(past.to(mask.device) == 0, plan.query_row, -1)
+    if restarts is not None:
+        # Or the last sequence would ask for all of them.
+        plan.query_row = torch.where(restarts.to(mask.device), -1, plan.query_row)
     return plan
-
-
-def _refuse_restarts(positions: Tensor) -> None:
-    if bool((positions.diff(dim=1) < 0).any()):
-        raise _packed("position_ids without a mask must ascend within a row")
 
 
 def _packed(rule: str) -> ValueError:
@@ -80,14 +87,23 @@ def _may_look(adaptor: GraceAdaptor, what: str, tensor: Tensor) -> bool:
 
     Never while compiling or capturing, which it would break.
     """
-    if torch.compiler.is_compiling():
-        return False
-    if tensor.device.type == "cpu":
+    if _waits_for_nothing(tensor):
         return True
-    if not tensor.is_cuda or what in adaptor.looked or torch.cuda.is_current_stream_capturing():
+    if not tensor.is_cuda or what in adaptor.looked or _recorded(tensor):
         return False
     adaptor.looked.add(what)
     return True
+
+
+def _waits_for_nothing(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _recorded(tensor: Tensor) -> bool:
+    """Say whether what happens to `tensor` is compiled or captured, to be run again later."""
+    if torch.compiler.is_compiling():
+        return True
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def plan_prompts(

@@ -13,12 +13,12 @@ What serving with `torch.compile` and CUDA graphs may count on, edits being made
   to call of a thread, for the batch sizes used last. transformers makes a new static cache in every
   call, which a CUDA graph notices if it lies elsewhere; one that is given and reset stays.
 * The host reads no value of a tensor: nothing waits for a GPU. The exceptions: once per adaptor,
-  whether a batch is padded on the left or packed (to warn or refuse); once per call of `generate`,
-  how much a static cache given to it holds.
+  whether a batch is padded on the left or packed (to warn or refuse; nobody asks in a later packed
+  one); once per call of `generate`, how much a static cache given to it holds.
 * `editor.plan(QueryPlan(...))` may name other rows at every call; under CUDA graphs write them into
   one plan, or the graph is recorded again for each.
-* A forward of one's own with a static cache that was used before: a single token asks nobody, of a
-  longer piece the device decides (it asks if the cache is empty).
+* A forward of one's own with a static cache that was used before asks if the cache is empty, which
+  a GPU decides itself. Compiled or captured, a single token asks nobody: it is a step of decoding.
 * Compiled and captured runs take no lock: edit between them, on their stream or after waiting for
   it.
 * Nothing here warms a GPU up. A server does it before its first request, and before it captures a

@@ -139,6 +139,23 @@ def test_an_unknown_instruction_set_fails_with_the_reason(grace, monkeypatch):
     assert told["self_test"]["passed"] is False
 
 
+def test_a_backend_that_cannot_even_be_imported_fails_the_self_test_by_name(
+    grace, monkeypatch, answers_wrong
+):
+    def refuse(*found):
+        raise ImportError("libtriton.so: undefined symbol")
+
+    info = {**grace_kernels.build_info(), "triton": {"available": True}}
+    monkeypatch.setattr(grace_kernels, "build_info", lambda: info)
+    monkeypatch.setattr(doctor, "_machines", lambda: [("triton", "cpu")])
+    answers_wrong("triton", refuse)
+    done = grace("doctor", "--json")
+    test = json.loads(done.stdout)["self_test"]
+    assert done.exit_code == 1
+    assert test["detail"] == "the triton lookup (cpu) failed: libtriton.so: undefined symbol"
+    assert test["compared"] == []
+
+
 def test_what_is_missing_comes_with_how_to_get_it(grace, monkeypatch):
     monkeypatch.setattr(doctor, "version_of", lambda name: None)
     text = grace("doctor").stdout

@@ -7,9 +7,9 @@ import warnings
 
 import pytest
 import torch
-from grace_edit import Codebook, GraceEditor, QueryPlan
-from grace_edit.adaptor import GraceAdaptor
-from grace_edit.positions import plan_queries
+from grace_edit import Codebook, GraceEditor, QueryPlan, forwards
+from grace_edit.adaptor import Generation, GraceAdaptor, Kept
+from grace_edit.positions import KeptPlan, plan_queries
 from tiny_models import CAUSAL, MASK, CountGrace, generated, logits_of, padded, run_of
 
 PROMPT, TARGET = run_of(10, 4), run_of(30, 3)
@@ -154,6 +154,39 @@ def test_a_packed_batch_told_by_its_positions_alone_is_refused_with_the_way_out(
         editor.model(input_ids=ids, position_ids=restarts, attention_mask=torch.ones_like(ids))
         logits = editor.model(input_ids=torch.tensor([PROMPT]), position_ids=rising - 3).logits
     assert logits[0, -1].argmax() == TARGET[0]
+
+
+def test_where_the_host_does_not_look_nobody_asks_in_a_packed_row(edited, trained, monkeypatch):
+    editor, plain = edit(edited("llama")), trained("llama")
+    monkeypatch.setattr(forwards, "_may_look", lambda *given: False)  # as later on a GPU
+    ids = torch.tensor([[*OTHERS[1], *PROMPT], [*PROMPT[:2], *PROMPT]])
+    ascending = torch.arange(6)[None]
+    restarts = torch.tensor([[0, 1, 0, 1, 2, 3]])
+    with torch.no_grad():
+        for given in (restarts, restarts.expand(2, 6)):
+            got = editor.model(input_ids=ids, position_ids=given, use_cache=False).logits
+            base = plain(input_ids=ids, position_ids=given, use_cache=False).logits
+            assert base[0, -1].argmax() == run_of(14, 1)[0]  # the edit's own prompt
+            assert torch.equal(got, base)
+        mixed = torch.tensor([[0, 1, 2, 3], [0, 1, 0, 1]])
+        ids = torch.tensor([PROMPT, PROMPT])
+        got = editor.model(input_ids=ids, position_ids=mixed, use_cache=False).logits
+        assert got[0, -1].argmax() == TARGET[0]
+        base = plain(input_ids=ids, position_ids=mixed, use_cache=False).logits
+        assert torch.equal(got[1], base[1])
+        got = editor.model(input_ids=ids, position_ids=ascending[:, :4], use_cache=False).logits
+        assert got[:, -1].argmax(dim=-1).tolist() == [TARGET[0]] * 2
+
+
+def test_kept_answers_are_written_in_the_layers_dtype():
+    adaptor = GraceAdaptor(Codebook(2, 3), query="last", replace="all")
+    kept = Kept(torch.tensor([0, -1]), torch.full((2, 3), 1.5))
+    state = Generation(prompt_len=4, kept=kept, answered=True)
+    hidden = torch.zeros(2, 1, 3, dtype=torch.bfloat16)
+    with adaptor.using(generation=state, plan=KeptPlan(2)):
+        got = adaptor(torch.zeros(2, 1, 2, dtype=torch.bfloat16), hidden)
+    assert got.dtype == torch.bfloat16
+    assert got[:, 0].tolist() == [[1.5] * 3, [0.0] * 3]
 
 
 def test_disable_is_of_one_thread_and_overlapping_ones_leave_it_enabled(edited):

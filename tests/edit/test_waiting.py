@@ -12,7 +12,7 @@ from collections import Counter
 import grace_edit
 import pytest
 import torch
-from grace_edit import Codebook, GraceConfig, GraceEditor, QueryPlan
+from grace_edit import Codebook, GraceConfig, GraceEditor, QueryPlan, forwards
 from grace_edit.adaptor import Generation, GraceAdaptor
 from grace_edit.forwards import _may_look
 from grace_edit.positions import plan_queries
@@ -233,9 +233,14 @@ def test_the_steps_of_generate_work_on_tensors_that_hold_no_values(unreadable, r
             assert counts == [1, 0, 0]
 
 
-def test_a_forward_on_a_static_cache_lets_the_device_decide_and_a_single_token_asks_nobody(edited):
+@pytest.mark.parametrize("on", ["cpu", "gpu", "graph"])
+def test_a_forward_of_ones_own_asks_where_the_static_cache_is_empty(edited, monkeypatch, on):
     from transformers import StaticCache
 
+    if on != "cpu":  # as if the cache counted on a GPU
+        monkeypatch.setattr(forwards, "_waits_for_nothing", lambda tensor: False)
+    if on == "graph":
+        monkeypatch.setattr(forwards, "_recorded", lambda tensor: True)
     editor = edited("llama")
     assert editor.edit(PROMPT, TARGET).success
     model, ids = editor.model, torch.tensor([PROMPT])
@@ -248,12 +253,25 @@ def test_a_forward_on_a_static_cache_lets_the_device_decide_and_a_single_token_a
         return last, ours.calls.total()
 
     assert ask(ids) == (TARGET[0], 1)
-    assert ask(torch.tensor([[follows]]))[1] == 0
+    step = torch.tensor([[follows]])
+    decides = int(on == "gpu")  # the operator runs, and nobody asks
+    assert ask(step)[1] == decides
     cache.reset()
     assert ask(ids) == (TARGET[0], 1)  # used before and empty again
     cache.reset()
     ask(ids[:, :1])
-    assert ask(ids[:, 1:]) == (follows, 1)  # in the middle of a sequence nobody asks
+    assert ask(ids[:, 1:]) == (follows, int(on != "cpu"))  # in the middle nobody asks
+    # A prompt of one token, and the same token as a step of decoding.
+    assert editor.edit([follows], TARGET).success
+    cache.reset()
+    assert ask(step) == ((TARGET[0], 1) if on != "graph" else (run_of(15, 1)[0], 0))
+    with editor.disable():
+        cache.reset()
+        ask(ids)
+        plain = ask(step)[0]
+    cache.reset()
+    ask(ids)
+    assert ask(step) == (plain, decides)
 
 
 def test_a_plan_on_another_device_than_the_layer_follows_it():

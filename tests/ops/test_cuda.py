@@ -78,6 +78,25 @@ def cuobjdump(built: Built, *options: str) -> str:
     return done.stdout
 
 
+# Macros and functions of the stable interface that are newer than torch 2.10.
+NEWER = re.compile(
+    r"\bSTABLE_TORCH_ERROR_CODE_CHECK\b|\bTORCH_VERSION_2_1[1-9]_|\bfrom_blob\b"
+    r"|\bGenerator\b|\btorch_\w*generator\w*|\btorch_exception_get_what\w*|\btorch_tag_\w+"
+    r"|\btorch_library_(def_with_tags|set_python_module)\b|\bset_python_module\b"
+    r"|\btorch_(stream_native_handle|new_stable_ivalue|delete_stable_ivalue)\b"
+    r"|\bnative_?[hH]andle\b"
+)
+
+
+def test_the_sources_use_nothing_newer_than_the_oldest_torch() -> None:
+    sources = sorted((ROOT / "csrc").glob("*/*.[chi]*"))
+    if not sources:
+        pytest.skip("no source tree")
+    assert ROOT / "csrc" / "cuda" / "lookup.cu" in sources
+    found = {path.name: NEWER.search(path.read_text()) for path in sources}
+    assert {name: hit[0] for name, hit in found.items() if hit} == {}
+
+
 def test_the_library_needs_only_the_c_and_cpp_run_time_and_torchs_stable_interface(
     built: Built,
 ) -> None:
