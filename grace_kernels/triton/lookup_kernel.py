@@ -13,8 +13,8 @@ one key of a slice has lo <= the least hi, and is its only candidate. Otherwise 
 itself. The program that arrives last at the ticket of its query block sees all slices' candidates,
 computes s for those that can still win, answers and writes the rows.
 
-Bytes moved: the keys once per query block, the radii once. Limit: memory bandwidth up to some 180
-queries, then the tensor cores.
+Bytes moved: the keys and radii once per query block, of which all but the first should find them in
+the L2 cache. Limit: memory bandwidth; for hundreds of queries that cache, then the tensor cores.
 """
 
 import triton

@@ -103,6 +103,22 @@ def test_nearly_tied_keys_are_told_apart(
     agree(query.expand(batch, 300), keys, torch.full((40,), math.inf))
 
 
+@pytest.mark.parametrize("batch", [1, 5])
+def test_a_dead_slot_does_not_come_back_where_a_slice_scores_all_its_rows(
+    triton: ModuleType, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    monkeypatch.setattr(triton, "slices_of", lambda *_: 1)  # groups of several rows
+    query, keys = ties_within_rounding(torch.float32, 40, 60, 1.0, 1, 4.0)
+    query, radii = query.expand(batch, 60), torch.full((40,), math.inf)
+    winner, _ = grace_kernels.nearest(query, keys, radii, backend="reference")
+    radii[winner] = -math.inf
+    assert winner[0].item() not in agree(query, keys, radii).tolist()
+    radii[0] = -math.inf
+    far = torch.full((batch, 60), math.inf)  # from all alike: the lowest live slot
+    wanted = 2 if winner[0].item() == 1 else 1
+    assert agree(far, keys, radii).tolist() == [wanted] * batch
+
+
 def test_without_its_margin_a_kernel_would_take_the_wrong_key(
     triton: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
