@@ -97,7 +97,7 @@ def _all(
     at_once = min(batch, _MOST_QUERIES)
     capability, multiprocessors = machine(device)
     tile = tiles.choose(capability, keys.element_size(), at_once)
-    slices = slices_of(tile, *keys.shape, at_once, multiprocessors)
+    slices = slices_of(tile, keys.shape[0], keys.shape[1], at_once, multiprocessors)
     blocks = -(-at_once // tile.queries)
     if written is not None and batch > tile.queries and _overlap(written.hidden, source):
         source = source.clone()  # one block of queries writes while another one still reads
