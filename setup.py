@@ -4,9 +4,9 @@ The library uses torch's stable ABI and no Python C API, so one wheel serves eve
 and torch >= 2.10. Without a C++ compiler a pure wheel is built that answers from the reference.
 
 GRACE_KERNELS_COMPILE says what is compiled: `0` nothing, `cpu` the CPU kernels, `cuda` the CUDA
-kernels too, or an error. Unset or `1`: the CPU kernels, and the CUDA kernels where nvcc is there
-and torch was built for CUDA. Those are compiled for sm_80, sm_90 and what comes after, or for what
-TORCH_CUDA_ARCH_LIST says.
+kernels too, or an error. Unset or `1`: the CPU kernels, and the CUDA kernels where torch was built
+for CUDA and nvcc is there and compiles them. Those are compiled for sm_80, sm_90 and what comes
+after, or for what TORCH_CUDA_ARCH_LIST says.
 """
 
 from __future__ import annotations
@@ -114,8 +114,20 @@ def compiled() -> dict[str, Any]:
         raise SystemExit(f"grace-kernels: GRACE_KERNELS_COMPILE is cuda, but {found}")
     else:
         print(f"grace-kernels: building without CUDA kernels, because {found}", file=sys.stderr)
-    build_ext = BuildExtension.with_options(no_python_abi_suffix=True)
-    return {"ext_modules": extensions, "cmdclass": {"build_ext": build_ext, "bdist_wheel": Wheel}}
+
+    class Build(BuildExtension.with_options(no_python_abi_suffix=True)):  # type: ignore[misc]
+        """The CUDA kernels are left out, and that is said, where nvcc cannot compile them."""
+
+        def build_extension(self, extension: Any) -> None:
+            try:
+                super().build_extension(extension)
+            except Exception as error:
+                if not extension.optional:
+                    raise
+                why = f"nvcc failed: {str(error).splitlines()[0]}"
+                print(f"grace-kernels: building without CUDA kernels, {why}", file=sys.stderr)
+
+    return {"ext_modules": extensions, "cmdclass": {"build_ext": Build, "bdist_wheel": Wheel}}
 
 
 def cuda(home: Path, run_time: Path, macros: list[tuple[str, str]], depends: list[str]) -> Any:
@@ -127,7 +139,7 @@ def cuda(home: Path, run_time: Path, macros: list[tuple[str, str]], depends: lis
     options = ["-O3", "--threads=2", "-Xptxas", "-v", "-Xcompiler", "-fvisibility=hidden,-Wall"]
     if "TORCH_CUDA_ARCH_LIST" not in os.environ:
         options += [f"-gencode=arch={target}" for target in TARGETS]
-    return cpp_extension.CppExtension(
+    extension = cpp_extension.CppExtension(
         "grace_kernels._C_cuda",
         ["csrc/cuda/lookup.cu"],
         depends=depends,
@@ -141,6 +153,8 @@ def cuda(home: Path, run_time: Path, macros: list[tuple[str, str]], depends: lis
         extra_link_args=["-Wl,--no-as-needed", "-ltorch"],
         py_limited_api=True,
     )
+    extension.optional = WANTED != "cuda"
+    return extension
 
 
 class Wheel(bdist_wheel):

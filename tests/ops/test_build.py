@@ -90,6 +90,34 @@ def test_cuda_kernels_that_are_asked_for_and_cannot_be_built_are_an_error() -> N
     assert "GRACE_KERNELS_COMPILE is cuda, but there is no nvcc in /nowhere/bin" in done.stderr
 
 
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_an_nvcc_that_fails_costs_the_cuda_kernels_and_nothing_else(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    for name in ("csrc", "grace_kernels"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns(*BUILT))
+    # One short source for the CPU, and one that nvcc refuses; a torch as if built for CUDA.
+    for path in (tree / "csrc" / "cpu").glob("*.cpp"):
+        path.unlink()
+    (tree / "csrc" / "cpu" / "nothing.cpp").write_text("int nothing() { return 0; }\n")
+    (tree / "csrc" / "cuda" / "lookup.cu").write_text("#error not today\n")
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    (tree / "README.md").touch()
+    (tree / "LICENSE").touch()
+    setup = (ROOT / "setup.py").read_text()
+    pretended = 'import torch\n\ntorch.version.cuda = "13.0"\n'
+    start = setup.index("import os\n")
+    (tree / "setup.py").write_text(setup[:start] + pretended + setup[start:])
+    told = build(tree, "build_ext", "--inplace", GRACE_KERNELS_COMPILE="")
+    if "nvcc is of CUDA" in told:
+        pytest.skip(told)
+    assert told.startswith("grace-kernels: building without CUDA kernels, nvcc failed: ")
+    assert (tree / "grace_kernels" / "_C.so").exists()
+    assert not (tree / "grace_kernels" / "_C_cuda.so").exists()
+    with pytest.raises(AssertionError):
+        build(tree, "build_ext", "--inplace", GRACE_KERNELS_COMPILE="cuda")
+
+
 def test_without_a_compiler_there_is_a_pure_wheel_and_the_sdist_is_whole(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     for name in FOLDERS:
