@@ -103,6 +103,28 @@ def test_nearly_tied_keys_are_told_apart(
     agree(query.expand(batch, 300), keys, torch.full((40,), math.inf))
 
 
+def test_a_crowded_group_is_scored_in_all_its_rows(
+    triton: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton, "slices_of", lambda *_: 1)  # two tiles of 64, four rows to a group
+    for seed in range(2):
+        query, keys = ties_within_rounding(torch.float32, 100, 60, 1.0, seed, 4.0)
+        radii = torch.full((100,), math.inf)
+        for turn in (0, 50):
+            agree(query.expand(5, 60), keys.roll(turn, 0), radii)
+
+
+def test_a_count_beyond_the_capacity_reaches_nothing_behind_it(triton: ModuleType) -> None:
+    memory = torch.randn(200, 24, generator=torch.Generator().manual_seed(1))
+    radii, values = torch.full((200,), 0.5), torch.ones(200, 7)
+    p = {**problem(), "keys": memory[:12], "radii": radii[:12], "values": values[:12]}
+    memory[12:] = p["source"][4]  # what asks first would hit any of these
+    p["source"][4:8] = memory[12]
+    for count in (12, 13, 99, 2**40):
+        index, _ = grace_kernels.adapt_(**p, count=torch.tensor(count), backend="triton")
+        assert index.tolist() == [-1] * 5
+
+
 @pytest.mark.parametrize("batch", [1, 5])
 def test_a_dead_slot_does_not_come_back_where_a_slice_scores_all_its_rows(
     triton: ModuleType, monkeypatch: pytest.MonkeyPatch, batch: int
