@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -73,18 +74,15 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-class using_isa:
-    """A `with` block in which the CPU kernels of one instruction set answer."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        self.before = backends.isa()
-        torch.ops.grace_cpu.use_isa(self.name)
-
-    def __exit__(self, *_: object) -> None:
-        torch.ops.grace_cpu.use_isa(self.before)
+@contextmanager
+def using_isa(name: str) -> Iterator[None]:
+    """Let the CPU kernels of one instruction set answer."""
+    before = backends.isa()
+    torch.ops.grace_cpu.use_isa(name)
+    try:
+        yield
+    finally:
+        torch.ops.grace_cpu.use_isa(before)
 
 
 @pytest.fixture
@@ -123,15 +121,15 @@ def taken_to(device: str, function: Any) -> Any:
         for t in tensors:
             place, (low, high) = t.untyped_storage()._cdata, memory[t.untyped_storage()._cdata]
             key = (place, t.dtype)
+            # Rows far apart: what lies between is neither read nor copied.
+            sparse = high - low > 1 << 28
             if key not in spans:
                 flat = t.detach().as_strided((high - low,), (1,), low)
-                # Rows far apart: what lies between is neither read nor copied.
-                sparse = high - low > 1 << 28
                 spans[key] = flat, torch.empty_like(flat, device=device)
                 if not sparse:
                     spans[key][1].copy_(flat)
             there = spans[key][1].as_strided(t.size(), t.stride(), t.storage_offset() - low)
-            if high - low > 1 << 28:
+            if sparse:
                 there.copy_(t)
             moved[id(t)] = there
         result = function(*swap(args, moved), **swap_named(kwargs, moved))
