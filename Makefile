@@ -56,8 +56,9 @@ format: $(STAMPS)/lint ## rewrite the files in house style
 	$(BIN)/ruff format .
 	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
-bench: $(STAMPS)/bench ## ratios of the CPU lookup to its peers
+bench: $(STAMPS)/bench ## ratios of the CPU lookups to their peers (about 20 minutes)
 	$(BIN)/python benchmarks/cpu_lookup.py
+	$(BIN)/python benchmarks/pruned_lookup.py
 
 check-aot: $(STAMPS)/build ## compile the Triton kernel for every tile, type and architecture (no GPU needed)
 	$(BIN)/python benchmarks/check_aot.py --json benchmarks/results/aot.json --markdown benchmarks/results/aot.md

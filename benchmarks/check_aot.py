@@ -31,13 +31,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from grace_kernels.sketch import Sketch
 from grace_kernels.triton import lookup as launcher
 from grace_kernels.triton import tiles
 from grace_kernels.triton.lookup_kernel import lookup_kernel
+from grace_kernels.triton.pruned_kernel import pruned_kernel
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = ("bfloat16", "float16", "float32")
-OPERATIONS = ("nearest", "lookup", "adapt_")
+OPERATIONS = ("nearest", "lookup", "adapt_", "pruned_lookup", "pruned_adapt_")
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 SMALL_LIMIT = 99 << 10  # of sm_86, sm_89 and sm_120, which have the rows of sm_80
 DIM = 4096
@@ -83,29 +85,35 @@ def compiled(architecture: int, dtype: torch.dtype, operation: str, batch: int) 
     made = []
 
     class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             return lambda *args, **options: made.append(
-                lookup_kernel.warmup(*args, grid=grid, **options)
+                self.kernel.warmup(*args, grid=grid, **options)
             )
 
     capability = (architecture // 10, architecture % 10)
     query, keys = torch.zeros(batch, DIM, dtype=dtype), torch.zeros(300, DIM, dtype=dtype)
     codebook = (keys, torch.zeros(300))
     count = torch.tensor(200)
-    before = launcher.machine, launcher.lookup_kernel
+    sketch = Sketch(300, DIM, dtype).tensors() if operation.startswith("pruned") else ()
+    before = launcher.machine, launcher.lookup_kernel, launcher.pruned_kernel
     launcher.machine = lambda device: (capability, 132)
-    launcher.lookup_kernel = Recorder()
+    launcher.lookup_kernel = Recorder(lookup_kernel)
+    launcher.pruned_kernel = Recorder(pruned_kernel)
+    answer = getattr(launcher, operation)
     try:
-        if operation == "adapt_":
+        if operation.endswith("adapt_"):
             rows = torch.zeros(batch, dtype=torch.int64)
             hidden = torch.zeros(batch, DIM, dtype=dtype)
-            launcher.adapt_(
-                hidden, query, rows, rows, rows, *codebook, torch.zeros_like(keys), count
+            answer(
+                hidden, query, rows, rows, rows, *codebook, torch.zeros_like(keys), count, *sketch
             )
         else:
-            getattr(launcher, operation)(query, *codebook, count)
+            answer(query, *codebook, count, *sketch)
     finally:
-        launcher.machine, launcher.lookup_kernel = before
+        launcher.machine, launcher.lookup_kernel, launcher.pruned_kernel = before
     return made[0]
 
 
@@ -204,7 +212,7 @@ def main() -> int:
                     row = check(architecture, dtype, operation, tile, tile.batch or 4096)
                     rows.append(row)
                     print(
-                        f"{row.architecture} {row.dtype:8} {row.operation:7} "
+                        f"{row.architecture} {row.dtype:8} {row.operation:13} "
                         f"batch {row.queries:>3} {row.tile:18} {row.registers:3} registers "
                         f"{row.shared_bytes:6} B shared  "
                         f"{'; '.join(row.faults) or 'ok'}",

@@ -2,10 +2,12 @@
 
 from .api import adapt, adapt_, lookup, nearest, warmup
 from .backends import Backend, BackendUnavailable, build_info
+from .sketch import Sketch
 
 __all__ = [
     "Backend",
     "BackendUnavailable",
+    "Sketch",
     "adapt",
     "adapt_",
     "build_info",

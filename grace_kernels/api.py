@@ -18,6 +18,7 @@ from torch.autograd.graph import increment_version
 
 from . import autograd
 from .backends import Backend, select
+from .sketch import Sketch, check_sketch
 from .validation import check_adapt, check_codebook, check_written
 
 
@@ -66,6 +67,7 @@ def lookup(
     radii: Tensor,
     count: Tensor | int | None = None,
     *,
+    sketch: Sketch | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Find the entry that answers each query: its nearest, if that entry's radius covers it.
@@ -76,6 +78,8 @@ def lookup(
     Args:
         query, keys, radii, count, backend: as for `nearest`. A radius of +inf covers everything, a
             NaN radius nothing.
+        sketch: of these keys and radii, told of every change to them, or None. It changes how many
+            keys are read, never an answer.
 
     Returns:
         index: `[B]` int64, the slot that answers (distance <= radius), -1 for a miss.
@@ -83,12 +87,14 @@ def lookup(
         Deterministic to the bit. Not differentiable.
 
     Raises:
-        TypeError, ValueError, BackendUnavailable: as `nearest`.
+        TypeError, BackendUnavailable: as `nearest`.
+        ValueError: as `nearest`, or `sketch` was made for another width, dtype or device.
     """
     check_codebook("query", query, keys, radii, count)
-    op = select("lookup", backend, query.device)
+    tensors = check_sketch(sketch, keys)
+    op = select("pruned_lookup" if tensors else "lookup", backend, query.device)
     keys, radii, rows = _in_use(keys, radii, count)
-    index, distance = op(_plain(query), _plain(keys), _plain(radii), rows)
+    index, distance = op(_plain(query), _plain(keys), _plain(radii), rows, *tensors)
     return index, distance
 
 
@@ -103,6 +109,7 @@ def adapt_(
     values: Tensor,
     count: Tensor | int | None = None,
     *,
+    sketch: Sketch | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Replace rows of a layer's output, in place, where an entry answers the layer's input.
@@ -121,7 +128,7 @@ def adapt_(
         first_row, last_row: `[B]` int64, 0 <= first <= last <= R. Where the ranges of two hits
             overlap, the later sequence's value stands on a CPU; on a GPU each element holds one of
             the two.
-        keys, radii, count, backend: as for `lookup`, `keys` in the dtype of `source`.
+        keys, radii, count, sketch, backend: as for `lookup`, `keys` in the dtype of `source`.
         values: `[C, V]`, the dtype of `hidden`.
 
     Returns:
@@ -129,7 +136,7 @@ def adapt_(
 
     Raises:
         TypeError, BackendUnavailable: as `nearest`.
-        ValueError: as `nearest`, or, on a CPU, an index argument lies outside its range. Nothing
+        ValueError: as `lookup`, or, on a CPU, an index argument lies outside its range. Nothing
             has been written then. Other devices clamp instead: a query_row of S or more is a miss.
         RuntimeError: a gradient is wanted for `hidden` or `values`; call `adapt`.
     """
@@ -141,7 +148,8 @@ def adapt_(
             f"{name} must not require a gradient in adapt_, got requires_grad=True; "
             "call adapt, or call adapt_ under torch.no_grad()"
         )
-    op = select("adapt_", backend, source.device)
+    tensors = check_sketch(sketch, keys)
+    op = select("pruned_adapt_" if tensors else "adapt_", backend, source.device)
     keys, radii, rows = _in_use(keys, radii, count)
     index, distance = op(
         hidden,
@@ -153,6 +161,7 @@ def adapt_(
         _plain(radii),
         values,
         rows,
+        *tensors,
     )
     # Not left to the operators: the stable interface writes without autograd's knowledge, and a
     # backward that saved `hidden` would then compute with what was written.
@@ -171,6 +180,7 @@ def adapt(
     values: Tensor,
     count: Tensor | int | None = None,
     *,
+    sketch: Sketch | None = None,
     backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Do what `adapt_` does on a copy of `hidden`, differentiably in `hidden` and `values`.
@@ -192,18 +202,21 @@ def adapt(
         TypeError, ValueError, BackendUnavailable: as `adapt_`.
     """
     check_adapt(hidden, source, query_row, first_row, last_row, keys, radii, values, count)
-    op = select("adapt_", backend, source.device)
+    tensors = check_sketch(sketch, keys)
+    op = select("pruned_adapt_" if tensors else "adapt_", backend, source.device)
     keys, radii, rows = _in_use(keys, radii, count)
     source, keys, radii = _plain(source), _plain(keys), _plain(radii)
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or values.requires_grad)
     # In forward mode requires_grad tells nothing; the function refuses where a tangent is carried.
     if wanted or forward_ad._current_level >= 0:
         out, index, distance = autograd.Adapt.apply(
-            op, hidden, source, query_row, first_row, last_row, keys, radii, values, rows
+            op, hidden, source, query_row, first_row, last_row, keys, radii, values, rows, *tensors
         )
         return out, index, distance
     out = hidden.clone(memory_format=torch.contiguous_format)
-    index, distance = op(out, source, query_row, first_row, last_row, keys, radii, values, rows)
+    index, distance = op(
+        out, source, query_row, first_row, last_row, keys, radii, values, rows, *tensors
+    )
     return out, index, distance
 
 

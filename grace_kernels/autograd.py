@@ -30,10 +30,11 @@ class Adapt(torch.autograd.Function):
         radii: Tensor,
         values: Tensor,
         count: Tensor | None,
+        *sketch: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         out = hidden.clone(memory_format=torch.contiguous_format)
         index, distance = op(
-            out, source, query_row, first_row, last_row, keys, radii, values, count
+            out, source, query_row, first_row, last_row, keys, radii, values, count, *sketch
         )
         return out, index, distance
 
@@ -44,6 +45,7 @@ class Adapt(torch.autograd.Function):
         _, index, distance = output
         ctx.save_for_backward(index, first_row, last_row)
         ctx.slots = values.shape[0]
+        ctx.inputs = len(inputs)
         ctx.mark_non_differentiable(index, distance)
 
     @staticmethod
@@ -56,4 +58,5 @@ class Adapt(torch.autograd.Function):
         to_hidden, to_values = ops.adapt_backward(grad, index, first_row, last_row, slots)
         hidden = to_hidden if wants_hidden else None
         values = to_values if wants_values else None
-        return (None, hidden, None, None, None, None, None, None, values, None)
+        rest = (None,) * (ctx.inputs - 9)
+        return (None, hidden, None, None, None, None, None, None, values, *rest)

@@ -95,7 +95,7 @@ def _register(name: str) -> dict[str, Any]:
 
 
 _OPERATORS = {name: _register(name) for name in ops.LOOKUPS}
-_CHOSEN: dict[str, Any] = {"nearest": ops.nearest, "lookup": ops.lookup, "adapt_": ops.adapt_}
+_CHOSEN: dict[str, Any] = {name: getattr(ops, name) for name in ops.LOOKUPS}
 
 
 def select(name: str, backend: str | None, device: torch.device) -> Any:

@@ -7,6 +7,8 @@ implementation has a namespace of its own with the same schemas: `grace_referenc
 `grace_triton::*` and `grace_cuda::*` (the compiled CUDA library's).
 
 `count` is the number of rows in use as an int64 scalar tensor on the device; None means all rows.
+The `pruned_` operators answer like those without, sooner: they take the tensors of a
+`grace_kernels.Sketch` besides and count in the last of them what they looked at.
 """
 
 from __future__ import annotations
@@ -17,12 +19,25 @@ from torch import Tensor
 from . import reference
 
 _CODEBOOK = "Tensor keys, Tensor radii"
+_ROWS = "Tensor source, Tensor query_row, Tensor first_row, Tensor last_row"
+_SKETCH = (
+    "Tensor centre, Tensor directions, Tensor scales, Tensor head, Tensor tail, Tensor covered, "
+    "Tensor radius_bound, Tensor outliers"
+)
 _SCHEMAS = {
     "nearest": f"(Tensor query, {_CODEBOOK}, Tensor? count=None) -> (Tensor, Tensor)",
     "lookup": f"(Tensor query, {_CODEBOOK}, Tensor? count=None) -> (Tensor, Tensor)",
     "adapt_": (
-        "(Tensor(a!) hidden, Tensor source, Tensor query_row, Tensor first_row, Tensor last_row, "
-        f"{_CODEBOOK}, Tensor values, Tensor? count=None) -> (Tensor, Tensor)"
+        f"(Tensor(a!) hidden, {_ROWS}, {_CODEBOOK}, Tensor values, Tensor? count=None) "
+        "-> (Tensor, Tensor)"
+    ),
+    "pruned_lookup": (
+        f"(Tensor query, {_CODEBOOK}, Tensor? count, {_SKETCH}, Tensor(a!) counters) "
+        "-> (Tensor, Tensor)"
+    ),
+    "pruned_adapt_": (
+        f"(Tensor(a!) hidden, {_ROWS}, {_CODEBOOK}, Tensor values, Tensor? count, {_SKETCH}, "
+        "Tensor(b!) counters) -> (Tensor, Tensor)"
     ),
     "adapt_backward": (
         "(Tensor grad, Tensor index, Tensor first_row, Tensor last_row, SymInt slots) "
@@ -32,7 +47,7 @@ _SCHEMAS = {
 
 
 def _fake_lookup(
-    query: Tensor, keys: Tensor, radii: Tensor, count: Tensor | None = None
+    query: Tensor, keys: Tensor, radii: Tensor, count: Tensor | None = None, *sketch: Tensor
 ) -> tuple[Tensor, Tensor]:
     batch = query.shape[0]
     return query.new_empty(batch, dtype=torch.int64), query.new_empty(batch, dtype=torch.float32)
@@ -48,6 +63,7 @@ def _fake_adapt_(
     radii: Tensor,
     values: Tensor,
     count: Tensor | None = None,
+    *sketch: Tensor,
 ) -> tuple[Tensor, Tensor]:
     batch = query_row.shape[0]
     return source.new_empty(batch, dtype=torch.int64), source.new_empty(batch, dtype=torch.float32)
@@ -63,10 +79,12 @@ _FAKES = {
     "nearest": _fake_lookup,
     "lookup": _fake_lookup,
     "adapt_": _fake_adapt_,
+    "pruned_lookup": _fake_lookup,
+    "pruned_adapt_": _fake_adapt_,
     "adapt_backward": _fake_adapt_backward,
 }
 
-LOOKUPS = ("nearest", "lookup", "adapt_")
+LOOKUPS = ("nearest", "lookup", "adapt_", "pruned_lookup", "pruned_adapt_")
 libraries = {}  # a Library unregisters its operators when it is collected
 for _namespace, _names in {
     "grace": tuple(_SCHEMAS),
@@ -93,6 +111,8 @@ libraries["grace_cpu"] = _library
 nearest = torch.ops.grace.nearest.default
 lookup = torch.ops.grace.lookup.default
 adapt_ = torch.ops.grace.adapt_.default
+pruned_lookup = torch.ops.grace.pruned_lookup.default
+pruned_adapt_ = torch.ops.grace.pruned_adapt_.default
 adapt_backward = torch.ops.grace.adapt_backward.default
 
 reference_nearest = torch.ops.grace_reference.nearest.default

@@ -116,6 +116,29 @@ def adapt_(
     return index, distance
 
 
+def pruned_lookup(
+    query: Tensor, keys: Tensor, radii: Tensor, count: Tensor | None, *sketch: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Do what `lookup` does: a sketch changes no answer, and here nothing else either."""
+    return lookup(query, keys, radii, count)
+
+
+def pruned_adapt_(
+    hidden: Tensor,
+    source: Tensor,
+    query_row: Tensor,
+    first_row: Tensor,
+    last_row: Tensor,
+    keys: Tensor,
+    radii: Tensor,
+    values: Tensor,
+    count: Tensor | None,
+    *sketch: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Do what `adapt_` does."""
+    return adapt_(hidden, source, query_row, first_row, last_row, keys, radii, values, count)
+
+
 def adapt_backward(
     grad: Tensor, index: Tensor, first_row: Tensor, last_row: Tensor, slots: int
 ) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""An independent oracle, inputs by regime and bitwise comparison, for tests and benchmarks.
+"""An independent oracle, inputs by regime and at random, bitwise comparison: for tests, benchmarks.
 
 The oracle shares no code with the reference: it is plain Python arithmetic (IEEE fp64), one pair at
 a time.
@@ -13,6 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+
+from .random_codebooks import Draw as Draw
+from .random_codebooks import SketchCase as SketchCase
+from .random_codebooks import random_codebook as random_codebook
 
 INF, NAN = math.inf, math.nan
 

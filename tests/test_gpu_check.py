@@ -29,6 +29,7 @@ from benchmarks.gpu_check import (  # noqa: E402
     peers,
     place,
     process,
+    pruned,
     report,
 )
 
@@ -85,12 +86,13 @@ def test_every_row_of_a_rehearsal_ends_well_and_every_codebook_is_right(rehearse
         rows = book.rows(stage)
         assert list(rows) == book.plan(stage)
         assert {row["status"] for row in rows.values()} <= {"ok", "skipped"}
-    compared = sum(
-        row["result"]["problems"]
-        for name, row in book.rows("correct").items()
-        if name.startswith("codebooks")
-    )
-    assert compared == 40
+    for kind in ("codebooks", "sketched codebooks"):
+        compared = sum(
+            row["result"]["problems"]
+            for name, row in book.rows("correct").items()
+            if name.startswith(kind)
+        )
+        assert compared == 40
 
 
 def test_csv_and_json_hold_every_column_with_its_times(rehearsed: Path) -> None:
@@ -106,7 +108,8 @@ def test_csv_and_json_hold_every_column_with_its_times(rehearsed: Path) -> None:
     assert all(float(line["cold us"]) <= float(line["cold p80"]) for line in lines)
     whole = json.loads((rehearsed / "rehearsal-gpu-check.json").read_text())
     assert whole["runs"][0]["about"]["torch"] == torch.__version__
-    assert set(whole["rows"]["bench"]) == {"ceilings", *(s.name for s in bench.shapes(CPU))}
+    shapes = [*bench.shapes(CPU), *pruned.shapes(CPU)]
+    assert set(whole["rows"]["bench"]) == {"ceilings", *(s.name for s in shapes)}
 
 
 def test_the_picture_is_a_picture(rehearsed: Path) -> None:

@@ -228,13 +228,16 @@ def test_codebooks_stop_before_their_row_counts_as_hung(monkeypatch: pytest.Monk
 
 def test_the_bulk_of_the_codebooks_comes_behind_everything_else() -> None:
     names = [row.name for row in correct.rows(GPU, Path("log.txt"))]
-    assert sum(name.startswith("codebooks") for name in names) == 20
+    kinds = ("codebooks", "sketched codebooks")
+    for kind in kinds:
+        assert sum(name.startswith(kind) for name in names) == 20
     early = names.index("codebooks 500 to 999")
     assert max(n for n, name in enumerate(names) if name.startswith("regimes")) < early
     assert early < names.index("operator tests") < names.index("compute-sanitizer works")
     bulk = names.index("codebooks 1000 to 1499")
     assert names.index("racecheck, cuda") < bulk
-    assert all(name.startswith("codebooks") for name in names[bulk:])
+    assert all(name.startswith(kinds) for name in names[bulk:])
+    assert names.index("sketched codebooks 500 to 999") < names.index("operator tests")
 
 
 def test_a_sanitizer_that_the_budget_ends_is_cut_off_and_not_skipped(

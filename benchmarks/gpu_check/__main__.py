@@ -73,7 +73,7 @@ def _device(rehearse: bool) -> torch.device:
 
 def _child(arguments: argparse.Namespace) -> int:
     """Be the process of one stage."""
-    from . import bench, build, correct, graphs
+    from . import bench, build, correct, graphs, pruned
     from .place import Place, sources_digest
 
     stage, run = arguments.child
@@ -93,7 +93,7 @@ def _child(arguments: argparse.Namespace) -> int:
         "build": lambda: build.rows(place, log),
         "correct": lambda: correct.rows(place, log),
         "graphs": lambda: graphs.rows(place),
-        "bench": lambda: bench.rows(place),
+        "bench": lambda: pruned.among(bench.rows(place), place),
     }[stage]()
     journal = Journal(arguments.out / "rows.jsonl")
     depends: dict[str, Any] = {"sources": sources_digest()}

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ import torch
 import grace_kernels
 from grace_kernels import Backend
 
-from . import process, sanitizer, special
+from . import process, sanitizer, sketched, special
 from .journal import CutOff, Journal, Row, Skipped, Wrong
 from .place import Place
-from .problems import DTYPES, Problem, compare, random_problem, regime_problems
+from .problems import DTYPES, compare, random_problem, regime_problems
 
 COMPARING = 100.0  # seconds after which a row of many problems counts as hung
 LEAST = 30.0  # seconds: with less, the sanitizer is not begun
@@ -38,9 +39,17 @@ def rows(place: Place, log: Path) -> list[Row]:
         )
         for start in range(0, total, each)
     ]
+    pruned = [
+        Row(
+            f"sketched codebooks {start} to {start + each - 1}",
+            partial(_sketched, place, start, each),
+            limit=COMPARING,
+        )
+        for start in range(0, total, each)
+    ]
     odd = [
         Row(f"{name}, {backend}", partial(check, place, backend))
-        for name, check in special.CHECKS.items()
+        for name, check in {**sketched.CHECKS, **special.CHECKS}.items()
         if place.gpu or not (place.quick and name in special.SLOW)
         for backend in place.backends
     ]
@@ -58,6 +67,7 @@ def rows(place: Place, log: Path) -> list[Row]:
             for dtype in DTYPES
         ],
         *random[:2],
+        *pruned[:2],
         *odd,
     ]
     if place.gpu:
@@ -68,7 +78,11 @@ def rows(place: Place, log: Path) -> list[Row]:
             for tool in ("memcheck", "racecheck")
             for backend in place.backends
         ]
-    return [*found, *random[2:]]  # the bulk: what the time does not reach, a second run does
+    return [
+        *found,
+        *random[2:],
+        *pruned[2:],
+    ]  # the bulk: what the time does not reach, a second run does
 
 
 def usable(place: Place) -> tuple[Backend, ...]:
@@ -102,8 +116,13 @@ def _answers(place: Place, backend: Backend) -> dict[str, Any]:
     return {"first call seconds": time.perf_counter() - start}
 
 
-def _judge(place: Place, problems: list[Problem] | Any, expected: int | None) -> dict[str, Any]:
-    """Compare problems one by one; stop with what was reached before the time ends."""
+def _judge(
+    place: Place,
+    problems: Iterable[Any],
+    expected: int | None,
+    differ: Callable[..., dict[Backend, list[str]]] = compare,
+) -> dict[str, Any]:
+    """Compare problems one by one, by `differ`; stop with what was reached before the time ends."""
     backends = usable(place)
     end = time.monotonic() + min(0.8 * COMPARING, place.remaining() - 1)
     wrong: dict[str, list[str]] = {backend: [] for backend in backends}
@@ -111,7 +130,7 @@ def _judge(place: Place, problems: list[Problem] | Any, expected: int | None) ->
     for problem in problems:
         if time.monotonic() >= end:
             break
-        for backend, found in compare(place, problem, backends).items():
+        for backend, found in differ(place, problem, backends).items():
             if found:
                 wrong[backend].append(f"{problem.name}: {'; '.join(found)}")
         number += 1
@@ -133,6 +152,11 @@ def _judge(place: Place, problems: list[Problem] | Any, expected: int | None) ->
 def _random(place: Place, start: int, number: int) -> dict[str, Any]:
     problems = (random_problem(place.seed, n) for n in range(start, start + number))
     return _judge(place, problems, number)
+
+
+def _sketched(place: Place, start: int, number: int) -> dict[str, Any]:
+    cases = sketched.cases(place.seed, range(start, start + number))
+    return _judge(place, cases, number, sketched.compare)
 
 
 def _regimes(place: Place, dtype: torch.dtype) -> dict[str, Any]:

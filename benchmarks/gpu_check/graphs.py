@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import grace_kernels
-from grace_kernels import Backend, testing
+from grace_kernels import Backend, Sketch, testing
 
 from . import nodes, served
 from .correct import usable
@@ -65,7 +65,7 @@ class Book:
     first_row: Tensor
     last_row: Tensor
 
-    def adapt(self, backend: Backend) -> Tensors:
+    def adapt(self, backend: Backend, sketch: Sketch | None = None) -> Tensors:
         """Make the fused call; it writes to `hidden`."""
         return grace_kernels.adapt_(
             self.hidden,
@@ -77,6 +77,7 @@ class Book:
             self.radii,
             self.values,
             self.count,
+            sketch=sketch,
             backend=backend,
         )
 
@@ -137,10 +138,15 @@ def _one_node(place: Place, backend: Backend) -> dict[str, Any]:
     for batch, used in ((1, 1000), (8, 1000), (64, 1000), (512, 1000), (1, 20_000), (8, 0)):
         book = make_book(place, max(1000, used), 768, batch, 768, seed=1, used=used)
         lookup_args = (book.query, book.keys, book.radii, book.count)
+        sketch = Sketch.fit(book.keys, book.radii, used)
         calls: dict[str, Callable[[], Tensors]] = {
             "lookup": partial(grace_kernels.lookup, *lookup_args, backend=backend),
             "nearest": partial(grace_kernels.nearest, *lookup_args, backend=backend),
             "adapt_": partial(book.adapt, backend),
+            "pruned lookup": partial(
+                grace_kernels.lookup, *lookup_args, sketch=sketch, backend=backend
+            ),
+            "pruned adapt_": partial(book.adapt, backend, sketch),
         }
         for name, call in calls.items():
             captured = Captured(place, call, keep=True)

@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 import grace_kernels
 from grace_kernels import Backend, testing
+from grace_kernels.testing import Draw
 
 from .place import Place, Tensors
 
@@ -40,6 +41,13 @@ class Problem:
     first_row: Tensor
     last_row: Tensor
     values: Tensor
+
+
+class Compared(Protocol):
+    """What backends are compared by."""
+
+    def parts(self) -> dict[str, Tensor]:
+        """Return the tensors by name."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +121,7 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(was, warn_only=warn)
 
 
-def differences(expected: Answers, got: Answers) -> list[str]:
+def differences(expected: Compared, got: Compared) -> list[str]:
     """Say what is not equal to the bit, with the first place and both values."""
     found = []
     right = expected.parts()
@@ -134,28 +142,6 @@ def differences(expected: Answers, got: Answers) -> list[str]:
             f"{mine[at].item()} for {want[at].item()}"
         )
     return found
-
-
-class Draw:
-    """Random numbers of one problem, the same wherever it is made."""
-
-    def __init__(self, seed: int, number: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.generator)
-
-    def below(self, n: int) -> int:
-        return int(torch.randint(n, (), generator=self.generator))
-
-    def one_of(self, choices: Any) -> Any:
-        return choices[self.below(len(choices))]
-
-    def chance(self, probability: float) -> bool:
-        return float(torch.rand((), generator=self.generator)) < probability
-
-    def where(self, n: int, probability: float) -> Tensor:
-        return torch.rand(n, generator=self.generator) < probability
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import pruned
 from .journal import Journal, without_paths
 from .picture import COLUMNS, OURS, TITLES, draw, peer, time_of
 from .place import slug
@@ -196,6 +197,8 @@ def markdown(
     lines += _correct(journal)
     if measured:
         lines += _bench(journal, measured, picture, trouble)
+    results = [record.get("result") or {} for record in journal.rows("bench").values()]
+    lines += pruned.table([result for result in results if "pruned columns" in result])
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -228,20 +231,20 @@ def _notable(stage: str, found: dict[str, str], rows: dict[str, dict[str, Any]])
 
 def _correct(journal: Journal) -> list[str]:
     """Say in a few lines how much was compared."""
-    books, wrong = 0, 0
-    for name, record in journal.rows("correct").items():
-        result = record.get("result") or {}
-        if name.startswith("codebooks"):
-            books += result.get("problems", 0)
-            wrong += sum(n for key, n in result.items() if key.startswith("wrong, "))
-    lines = [
-        "## Correct, and in graphs",
-        "",
-        f"* random codebooks compared to the bit with the CPU: {books}, wrong: {wrong}",
-    ]
+    lines = ["## Correct, and in graphs", ""]
+    for kind, what in (("codebooks", ""), ("sketched codebooks", ", through a sketch")):
+        books, wrong = 0, 0
+        for name, record in journal.rows("correct").items():
+            result = record.get("result") or {}
+            if name.startswith(f"{kind} "):
+                books += result.get("problems", 0)
+                wrong += sum(n for key, n in result.items() if key.startswith("wrong, "))
+        lines.append(
+            f"* random codebooks compared to the bit with the CPU{what}: {books}, wrong: {wrong}"
+        )
     for stage in ("correct", "graphs"):
         for name, record in journal.rows(stage).items():
-            if record["status"] == "ok" and not name.startswith("codebooks"):
+            if record["status"] == "ok" and not name.startswith(("codebooks", "sketched")):
                 parts = [
                     f"{k} {v}"
                     for k, v in (record.get("result") or {}).items()

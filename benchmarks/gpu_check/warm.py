@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grace_kernels.testing import SketchCase
+
+from . import sketched
 from .journal import ROOT, CutOff, Wrong
 from .place import Place, sources_digest
 from .problems import (
@@ -61,21 +64,36 @@ def _all() -> Iterator[Problem]:
             )
 
 
+def sketched_cases() -> list[SketchCase]:
+    """Return one codebook with a sketch per form among those that the later stages will meet."""
+    drawn = sketched.cases(0, range(800))
+    return list({sketched_form(case): case for case in drawn}.values())
+
+
+def sketched_form(case: SketchCase) -> tuple[Any, ...]:
+    """Return what a kernel that takes a sketch may be compiled for in `sketched.found`."""
+    return (case.keys.dtype, _tile(len(case.query)), _number(case.keys.shape[1]))
+
+
+def _number(n: int) -> str:
+    return "1" if n == 1 else "16" if n % 16 == 0 else "odd"
+
+
+def _tile(batch: int) -> int:
+    return next((n for n, (_, most) in enumerate(BATCHES) if batch <= most), len(BATCHES))
+
+
 def form(problem: Problem) -> tuple[Any, ...]:
     """Return what a kernel may be compiled for."""
 
-    def number(n: int) -> str:
-        return "1" if n == 1 else "16" if n % 16 == 0 else "odd"
-
     def layout(tensor: Tensor) -> tuple[Any, ...]:
         aligned = tensor.storage_offset() * tensor.element_size() % 16 == 0
-        return (tensor.dtype, aligned, *map(number, tensor.stride()))
+        return (tensor.dtype, aligned, *map(_number, tensor.stride()))
 
     batch = len(problem.query_row)
-    tile = next((n for n, (_, most) in enumerate(BATCHES) if batch <= most), len(BATCHES))
     tensors = (problem.query, problem.keys, problem.hidden, problem.values)
-    widths = (number(problem.keys.shape[1]), number(problem.values.shape[1]))
-    return (batch > 0, tile, problem.count is None, *widths, *map(layout, tensors))
+    widths = (_number(problem.keys.shape[1]), _number(problem.values.shape[1]))
+    return (batch > 0, _tile(batch), problem.count is None, *widths, *map(layout, tensors))
 
 
 def marker() -> Path:
@@ -128,15 +146,26 @@ def row(place: Place, log: Path) -> dict[str, Any]:
 def main(worker: int, workers: int) -> None:
     """Make every call of one process's share."""
     device = torch.device("cuda", 0)
-    for problem in problems()[worker::workers]:
+    made: list[tuple[str, Callable[[], Any]]] = [
+        (problem.name, lambda problem=problem: answers(onto(problem, device), "triton"))
+        for problem in problems()
+    ]
+    made += [
+        (
+            case.name,
+            lambda case=case: sketched.found(case, device, case.sketch().to(device), "triton"),
+        )
+        for case in sketched_cases()
+    ]
+    for name, call in made[worker::workers]:
         start = time.monotonic()
         try:
-            answers(onto(problem, device), "triton")
+            call()
             torch.cuda.synchronize()
-            print(f"made {problem.name}: {time.monotonic() - start:.1f} s", flush=True)
+            print(f"made {name}: {time.monotonic() - start:.1f} s", flush=True)
         except Exception as error:
             told = str(error).splitlines() or [""]
-            print(f"failed {problem.name}: {type(error).__name__}: {told[0]}", flush=True)
+            print(f"failed {name}: {type(error).__name__}: {told[0]}", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -37,6 +38,15 @@ struct Isa {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
   }
+  static V load(const int8_t* p) {
+    return _mm256_cvtepi32_ps(
+        _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static V every(float v) { return _mm256_set1_ps(v); }
+  static V larger(V a, V b) { return _mm256_max_ps(a, b); }
+  // A bit per element; false for a NaN.
+  static int above(V a, V b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
+  static V add_product(V sum, V a, V b) { return _mm256_fmadd_ps(a, b, sum); }
   static V add_square(V sum, V difference) { return _mm256_fmadd_ps(difference, difference, sum); }
   static float sum(V v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -49,11 +59,15 @@ struct Isa {
 };
 
 #include "lookup_kernel_body.h"
+#include "sketch_kernel_body.h"
 
 }  // namespace
 }  // namespace avx2
 
-const Kernels kAvx2 = {"avx2", avx2::prepare, avx2::scan, avx2::finish};
+const Kernels kAvx2 = {
+    "avx2",       avx2::prepare, avx2::scan,  avx2::finish,
+    avx2::sketch, avx2::filter,  avx2::score, avx2::consider,
+};
 
 }  // namespace grace::cpu
 

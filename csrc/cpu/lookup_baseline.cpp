@@ -1,4 +1,5 @@
 // The lookup kernel in what every compiler's default target has (SSE2 on x86-64, NEON on ARM).
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -37,6 +38,22 @@ struct Isa {
     const U result = (special & (magnitude | 0x7f800000)) | (~special & scaled);
     return (V)(result | ((bits & 0x8000) << 16));
   }
+  static V load(const int8_t* p) {
+    typedef int8_t B __attribute__((vector_size(8)));
+    B b;
+    std::memcpy(&b, p, sizeof b);
+    return __builtin_convertvector(b, V);
+  }
+  static V every(float v) { return V{} + v; }
+  static V larger(V a, V b) { return a > b ? a : b; }
+  // A bit per element; false for a NaN.
+  static int above(V a, V b) {
+    const auto greater = a > b;
+    int bits = 0;
+    for (int i = 0; i < 8; ++i) bits |= (greater[i] & 1) << i;
+    return bits;
+  }
+  static V add_product(V sum, V a, V b) { return sum + a * b; }
   static V add_square(V sum, V difference) { return sum + difference * difference; }
   static float sum(V v) {
     return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
@@ -46,10 +63,14 @@ struct Isa {
 };
 
 #include "lookup_kernel_body.h"
+#include "sketch_kernel_body.h"
 
 }  // namespace
 }  // namespace baseline
 
-const Kernels kBaseline = {"baseline", baseline::prepare, baseline::scan, baseline::finish};
+const Kernels kBaseline = {
+    "baseline",       baseline::prepare, baseline::scan,  baseline::finish,
+    baseline::sketch, baseline::filter,  baseline::score, baseline::consider,
+};
 
 }  // namespace grace::cpu

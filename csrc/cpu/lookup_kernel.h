@@ -42,6 +42,36 @@ struct Scan {
   float relative, absolute;  // the margin of the coarse pass, see set_coarse_margin() in lookup.cpp
 };
 
+// The codes of a sketch of the keys, see grace_kernels/sketch.py: in blocks of 32 keys, whose codes
+// for one number are neighbours.
+constexpr int64_t kDirections = 64;
+constexpr int64_t kBlockKeys = 32;
+constexpr int64_t kHeadNumbers = 10;  // rho, e and coordinates 0..7; the tail has the others
+constexpr int64_t kTailNumbers = kDirections - 8;
+constexpr int8_t kUnknown = 127;  // as e: nothing is known of this key
+
+struct Codes {
+  const float* centre;
+  const uint16_t* directions;  // bfloat16
+  int64_t dim;
+  const float* scales;  // rho, e, coordinates; then what is to be added to rho
+  const int8_t* head;
+  const int8_t* tail;
+};
+
+// A query as the sketch sees it: coordinates that are off by at most `slack` together, and between
+// which bounds its rho lies, less scales[kDirections + 2].
+struct Sketched {
+  float coordinate[kDirections];
+  float rho_low, rho_high;
+  float slack;
+};
+
+struct Pair {
+  int64_t row;
+  int64_t query;
+};
+
 // One instruction set's implementation. Every one gives the same answers to the bit.
 struct Kernels {
   const char* name;
@@ -51,6 +81,20 @@ struct Kernels {
   void (*scan)(const Scan& problem, int64_t begin, int64_t end, Best* best);
   // Re-score what is left, after which `s` and `index` are final.
   void (*finish)(const Scan& problem, Best* best);
+
+  // Sketch a widened query; false if that is not possible.
+  bool (*sketch)(const Codes& codes, const float* query, Sketched* out);
+  // List the pairs of rows begin..end-1 (begin is a multiple of kBlockKeys) and of queries that the
+  // sketch leaves within reach, by ascending row for every query. The reach of query q is
+  // min(reach[q], the row's own radius) where `own`, otherwise reach[q] for every live row; a
+  // negative reach[q] leaves the query out. Returns how many, or -1 where `room` does not hold
+  // them.
+  int64_t (*filter)(const Codes& codes, const Scan& problem, int64_t begin, int64_t end,
+                    const Sketched* queries, const float* reach, bool own, Pair* out, int64_t room);
+  // The canonical squared distance of a pair, or +inf if it is NaN or certainly above `most`.
+  float (*score)(const Scan& problem, const Pair& pair, float most);
+  // Take one key into account, as `scan` does.
+  void (*consider)(const Scan& problem, const Pair& pair, Best* best);
 };
 
 extern const Kernels kBaseline;

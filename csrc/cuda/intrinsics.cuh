@@ -82,6 +82,13 @@ __device__ __forceinline__ void mma(Half, float (&d)[4], const uint32_t (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Two numbers rounded to nearest as bfloat16, the first one in the lower half.
+__device__ __forceinline__ uint32_t round_to_bfloats(float first, float second) {
+  uint32_t both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(second), "f"(first));
+  return both;
+}
+
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <class V>
@@ -95,5 +102,7 @@ __device__ __forceinline__ V shuffle_xor(V value, int mask) {
 __device__ __forceinline__ unsigned ballot(bool predicate) {
   return __ballot_sync(kAllLanes, predicate);
 }
+// After code in which lanes may have gone apart, for what all must execute together.
+__device__ __forceinline__ void converge() { __syncwarp(kAllLanes); }
 
 }  // namespace grace::cuda

@@ -1,391 +1,10 @@
-// grace_cuda::nearest, lookup and adapt_: tensors -> Problem -> one launch.
+// grace_cuda::*: the operators, each one call.
 #include <intrinsics.cuh>
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
-#include <exception>
-#include <map>
-#include <mutex>
-#include <optional>
-#include <set>
-#include <string>
-#include <tuple>
-
-#include "lookup_kernel.cuh"
-#include "tickets.h"
+#include "call.h"
 
 namespace grace::cuda {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-constexpr int64_t kLaunchQueries = 4096;  // more queries are several launches
-
-// A kernel and its shape, see there.
-struct Kernel {
-  const void* function;
-  int queries;       // per block
-  int scan_bytes;    // of shared memory, for the scan and then for the partials
-  int shared_bytes;  // with the rest
-  int blocks;        // per multiprocessor
-  int least_rows;    // of a slice; fewer are not worth a block
-  Margin (*margin)(int64_t dim);
-};
-
-template <class T, int Q, int R>
-Kernel direct() {
-  using Shape = DirectScan<T, Q, R>;
-  return {reinterpret_cast<const void*>(&direct_kernel<T, Q, R>),
-          Q,
-          Shape::kScanBytes,
-          Shape::kScanBytes + static_cast<int>(sizeof(Shared<Q>)),
-          Shape::kBlocks,
-          kWarps,
-          &direct_margin};
-}
-
-template <class T, int MT, int Stages, int Blocks, int LeastRows>
-Kernel tensor() {
-  using Shape = TensorScan<T, MT, Stages, Blocks>;
-  constexpr int kQueries = Shape::kQueries;
-  return {reinterpret_cast<const void*>(&tensor_kernel<T, Shape>),
-          kQueries,
-          Shape::kScanBytes,
-          Shape::kScanBytes + static_cast<int>(sizeof(Shared<kQueries>)),
-          Shape::kBlocks,
-          LeastRows,
-          &tensor_margin};
-}
-
-// Which kernel answers. Counted instructions, nothing measured yet: on CUDA cores 16 bytes of keys
-// per lane cost 60 instructions with one query and 22 more with each further one, on tensor cores
-// 50 with 16 queries and 90 with 64. But 8 KB ahead per warp on CUDA cores are whole rows where a
-// tensor scan of few keys has 64 bytes per row and stage, and waits longer. Four times 16 queries
-// need 160 KB of shared memory, which not every device has. Only CUDA cores take unaligned rows.
-constexpr int64_t kFewBytes = 64 << 10;  // of keys per multiprocessor
-
-template <class T>
-Kernel choose(int64_t batch, bool aligned, int64_t bytes_each, int shared_limit) {
-  if (batch == 1) return direct<T, 1, 2>();
-  if constexpr (sizeof(T) == 2) {
-    const Kernel wide = tensor<T, 4, 8, 1, 16>();
-    if (aligned && batch > 16 && wide.shared_bytes <= shared_limit) return wide;
-    if (aligned && (batch > 8 || bytes_each > kFewBytes)) return tensor<T, 1, 5, 2, 8>();
-  }
-  return batch <= 4 ? direct<T, 4, 2>() : direct<T, 8, 2>();
-}
-
-// What is known of a device, asked once.
-struct Device {
-  explicit Device(int index) {
-    check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, index),
-          "cudaDeviceGetAttribute");
-    check(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
-          "cudaDeviceGetAttribute");
-  }
-  int processors = 0;    // multiprocessors
-  int shared_limit = 0;  // bytes a block can have
-  std::set<const void*> prepared;
-};
-
-// The process's state: never destroyed, since the driver may be gone before it.
-class State {
- public:
-  static State& get() {
-    static State* const state = new State;
-    return *state;
-  }
-
-  const Device& device(int index) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return devices_.try_emplace(index, index).first->second;
-  }
-
-  // Loads the kernel and admits the shared memory it wants; a capture need not see that.
-  void prepare(int index, const Kernel& kernel) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    std::set<const void*>& prepared = devices_.at(index).prepared;
-    if (prepared.count(kernel.function) != 0) return;
-    const RelaxedCapture relaxed;
-    const cudaError_t status = cudaFuncSetAttribute(
-        kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes);
-    if (status != cudaSuccess) cudaGetLastError();
-    check(status, "preparing the kernel (cudaFuncSetAttribute)");
-    prepared.insert(kernel.function);
-  }
-
-  Tickets tickets;
-
- private:
-  std::mutex mutex_;
-  std::map<int, Device> devices_;
-};
-
-// Makes the tensors' device the current one, for torch and for this library's own run time.
-class OnDevice {
- public:
-  explicit OnDevice(int index) {
-    TORCH_ERROR_CODE_CHECK(aoti_torch_create_cuda_guard(index, &guard_));
-    const cudaError_t status = cudaSetDevice(index);
-    if (status == cudaSuccess) return;
-    aoti_torch_delete_cuda_guard(guard_);
-    check(status, "cudaSetDevice");
-  }
-  ~OnDevice() { aoti_torch_delete_cuda_guard(guard_); }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-
- private:
-  CUDAGuardHandle guard_ = nullptr;
-};
-
-Tensor with_unit_stride(const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  return t.size(last) > 1 && t.stride(last) != 1 ? torch::stable::contiguous(t) : t;
-}
-
-Tensor allocate(const char* what, int64_t size, ScalarType dtype, const Tensor& like) {
-  try {
-    return torch::stable::empty({size}, dtype, std::nullopt, like.device());
-  } catch (const std::exception& error) {
-    const int64_t element = dtype == ScalarType::Long ? 8 : dtype == ScalarType::Float ? 4 : 1;
-    throw std::runtime_error(
-        std::string("grace_cuda: ") + what + " of " + std::to_string(size * element) +
-        " bytes could not be allocated on cuda:" + std::to_string(like.get_device_index()) +
-        " (out of memory?): " + error.what());
-  }
-}
-
-// Rows of 16-byte vectors: where one starts and how long it is are multiples of 16 bytes.
-bool rows_aligned(const void* data, int64_t stride_bytes, int64_t rows) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (rows <= 1 || stride_bytes % 16 == 0);
-}
-
-void same_device(const Tensor& tensor, const char* name, const Tensor& source) {
-  STD_TORCH_CHECK(tensor.get_device_index() == source.get_device_index(), name,
-                  " must be on the device of the query (cuda:", source.get_device_index(),
-                  "), got device ", tensor.get_device_index());
-}
-
-// Arguments of one call; keeps the tensors it points into.
-class Call {
- public:
-  Call(const Tensor& source, const Tensor& keys, const Tensor& radii,
-       const std::optional<Tensor>& count, bool bounded)
-      : source_(with_unit_stride(source)), keys_(with_unit_stride(keys)), radii_(radii) {
-    STD_TORCH_CHECK(source.dim() == 2 && keys.dim() == 2 && radii.dim() == 1,
-                    "query and keys must have rank 2 and radii rank 1");
-    STD_TORCH_CHECK(source.size(1) == keys.size(1) && radii.size(0) == keys.size(0),
-                    "query, keys and radii must fit together");
-    STD_TORCH_CHECK(
-        source.scalar_type() == keys.scalar_type() && radii.scalar_type() == ScalarType::Float,
-        "query and keys must share a dtype and radii be float32");
-    STD_TORCH_CHECK(keys.size(1) <= kMaxDim, "keys must have at most ", kMaxDim,
-                    " columns on CUDA, got ", keys.size(1));
-    STD_TORCH_CHECK(keys.size(0) <= kMaxRows, "keys must have at most ", kMaxRows,
-                    " rows on CUDA, got ", keys.size(0));
-    same_device(keys, "keys", source);
-    same_device(radii, "radii", source);
-    const int64_t element = static_cast<int64_t>(keys.element_size());
-    p_.keys = keys_.const_data_ptr();
-    p_.key_stride = keys_.stride(0);
-    p_.capacity = keys_.size(0);
-    p_.dim = static_cast<int>(keys_.size(1));
-    p_.keys_aligned =
-        rows_aligned(p_.keys, p_.key_stride * element, p_.capacity) && p_.dim * element % 16 == 0;
-    p_.radii = static_cast<const float*>(radii.const_data_ptr());
-    p_.radius_stride = radii.stride(0);
-    if (count.has_value()) {
-      STD_TORCH_CHECK(count->numel() == 1 && count->scalar_type() == ScalarType::Long,
-                      "count must be one int64");
-      same_device(*count, "count", source);
-      count_ = *count;
-      p_.count = count->const_data_ptr<int64_t>();
-    }
-    set_source();
-    if (p_.dim == 0) p_.keys_aligned = p_.source_aligned = false;  // no address to copy from
-    p_.batch = source_.size(0);
-    p_.bounded = bounded;
-  }
-
-  // The batch items ask with these rows of source instead of all in turn.
-  void ask(const Tensor& query_row) {
-    p_.query_row = rows_of(query_row, query_row.size(0), &p_.query_row_stride);
-    p_.batch = query_row.size(0);
-  }
-
-  void write(const Tensor& hidden, const Tensor& values, const Tensor& first_row,
-             const Tensor& last_row) {
-    STD_TORCH_CHECK(hidden.dim() == 2 && values.dim() == 2 && hidden.size(1) == values.size(1) &&
-                        values.size(0) >= p_.capacity &&
-                        hidden.scalar_type() == values.scalar_type(),
-                    "hidden and values must have one width and dtype, and values a row per key");
-    same_device(hidden, "hidden", source_);
-    same_device(values, "values", source_);
-    p_.first_row = rows_of(first_row, p_.batch, &p_.first_row_stride);
-    p_.last_row = rows_of(last_row, p_.batch, &p_.last_row_stride);
-    if (hidden.numel() == 0) return;
-    const int64_t element = static_cast<int64_t>(hidden.element_size());
-    STD_TORCH_CHECK(element == 2 || element == 4 || element == 8,
-                    "hidden must have elements of 2, 4 or 8 bytes, got ", element);
-    p_.hidden = static_cast<char*>(hidden.mutable_data_ptr());
-    p_.hidden_rows = hidden.size(0);
-    p_.hidden_stride = hidden.stride(0) * element;
-    p_.hidden_step = hidden.stride(1) * element;
-    p_.values = static_cast<const char*>(values.const_data_ptr());
-    p_.value_stride = values.stride(0) * element;
-    p_.value_step = values.stride(1) * element;
-    p_.units = hidden.size(1);
-    p_.unit = static_cast<int>(element);
-    if (p_.hidden_step == element && p_.value_step == element && p_.units * element % 16 == 0 &&
-        rows_aligned(p_.hidden, p_.hidden_stride, p_.hidden_rows) &&
-        rows_aligned(p_.values, p_.value_stride, values.size(0))) {
-      p_.units = p_.units * element / 16;
-      p_.unit = 16;
-      p_.hidden_step = p_.value_step = 16;
-    }
-    hidden_end_ = p_.hidden + (hidden.size(0) - 1) * hidden.stride(0) * element +
-                  (hidden.size(1) - 1) * hidden.stride(1) * element + element;
-  }
-
-  std::tuple<Tensor, Tensor> run() {
-    const OnDevice on(source_.get_device_index());
-    Tensor index = allocate("index", p_.batch, ScalarType::Long, source_);
-    Tensor distance = allocate("distance", p_.batch, ScalarType::Float, source_);
-    if (p_.batch == 0) return {index, distance};
-    const Device& device = State::get().device(source_.get_device_index());
-    const Kernel kernel = choose(device);
-    State::get().prepare(source_.get_device_index(), kernel);
-    // A block may write while another one still reads its queries.
-    if (p_.batch > kernel.queries && hidden_meets_source()) {
-      source_ = torch::stable::clone(source_);
-      set_source();
-    }
-    const Margin margin = kernel.margin(p_.dim);
-    p_.relative = margin.relative;
-    p_.absolute = margin.absolute;
-    p_.index = static_cast<int64_t*>(index.mutable_data_ptr());
-    p_.distance = static_cast<float*>(distance.mutable_data_ptr());
-    void* current = nullptr;
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(source_.get_device_index(), &current));
-    const cudaStream_t stream = static_cast<cudaStream_t>(current);
-    // All that may fail comes before anything is written, if it can: parts run one after the other
-    // and share the workspace and the tickets.
-    const dim3 first = grid(device, kernel, std::min(kLaunchQueries, p_.batch));
-    const dim3 last = grid(device, kernel, (p_.batch - 1) % kLaunchQueries + 1);
-    const int64_t records = std::max(int64_t{first.x} * first.y, int64_t{last.x} * last.y);
-    const int64_t bytes = records * (kernel.queries + 1) * static_cast<int64_t>(sizeof(Partial));
-    const Tensor workspace = allocate("workspace", bytes, ScalarType::Byte, source_);
-    p_.partials = workspace.mutable_data_ptr();
-    p_.tickets =
-        State::get().tickets.take(source_.get_device_index(), stream, static_cast<int>(first.y));
-    for (int64_t at = 0; at < p_.batch; at += kLaunchQueries) {
-      const Problem p = part(at, std::min(kLaunchQueries, p_.batch - at));
-      const cudaError_t status = launch(kernel, grid(device, kernel, p.batch), p, stream);
-      if (status == cudaSuccess) continue;
-      std::string what = "the launch";
-      if (at > 0) {
-        what += " for query " + std::to_string(at) + " and later ones, with those before answered,";
-      }
-      check(status, what.c_str());
-    }
-    return {index, distance};
-  }
-
- private:
-  static const int64_t* rows_of(const Tensor& t, int64_t batch, int64_t* stride) {
-    STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == batch && t.scalar_type() == ScalarType::Long,
-                    "query_row, first_row and last_row must be int64 of one length");
-    *stride = t.stride(0);
-    return t.const_data_ptr<int64_t>();
-  }
-
-  void set_source() {
-    p_.source = source_.const_data_ptr();
-    p_.source_stride = source_.stride(0);
-    p_.source_rows = source_.size(0);
-    const int64_t element = static_cast<int64_t>(source_.element_size());
-    p_.source_aligned = rows_aligned(p_.source, p_.source_stride * element, p_.source_rows) &&
-                        p_.dim * element % 16 == 0;
-    // Without elements there is no address, but the kernel takes null for "does not ask".
-    if (p_.dim == 0) p_.source = this;
-  }
-
-  bool hidden_meets_source() const {
-    if (p_.hidden == nullptr || source_.numel() == 0) return false;
-    const char* begin = static_cast<const char*>(p_.source);
-    const char* end =
-        begin + ((p_.source_rows - 1) * p_.source_stride + p_.dim) * source_.element_size();
-    return p_.hidden < end && begin < hidden_end_;
-  }
-
-  Kernel choose(const Device& device) const {
-    const bool aligned = p_.keys_aligned && p_.source_aligned;
-    const int64_t bytes_each =
-        p_.capacity * p_.dim * static_cast<int64_t>(keys_.element_size()) / device.processors;
-    switch (keys_.scalar_type()) {
-      case ScalarType::Float:
-        return cuda::choose<float>(p_.batch, aligned, bytes_each, device.shared_limit);
-      case ScalarType::Half:
-        return cuda::choose<Half>(p_.batch, aligned, bytes_each, device.shared_limit);
-      case ScalarType::BFloat16:
-        return cuda::choose<BFloat>(p_.batch, aligned, bytes_each, device.shared_limit);
-      default:
-        STD_TORCH_CHECK(false, "keys must be float32, float16 or bfloat16");
-    }
-  }
-
-  // Batch items from..from+batch-1.
-  Problem part(int64_t from, int64_t batch) const {
-    Problem p = p_;
-    p.batch = batch;
-    p.index += from;
-    p.distance += from;
-    if (p.query_row != nullptr) {
-      p.query_row += from * p.query_row_stride;
-    } else {
-      p.source = static_cast<const char*>(p.source) +
-                 from * p.source_stride * static_cast<int64_t>(source_.element_size());
-    }
-    if (p.first_row != nullptr) {
-      p.first_row += from * p.first_row_stride;
-      p.last_row += from * p.last_row_stride;
-    }
-    return p;
-  }
-
-  // Slices times blocks of queries. Depends on shapes only, never on count: a graph stays right
-  // when entries are added.
-  dim3 grid(const Device& device, const Kernel& kernel, int64_t batch) const {
-    const int64_t query_blocks = (batch + kernel.queries - 1) / kernel.queries;
-    const int64_t record = (kernel.queries + 1) * static_cast<int64_t>(sizeof(Partial));
-    int64_t slices = std::min(device.processors * kernel.blocks / query_blocks,
-                              (p_.capacity + kernel.least_rows - 1) / kernel.least_rows);
-    slices = std::min(slices, kernel.scan_bytes / record);
-    slices = std::max(slices, (p_.capacity + kMaxSliceRows - 1) / kMaxSliceRows);
-    slices = std::max<int64_t>(slices, 1);
-    return dim3(static_cast<unsigned>(slices), static_cast<unsigned>(query_blocks));
-  }
-
-  static cudaError_t launch(const Kernel& kernel, dim3 grid, Problem p, cudaStream_t stream) {
-    void* arguments[] = {&p};
-    cudaGetLastError();  // an error of somebody else's
-    const cudaError_t status = cudaLaunchKernel(kernel.function, grid, dim3(kThreads), arguments,
-                                                kernel.shared_bytes, stream);
-    return status == cudaSuccess ? cudaGetLastError() : status;
-  }
-
-  Tensor source_, keys_, radii_;
-  std::optional<Tensor> count_;
-  const char* hidden_end_ = nullptr;
-  Problem p_{};
-};
 
 std::tuple<Tensor, Tensor> nearest(Tensor query, Tensor keys, Tensor radii,
                                    std::optional<Tensor> count) {
@@ -406,10 +25,35 @@ std::tuple<Tensor, Tensor> adapt_(Tensor hidden, Tensor source, Tensor query_row
   return call.run();
 }
 
+std::tuple<Tensor, Tensor> pruned_lookup(Tensor query, Tensor keys, Tensor radii,
+                                         std::optional<Tensor> count, Tensor centre,
+                                         Tensor directions, Tensor scales, Tensor head, Tensor tail,
+                                         Tensor covered, Tensor radius_bound, Tensor outliers,
+                                         Tensor counters) {
+  Call call(query, keys, radii, count, true);
+  call.use({centre, directions, scales, head, tail, covered, radius_bound, outliers, counters});
+  return call.run();
+}
+
+std::tuple<Tensor, Tensor> pruned_adapt_(Tensor hidden, Tensor source, Tensor query_row,
+                                         Tensor first_row, Tensor last_row, Tensor keys,
+                                         Tensor radii, Tensor values, std::optional<Tensor> count,
+                                         Tensor centre, Tensor directions, Tensor scales,
+                                         Tensor head, Tensor tail, Tensor covered,
+                                         Tensor radius_bound, Tensor outliers, Tensor counters) {
+  Call call(source, keys, radii, count, true);
+  call.ask(query_row);
+  call.write(hidden, values, first_row, last_row);
+  call.use({centre, directions, scales, head, tail, covered, radius_bound, outliers, counters});
+  return call.run();
+}
+
 STABLE_TORCH_LIBRARY_IMPL(grace_cuda, CUDA, m) {
   m.impl("nearest", TORCH_BOX(&nearest));
   m.impl("lookup", TORCH_BOX(&lookup));
   m.impl("adapt_", TORCH_BOX(&adapt_));
+  m.impl("pruned_lookup", TORCH_BOX(&pruned_lookup));
+  m.impl("pruned_adapt_", TORCH_BOX(&pruned_adapt_));
 }
 
 }  // namespace

@@ -344,16 +344,24 @@ __device__ __forceinline__ void finalise(const Problem& p, int64_t first_query,
   }
 }
 
-// Everything after the scan. `found` holds groups.count records per query, visible to all threads.
+// The records of a query block, and those of this slice: one per query and one of the slice itself.
+template <int Q>
+__device__ __forceinline__ Partial* partials_of_block(const Problem& p) {
+  const int64_t slices = gridDim.x;
+  return static_cast<Partial*>(p.partials) + blockIdx.y * slices * (Q + 1);
+}
+template <int Q>
+__device__ __forceinline__ Partial* partials_of_slice(const Problem& p) {
+  return partials_of_block<Q>(p) + static_cast<int64_t>(blockIdx.x) * (Q + 1);
+}
+
+// All warps: settle every query after a scan. `found` holds groups.count records per query, visible
+// to all threads.
 template <class T, int Q>
-__device__ __forceinline__ void answer(const Problem& p, const Slice& slice, const Groups& groups,
-                                       const Found* found, float largest, char* memory,
-                                       Shared<Q>& shared) {
+__device__ __forceinline__ void settle_all(const Problem& p, const Slice& slice,
+                                           const Groups& groups, const Found* found) {
   const int64_t first_query = static_cast<int64_t>(blockIdx.y) * Q;
-  const int slices = gridDim.x;
-  Partial* partials =
-      static_cast<Partial*>(p.partials) + static_cast<int64_t>(blockIdx.y) * slices * (Q + 1);
-  Partial* mine = partials + static_cast<int64_t>(blockIdx.x) * (Q + 1);
+  Partial* mine = partials_of_slice<Q>(p);
   float limit = __uint_as_float(0x7fc00000u);  // NaN: not known
   for (int q = warp_id(); q < Q; q += kWarps) {
     const T* query = query_of<T>(p, first_query + q);
@@ -361,17 +369,25 @@ __device__ __forceinline__ void answer(const Problem& p, const Slice& slice, con
     const Partial partial = settle<T>(p, slice, query, groups, found + q * groups.count, limit);
     if (lane_id() == 0) mine[q] = partial;
   }
+}
+
+// Everything after a slice has settled its queries. `largest` is this thread's share of the bound
+// of its radii, `scored` how many pairs its sketch left, or -1.
+template <class T, int Q>
+__device__ __forceinline__ void conclude(const Problem& p, float largest, int64_t scored,
+                                         char* memory, Shared<Q>& shared) {
+  const int64_t first_query = static_cast<int64_t>(blockIdx.y) * Q;
   largest = largest_of_warp(largest);
   if (lane_id() == 0) shared.largest[warp_id()] = largest;
   __syncthreads();
   if (threadIdx.x == 0) {
     for (int w = 0; w < kWarps; ++w) largest = fmaxf(largest, shared.largest[w]);
-    mine[Q] = {largest, largest, -1};
+    partials_of_slice<Q>(p)[Q] = {largest, largest, scored};
   }
   if (!arrive_last(p.tickets + blockIdx.y, &shared.arrived)) return;
   for (int q = threadIdx.x; q < Q; q += kThreads) shared.hit[q] = -1;
   __syncthreads();
-  finalise<T, Q>(p, first_query, partials, memory, shared);
+  finalise<T, Q>(p, first_query, partials_of_block<Q>(p), memory, shared);
   if (p.hidden == nullptr) return;
   __syncthreads();
   write_hits<Q>(p, first_query, shared);

@@ -138,12 +138,11 @@ __device__ __forceinline__ void direct_scan(const Problem& p, const Slice& slice
   wait_for_copies<0>();
 }
 
+// Scan a slice and settle its queries; returns the largest radius that this thread has read.
 template <class T, int Q, int R>
-__device__ __forceinline__ void direct_lookup(const Problem& p) {
+__device__ __forceinline__ float direct_lookup(const Problem& p, const Slice& slice) {
   using Shape = DirectScan<T, Q, R>;
   char* memory = dynamic_shared();
-  Shared<Q>& shared = *reinterpret_cast<Shared<Q>*>(memory + Shape::kScanBytes);
-  const Slice slice = slice_of(p);
 
   const T* query[Q];
   const T* asking = nullptr;
@@ -175,7 +174,8 @@ __device__ __forceinline__ void direct_lookup(const Problem& p) {
     records[value / R * Shape::kGroups + value % R * kWarps + warp_id()] = found;
   }
   __syncthreads();
-  answer<T, Q>(p, slice, {Shape::kGroups, 1, Shape::kGroups}, records, largest, memory, shared);
+  settle_all<T, Q>(p, slice, {Shape::kGroups, 1, Shape::kGroups}, records);
+  return largest;
 }
 
 }  // namespace grace::cuda

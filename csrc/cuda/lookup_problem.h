@@ -5,6 +5,23 @@
 
 namespace grace::cuda {
 
+// The tensors of a grace_kernels.Sketch, which says what they mean.
+struct SketchView {
+  const float* centre;         // [dim]
+  const uint16_t* directions;  // [64, dim] bfloat16
+  bool aligned;                // 16-byte loads fit centre and directions
+  const float* scales;         // [67]
+  const int8_t* head;          // [blocks, 10, 32]
+  const int8_t* tail;          // [blocks, 56, 32]
+  int64_t blocks;
+  const int64_t* covered;
+  const float* radius_bound;
+  const int64_t* outliers;  // [32]
+  int64_t* counters;        // [4]; null: there is no sketch
+  // How far the sketch of a query may mislead, see sketch_margin().
+  float norm, along, square;
+};
+
 struct Problem {
   // The codebook: rows 0..n-1, n = *count clamped to [0, capacity], or capacity.
   const void* keys;
@@ -50,10 +67,14 @@ struct Problem {
   // radius), written before the block's ticket is taken. The ticket is 0 before and after a launch.
   void* partials;
   unsigned* tickets;
+
+  SketchView sketch;  // for the pruned operators only
 };
 
 // What one slice of the keys knows of one query: lo <= s <= hi for the s of the nearest of its
-// keys, which is `row`. Equal bounds are that s itself. No row: -1 and +inf.
+// keys, which is `row`. Equal bounds are that s itself. No row: -1 and +inf. The record of the
+// slice itself has a bound of its radii twice, and how many pairs its sketch left to be scored; -1
+// where its rows were scanned.
 struct alignas(16) Partial {
   float lo, hi;
   int64_t row;
@@ -95,6 +116,34 @@ inline Margin tensor_margin(int64_t dim) {
   const double u = 0x1p-24;
   const double r = 1.05 * (2.1 * kTensorError + (2.2 * (static_cast<double>(dim) / 32) + 32) * u);
   return {static_cast<float>(r), static_cast<float>((dim + 32.0) * 0x1p-120)};
+}
+
+// The sketch of a query: y = fl(x - c), a = fl(P y) by tensor cores, A = fl(|y|^2). Let z = x - c
+// and t as above.
+// * |y - z| <= u |z|, and A has at most D/16 + 32 roundings in a row, one of them per product, so
+//   |z|, |y| <= norm sqrt(A) + 2^-56 =: N, norm = 1 + g + 2^-20, g = m u / (1 - m u), m = D/16 +
+//   32; squares that underflow, at most 2^24 of them, are in the 2^-56.
+// * y is cut into two bfloat16, rounded to nearest: what is lost is at most 2^-16 |y|, and |P|
+// <= 1.
+// * A coordinate: sum |P_i| (|y1_i| + |y2_i|) <= 1.02 |y| by Cauchy and Schwarz. A chunk of 32
+//   elements takes four steps of mma from zero, 4.1 t of that sum; the chunks are added in fp32,
+//   D/128 + 12 roundings in a row. The 64 errors together are at most 8 times as long.
+//     |a - P z| <= along N + 2^-60 =: E,  along = 1.05 (u + 2^-16 + 8.2 (4.1 t + 1.1 (D/128 + 12)
+//     u))
+//   where 2^-60 is for all that is flushed or underflows: 64 D numbers below 2^-125.
+// * rho^2 = |z|^2 - |P z|^2 against v = A - |a|^2, which takes 9 roundings more: |z|^2 is A within
+//   (g + 3 u) N^2, |P z|^2 is |a|^2 within (2 N + E) E <= 2.2 N E, as E <= 0.2 N.
+//     |rho^2 - v| <= square N^2 + 2.2 N E + 2^-118,  square = g + 2^-18
+struct SketchMargin {
+  float norm, along, square;
+};
+
+inline SketchMargin sketch_margin(int64_t dim) {
+  const double u = 0x1p-24, d = static_cast<double>(dim);
+  const double m = (d / 16 + 32) * u, g = m / (1 - m);
+  const double chunks = 4.1 * kTensorError + 1.1 * (d / 128 + 12) * u;
+  return {static_cast<float>(1 + g + 0x1p-20),
+          static_cast<float>(1.05 * (u + 0x1p-16 + 8.2 * chunks)), static_cast<float>(g + 0x1p-18)};
 }
 
 constexpr int64_t kMaxDim = int64_t{1} << 24;

@@ -30,10 +30,11 @@ __device__ __forceinline__ int64_t rows_in_use(const Problem& p) {
   return n < 0 ? 0 : n > p.capacity ? p.capacity : n;
 }
 
-__device__ __forceinline__ Slice slice_of(const Problem& p) {
+// The slice of block `block` of the grid; all begin at multiples of `step` rows.
+__device__ __forceinline__ Slice slice_of(const Problem& p, int block, int step) {
   const int64_t n = rows_in_use(p);
-  const int64_t per = (n + gridDim.x - 1) / gridDim.x;
-  const int64_t begin = blockIdx.x * per;
+  const int64_t per = ((n + gridDim.x - 1) / gridDim.x + step - 1) / step * step;
+  const int64_t begin = block * per;
   return {begin < n ? begin : n, begin + per < n ? begin + per : n};
 }
 

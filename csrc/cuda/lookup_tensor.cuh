@@ -268,12 +268,12 @@ __device__ __forceinline__ void tensor_scan(const Problem& p, const Slice& slice
   wait_for_copies<0>();
 }
 
+// Scan a slice and settle its queries; returns the largest radius that this thread has read.
 template <class T, class Shape>
-__device__ __forceinline__ void tensor_lookup(const Problem& p) {
+__device__ __forceinline__ float tensor_lookup(const Problem& p, const Slice& slice) {
   constexpr int kQueries = Shape::kQueries;
   char* memory = dynamic_shared();
   Shared<kQueries>& shared = *reinterpret_cast<Shared<kQueries>*>(memory + Shape::kScanBytes);
-  const Slice slice = slice_of(p);
   const int64_t first_query = static_cast<int64_t>(blockIdx.y) * kQueries;
   Found found[2];
   found[0].clear();
@@ -290,7 +290,8 @@ __device__ __forceinline__ void tensor_lookup(const Problem& p) {
     records[(first + 8 + lane / 4) * kWarps + warp] = found[1];
   }
   __syncthreads();
-  answer<T, kQueries>(p, slice, {kWarps, 32, Shape::kRows}, records, largest, memory, shared);
+  settle_all<T, kQueries>(p, slice, {kWarps, 32, Shape::kRows}, records);
+  return largest;
 }
 
 }  // namespace grace::cuda

@@ -10,10 +10,26 @@ from torch import Tensor
 
 from . import tickets, tiles
 from .lookup_kernel import lookup_kernel
+from .pruned_kernel import pruned_kernel
 
 _MOST_QUERIES = 4096  # per launch
 _MOST_SLICES = 1024
 _MOST_COUNTED = 1 << 30  # rows and steps of a slice
+_FLOATS = 72  # of a query's sketch, see pruned_kernel.py
+
+
+class _Sketch(NamedTuple):
+    """The tensors of a `grace_kernels.Sketch`, in the operators' order."""
+
+    centre: Tensor
+    directions: Tensor
+    scales: Tensor
+    head: Tensor
+    tail: Tensor
+    covered: Tensor
+    radius_bound: Tensor
+    outliers: Tensor
+    counters: Tensor
 
 
 class _Written(NamedTuple):
@@ -77,6 +93,30 @@ def adapt_(
     return _all(source, _packed(query_row), keys, radii, count, True, written)
 
 
+def pruned_lookup(
+    query: Tensor, keys: Tensor, radii: Tensor, count: Tensor | None, *sketch: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Do what `lookup` does, with the tensors of a sketch."""
+    return _all(query, None, keys, radii, count, True, None, _Sketch(*sketch))
+
+
+def pruned_adapt_(
+    hidden: Tensor,
+    source: Tensor,
+    query_row: Tensor,
+    first_row: Tensor,
+    last_row: Tensor,
+    keys: Tensor,
+    radii: Tensor,
+    values: Tensor,
+    count: Tensor | None,
+    *sketch: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Do what `adapt_` does, with the tensors of a sketch."""
+    written = _Written(hidden, _packed(first_row), _packed(last_row), values)
+    return _all(source, _packed(query_row), keys, radii, count, True, written, _Sketch(*sketch))
+
+
 def _all(
     source: Tensor,
     query_row: Tensor | None,
@@ -85,8 +125,11 @@ def _all(
     count: Tensor | None,
     bounded: bool,
     written: _Written | None,
+    sketch: _Sketch | None = None,
 ) -> tuple[Tensor, Tensor]:
     _check(source, query_row, keys, radii, count, written)
+    if sketch is not None:
+        _check_sketch(sketch, keys)
     device = source.device
     source, keys, radii = _packed(source), _packed(keys), _packed(radii)
     batch = source.shape[0] if query_row is None else query_row.shape[0]
@@ -106,11 +149,12 @@ def _all(
         bounds = torch.empty((2 * at_once + blocks) * slices, dtype=torch.float32, device=device)
         rows = torch.empty(at_once * slices, dtype=torch.int64, device=device)
         workspace = bounds, rows, tickets.take(device, blocks)
+        sketching = None if sketch is None else (sketch, _room(tile, blocks * slices, device))
         if batch == at_once:
             answers = index, distance
             _launch(
-                source, query_row, keys, radii, count, bounded, written, answers, workspace, tile,
-                slices,
+                source, query_row, keys, radii, count, bounded, written, sketching, answers,
+                workspace, tile, slices,
             )  # fmt: skip
             return index, distance
         for start in range(0, batch, at_once):
@@ -120,7 +164,7 @@ def _all(
                     source[part] if query_row is None else source,
                     None if query_row is None else query_row[part],
                     keys, radii, count, bounded,
-                    None if written is None else written.part(part),
+                    None if written is None else written.part(part), sketching,
                     (index[part], distance[part]), workspace, tile, slices,
                 )  # fmt: skip
             except RuntimeError as error:
@@ -140,6 +184,7 @@ def _launch(
     count: Tensor | None,
     bounded: bool,
     written: _Written | None,
+    sketching: tuple[_Sketch, tuple[Tensor, Tensor]] | None,
     answers: tuple[Tensor, Tensor],
     workspace: tuple[Tensor, Tensor, Tensor],
     tile: tiles.Tile,
@@ -154,16 +199,30 @@ def _launch(
         hidden, first_row, last_row, values = written
         output = (hidden, *hidden.stride(), first_row, last_row, values, *values.stride())
         output_shape = hidden.shape
+    how = tiles.sketched(tile)
+    arguments = (
+        source, source.stride(0), query_row, keys, keys.stride(0), radii, count,
+        *answers, *workspace, *output,
+        batch, source.shape[0], output_shape[0], keys.shape[0], dim, output_shape[1],
+        *tiles.error_bound(tile, dim, size, 128 if sketching is None else how.elements),
+    )  # fmt: skip
+    options = dict(
+        DIRECT=tile.direct, PRECISION=tiles.precision(size),
+        BLOCK_B=tile.queries, BLOCK_N=tile.keys, BLOCK_D=tile.elements, GROUPS=tile.groups,
+        PAIRS=tile.pairs, STAGES=tile.stages, num_warps=tile.warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    grid = slices, -(-batch // tile.queries)
     try:
-        lookup_kernel[(slices, -(-batch // tile.queries))](
-            source, source.stride(0), query_row, keys, keys.stride(0), radii, count,
-            *answers, *workspace, *output,
-            batch, source.shape[0], output_shape[0], keys.shape[0], dim, output_shape[1],
-            *tiles.error_bound(tile, dim, size),
-            BOUNDED=bounded, DIRECT=tile.direct, PRECISION=tiles.precision(size),
-            BLOCK_B=tile.queries, BLOCK_N=tile.keys, BLOCK_D=tile.elements, GROUPS=tile.groups,
-            PAIRS=tile.pairs, STAGES=tile.stages, num_warps=tile.warps, enable_fp_fusion=False,
-        )  # fmt: skip
+        if sketching is None:
+            lookup_kernel[grid](*arguments, BOUNDED=bounded, **options)
+        else:
+            sketch, room = sketching
+            pruned_kernel[grid](
+                *arguments, *sketch, *room, sketch.head.shape[0] * sketch.head.shape[2],
+                *tiles.sketch_bound(tile, dim),
+                BLOCK_E=how.elements, SCAN_N=how.rows, SCAN_STAGES=how.stages, LIST=how.listed,
+                CHUNK=how.chunk, **options,
+            )  # fmt: skip
     except Exception as error:
         raise RuntimeError(
             f"the Triton lookup did not start on {source.device} and wrote nothing: "
@@ -206,6 +265,38 @@ def _check(
         raise ValueError(
             f"all arguments must be on one device, that of the queries {source.device}"
         )
+
+
+def _room(tile: tiles.Tile, programs: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return each program's workspace: its queries' sketches and its list of pairs."""
+    floats = (programs, tile.queries, _FLOATS)
+    scratch = torch.empty(floats, dtype=torch.float32, device=device)
+    listed = tiles.sketched(tile).listed
+    return scratch, torch.empty((programs, listed), dtype=torch.int32, device=device)
+
+
+def _check_sketch(sketch: _Sketch, keys: Tensor) -> None:
+    """Refuse what would be read or written out of bounds; `check_sketch` says more about it."""
+    blocks = len(sketch.head)
+    wanted = _Sketch(
+        ((keys.shape[1],), torch.float32),
+        ((64, keys.shape[1]), torch.bfloat16),
+        ((67,), torch.float32),
+        ((blocks, 10, 32), torch.int8),
+        ((blocks, 56, 32), torch.int8),
+        ((), torch.int64),
+        ((), torch.float32),
+        ((32,), torch.int64),
+        ((4,), torch.int64),
+    )
+    for name, tensor, (shape, dtype) in zip(_Sketch._fields, sketch, wanted, strict=True):
+        if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be {dtype} {list(shape)} without gaps, "
+                f"got {tensor.dtype} {list(tensor.shape)}"
+            )
+        if tensor.device != keys.device:
+            raise ValueError(f"{name} must be on {keys.device} like keys, got {tensor.device}")
 
 
 def _packed(tensor: Tensor) -> Tensor:

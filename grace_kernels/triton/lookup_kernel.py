@@ -355,6 +355,56 @@ def _write_rows(hidden, hidden_row, hidden_column, values, value_row, value_colu
             tl.store(hidden + row * hidden_row + at * hidden_column, value, mask=at < V)
 
 
+@triton.jit
+def _keep(bounds, rows, low, high, row, radius, slice_id, block, slices, b, B):
+    """Leave the slice's candidates and its largest radius for the last program of the block."""
+    lows, highs = bounds, bounds + B * slices
+    largest = highs + B * slices + block * slices
+    at = b * slices + slice_id
+    tl.store(lows + at, low, mask=b < B)
+    tl.store(highs + at, high, mask=b < B)
+    tl.store(rows + at, row, mask=b < B)
+    tl.store(largest + slice_id, radius)
+
+
+@triton.jit
+def _last_to_arrive(tickets, block, slices):
+    """Say whether all programs of this block of queries have left their candidates."""
+    tl.debug_barrier()
+    return tl.atomic_add(tickets + block, 1, sem="acq_rel") == slices - 1
+
+
+@triton.jit
+def _answer(source, source_stride, query_row, keys, key_stride, radii, index, distance, bounds,
+            rows, tickets, hidden, hidden_row, hidden_column, first_row, last_row,
+            values, value_row, value_column, block, slices, B, S, R, D, V, BOUNDED: tl.constexpr,
+            BLOCK_B: tl.constexpr, PAIRS: tl.constexpr):  # fmt: skip
+    """Answer a block of queries from what all programs left, and write the rows."""
+    lows, highs = bounds, bounds + B * slices
+    largest = highs + B * slices + block * slices
+    tl.store(tickets + block, 0)  # everyone has arrived: ready for the next launch
+    stop = tl.minimum((block + 1) * BLOCK_B, B)
+    for part in range(block * BLOCK_B, stop, PAIRS):
+        some = part + tl.arange(0, PAIRS).to(tl.int64)
+        _asks, row_asked = _asked(query_row, some, stop, S)
+        answer, d = _decide(
+            rows, lows, highs, largest, some, stop, slices, source + row_asked * source_stride,
+            keys, key_stride, radii, D, BOUNDED,
+        )  # fmt: skip
+        tl.store(index + some, answer, mask=some < stop)
+        tl.store(distance + some, d, mask=some < stop)
+    if hidden is not None:
+        # `hidden` may be `source`: by now all of it that matters has been read.
+        tl.debug_barrier()
+        for one in range(block * BLOCK_B, stop):
+            slot = tl.load(index + one)
+            if slot >= 0:
+                _write_rows(
+                    hidden, hidden_row, hidden_column, values, value_row, value_column,
+                    first_row, last_row, one, slot, R, V, 1024,
+                )  # fmt: skip
+
+
 # What changes from call to call must not make for another compilation: sizes, and whether a small
 # tensor happens to start at a multiple of 16 bytes.
 @triton.jit(
@@ -408,33 +458,10 @@ def lookup_kernel(
         keys, key_stride, radii, begin, end, n, D, BOUNDED, BLOCK_B, BLOCK_N, PAIRS,
     )  # fmt: skip
 
-    lows, highs = bounds, bounds + B * slices
-    largest = highs + B * slices + block * slices
-    at = b * slices + slice_id
-    tl.store(lows + at, low, mask=b < B)
-    tl.store(highs + at, high, mask=b < B)
-    tl.store(rows + at, row, mask=b < B)
-    tl.store(largest + slice_id, radius)
-    tl.debug_barrier()
-    if tl.atomic_add(tickets + block, 1, sem="acq_rel") == slices - 1:
-        tl.store(tickets + block, 0)  # everyone has arrived: ready for the next launch
-        stop = tl.minimum((block + 1) * BLOCK_B, B)
-        for part in range(block * BLOCK_B, stop, PAIRS):
-            some = part + tl.arange(0, PAIRS).to(tl.int64)
-            _asks, row_asked = _asked(query_row, some, stop, S)
-            answer, d = _decide(
-                rows, lows, highs, largest, some, stop, slices, source + row_asked * source_stride,
-                keys, key_stride, radii, D, BOUNDED,
-            )  # fmt: skip
-            tl.store(index + some, answer, mask=some < stop)
-            tl.store(distance + some, d, mask=some < stop)
-        if hidden is not None:
-            # `hidden` may be `source`: by now all of it that matters has been read.
-            tl.debug_barrier()
-            for one in range(block * BLOCK_B, stop):
-                slot = tl.load(index + one)
-                if slot >= 0:
-                    _write_rows(
-                        hidden, hidden_row, hidden_column, values, value_row, value_column,
-                        first_row, last_row, one, slot, R, V, 1024,
-                    )  # fmt: skip
+    _keep(bounds, rows, low, high, row, radius, slice_id, block, slices, b, B)
+    if _last_to_arrive(tickets, block, slices):
+        _answer(
+            source, source_stride, query_row, keys, key_stride, radii, index, distance, bounds,
+            rows, tickets, hidden, hidden_row, hidden_column, first_row, last_row,
+            values, value_row, value_column, block, slices, B, S, R, D, V, BOUNDED, BLOCK_B, PAIRS,
+        )  # fmt: skip

@@ -36,6 +36,36 @@ class Tile:
     resident: int
 
 
+@dataclass(frozen=True)
+class Sketched:
+    """How a program that has a sketch sketches its queries and walks the codes of its slice.
+
+    Args:
+        elements: of its queries that are sketched at a time, BLOCK_E.
+        rows, stages: whose head codes are read at a time, SCAN_N, and tiles of those in flight.
+        listed: pairs of a row and a query that the head may leave, at least 32 per query.
+        chunk: of those, looked at together.
+    """
+
+    elements: int
+    rows: int
+    stages: int
+    listed: int
+    chunk: int
+
+
+# By queries of a tile. 64 directions times queries times elements are 64 registers of a thread
+# (direct). Rows: ten codes each, so that a stage is 5 KiB.
+_SKETCHED = {
+    1: Sketched(128, 512, 4, 2048, 32),
+    2: Sketched(64, 512, 4, 2048, 32),
+    4: Sketched(32, 512, 4, 2048, 32),
+    16: Sketched(64, 128, 4, 4096, 16),
+    32: Sketched(64, 64, 4, 4096, 16),
+    64: Sketched(32, 64, 4, 4096, 16),
+}
+
+
 # Direct: 3 instructions per element and query, which hide behind the loads of four queries or so.
 # Dot: 64 keys against up to 32 queries; against 64, where the queries' own traffic would equal the
 # keys', 128. All rows keep within 255 registers, which two programs of four warps can have.
@@ -96,12 +126,19 @@ def choose(capability: tuple[int, int], element_size: int, batch: int) -> Tile:
     return next(tile for tile in rows if tile.batch is None or batch <= tile.batch)
 
 
+def sketched(tile: Tile) -> Sketched:
+    """Return how a program with this tile uses a sketch."""
+    return _SKETCHED[tile.queries]
+
+
 def precision(element_size: int) -> str:
     """Return how products of elements are formed; those of 16-bit elements are exact."""
     return "tf32x3" if element_size == 4 else "ieee"
 
 
-def error_bound(tile: Tile, dim: int, element_size: int) -> tuple[float, float]:
+def error_bound(
+    tile: Tile, dim: int, element_size: int, norm_elements: int = 128
+) -> tuple[float, float]:
     """Return (relative, absolute) such that |coarse - s| <= relative * size + absolute.
 
     `size` is the coarse result itself (direct) or |x|^2 + |k|^2 (dot). With u = 2^-24, S the exact
@@ -110,13 +147,14 @@ def error_bound(tile: Tile, dim: int, element_size: int) -> tuple[float, float]:
     * direct: a difference carries one rounding (twice, being squared), the square one, and at most
       `dim / elements + elements` additions follow in whatever order, so c is within g S, g = m u /
       (1 - m u), m = dim / elements + elements + 4. 1.25 g covers the step from S to c.
-    * dot: squares and additions of the norms as above. Products of 16-bit elements are exact;
-      those of float32 taken as three of tf32 lose at most 2^-18. A step of a tensor core adds 16
-      (tf32: 8) products to its accumulator and errs by at most 2^-18.8 of the sum of magnitudes:
-      17 addends, each cut off at the 24th bit of the largest, with as much again for doing it in
-      two halves and for the cut of the sum. Measured on V100 to H100 by Fasi, Higham, Mikaitis and
-      Pranesh (PeerJ CS 2021) and their successors, the cuts are there or lower. All magnitudes
-      together are at most |x| |k| <= (|x|^2 + |k|^2) / 2, and twice x.k enters.
+    * dot: squares and additions of the norms as above, of `norm_elements` at a time for |x|^2.
+      Products of 16-bit elements are exact; those of float32 taken as three of tf32 lose at most
+      2^-18. A step of a tensor core adds 16 (tf32: 8) products to its accumulator and errs by at
+      most 2^-18.8 of the sum of magnitudes: 17 addends, each cut off at the 24th bit of the
+      largest, with as much again for doing it in two halves and for the cut of the sum. Measured on
+      V100 to H100 by Fasi, Higham, Mikaitis and Pranesh (PeerJ CS 2021) and their successors, the
+      cuts are there or lower. All magnitudes together are at most |x| |k| <= (|x|^2 + |k|^2) / 2,
+      and twice x.k enters.
 
     What underflows is less than 2^-123 per element, also where a unit flushes subnormal numbers.
     Both bounds have room for the rounding of the bounds themselves.
@@ -128,7 +166,37 @@ def error_bound(tile: Tile, dim: int, element_size: int) -> tuple[float, float]:
     if tile.direct:
         m = chunks + tile.elements + 4
         return 1.25 * m * u / (1 - m * u) + 2.0**-20, (dim + 16) * 2.0**-147
-    norms = (chunks + max(tile.elements, 128) + 3) * u
+    norms = max(chunks + max(tile.elements, 128), -(-dim // norm_elements) + norm_elements) + 3
     steps = tile.elements / 16 if element_size == 2 else 3 * tile.elements / 8
     products = steps * 2.0**-18.8 + (chunks + 2) * u + (2.0**-18 if element_size == 4 else 0)
-    return 1.1 * (norms + products + 4 * u) + 2.0**-20, (dim + 16) * 2.0**-120
+    return 1.1 * (norms * u + products + 4 * u) + 2.0**-20, (dim + 16) * 2.0**-120
+
+
+def sketch_bound(tile: Tile, dim: int) -> tuple[float, float]:
+    """Return (norm_error, spread), bounds of what a query's sketch loses to rounding.
+
+    Of y = x - c as rounded, the kernel computes |y|^2, within norm_error of it relatively, and the
+    64 coordinates P y: all of them together are within `spread` |y| of P (x - c). With u = 2^-24,
+    E = BLOCK_E and |P| <= 1:
+
+    * |y|^2: a square is rounded once, and `dim / E + E` additions follow in whatever order.
+    * y: |P (y - (x - c))| <= u |y|, up to a relative u that the factor 1.05 covers.
+    * coordinates, direct: as |y|^2, and the magnitudes in a sum are at most |P_j| |y| <= |y|, so
+      each errs by g |y| and all 64 by 8 g |y|.
+    * coordinates, dot: y is taken as two bfloat16, of which a machine that cuts off where it should
+      round loses 2^-14 |y|. Their products with P are exact; steps of a tensor core err as in
+      `error_bound`, 1.02 for the magnitude of both parts; two additions per E elements follow.
+
+    What underflows is less than 2^-60, which the kernel adds.
+    """
+    u = 2.0**-24
+    elements = sketched(tile).elements
+    chunks = -(-dim // elements)
+    m = chunks + elements + 3
+    if dim > 1 << 20:  # as in error_bound: no query can be sketched
+        return math.inf, math.inf
+    norm_error = m * u / (1 - m * u)
+    if tile.direct:
+        return norm_error, 1.05 * (u + 8 * norm_error)
+    product = 1.02 * elements / 16 * 2.0**-18.8 + (2 * chunks + 2) * u
+    return norm_error, 1.05 * (u + 2.0**-14 + 8 * 1.1 * product)

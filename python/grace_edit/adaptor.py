@@ -310,11 +310,13 @@ class GraceAdaptor:
         check_fits(book, queries, rows)
         tensors = (query_row, plan.first_row, plan.last_row, book.keys, book.radii, book.values)
         if copy:
-            rows, index, _ = grace_kernels.adapt(rows, queries, *tensors, book.count)
+            rows, index, _ = grace_kernels.adapt(
+                rows, queries, *tensors, book.count, sketch=book.sketch
+            )
         else:
             # The layer may hand its input on (Dropout in eval mode, Identity).
             rows = rows.clone() if alias else rows
-            index, _ = grace_kernels.adapt_(rows, queries, *tensors, book.count)
+            index, _ = grace_kernels.adapt_(rows, queries, *tensors, book.count, sketch=book.sketch)
         generation = self.generation
         if plan.latch and generation is not None and generation.kept is not None:
             generation.kept.index.copy_(index)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from . import sketching
 from .policy import PAPER
 from .rows import digest, same_bits
 
@@ -18,6 +19,7 @@ def check(book: Codebook) -> None:
     """Verify every invariant of a codebook; see `Codebook.check`."""
     _rows(book)
     _edits(book)
+    _sketch(book)
     if book.policy != PAPER:
         _answers(book)
 
@@ -57,6 +59,24 @@ def _rows(book: Codebook) -> None:
     if owners:
         keys = book.keys[~dead].cpu()
         _require(same_bits(torch.stack(owners), keys), "a key is not its edit's query")
+
+
+def _sketch(book: Codebook) -> None:
+    sketch, upkeep = book.sketch, book._upkeep
+    wanted = sketching.worthwhile(book.capacity, book.keys.shape[1], book.keys.element_size())
+    _require((sketch is not None) == wanted, "a sketch is missing, or there is one too many")
+    if sketch is None:
+        return
+    used = sketch.rows if sketch.active else 0
+    _require(int(sketch.covered) == used, f"the sketch covers {int(sketch.covered)} rows")
+    if not upkeep.rows:
+        _require(not sketch.active, "a sketch is in use that was not fitted")
+        return
+    _require(not any(upkeep.stale.values()), "the sketch was not told of every change")
+    _require(sketch.active != upkeep.hopeless, "the sketch is in use where it is hopeless, or not")
+    _require(sketch.rows >= book._row_count, f"the sketch ends at row {sketch.rows}")
+    wrong = sketch.faults(book.keys, book.radii)
+    _require(not wrong, f"the sketch is wrong about rows {wrong[:8]}")
 
 
 def _edits(book: Codebook) -> None:

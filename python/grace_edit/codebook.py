@@ -18,7 +18,7 @@ from torch import Tensor
 
 from grace_kernels import lookup
 
-from . import audit, importing, planning, replay
+from . import audit, importing, planning, replay, sketching
 from . import policy as rules
 from .records import Edit, EditResult, Label, Plan
 from .retention import Answers, Retention
@@ -37,6 +37,11 @@ class Codebook(Retention):
     be captured again; while `frozen` is True it raises CapacityError instead. Dead rows are reused,
     the lowest first, and hold zeros. `version` goes up with every change, undoing included, and
     never down.
+
+    `sketch` is a `grace_kernels.Sketch` of the keys, with which lookups read fewer of them, or None
+    where the capacity is too small for one to pay. It is kept true by every change and answers
+    nothing by itself. Fitting it to a large codebook takes seconds, within the change that makes it
+    worthwhile; see `grace_edit.sketching`.
 
     One thread may change a codebook while others serve from it: each of `commit`, `delete` and
     `undo` is a single step to an uncompiled lookup, which waits for its end. A compiled model or a
@@ -176,7 +181,7 @@ class Codebook(Retention):
         A miss is index -1 and distance +inf. See `grace_kernels.lookup`.
         """
         with self.lock:
-            return lookup(query, self.keys, self.radii, self._row_count)
+            return lookup(query, self.keys, self.radii, self._row_count, sketch=self.sketch)
 
     def nearest_two(self, query: Tensor) -> list[tuple[int, float]]:
         """Return slot and distance of the nearest entry to `[D]` and of the runner-up.
@@ -301,6 +306,7 @@ class Codebook(Retention):
             self._put("_edits", new.id, replace(new, result=result))
             self._prune_pool()
             self._bump()
+            sketching.settle(self)
             self._next_id += 1
             self._next_stamp += value is not None
         return result
@@ -411,7 +417,9 @@ class Codebook(Retention):
         """
         names = ("keys", "values", "radii", "count", "_label_ids")
         with self.lock, torch.inference_mode(False):
-            vars(self).update({name: getattr(self, name).to(device) for name in names})
+            moved = {name: getattr(self, name).to(device) for name in names}
+            sketch = None if self.sketch is None else self.sketch.to(device)
+            vars(self).update(moved, sketch=sketch)
         return self
 
     def check(self) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import grace_kernels
 
 from . import attach as attaching
-from . import rekeying, serving
+from . import rekeying, serving, sketching
 from .adaptor import Captured, GraceAdaptor, check_fits
 from .codebook import Codebook
 from .config import GraceConfig
@@ -369,7 +369,7 @@ class GraceEditor:
             "version": book.version,
             "drift": book.drift,
             "fragile": [edit.id for edit in self._live() if edit.result.fragile],
-            "sketch": None,
+            "sketch": sketching.described(book),
             "backend": grace_kernels.build_info(),
             "attached": self._attached,
             "shadowed": attaching.shadowed(self.model),

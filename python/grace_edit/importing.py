@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from . import sketching
 from .policy import PAPER
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def fill(
     book.count.fill_(count)
     book.version = 1
     book._undo_end = "the rows were imported"
+    sketching.settle(book)
 
 
 def equal_rows(keys: Tensor) -> tuple[int, int] | None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from . import sketching
 from .policy import PAPER
 from .records import Edit, Entry
 from .rows import digest
@@ -43,6 +44,7 @@ def delete(book: Codebook, id: int, purge: bool) -> None:
             book._set_number("_purged", 1)
         book._prune_pool()
         book._bump()
+        sketching.settle(book)
 
 
 def _replay(book: Codebook) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import sketching
 from .records import CapacityError, Edit, Entry, Label, UndoError
 
 
@@ -57,6 +58,8 @@ class Rows:
         self.lock = threading.RLock()
         self.version = 0
         self.frozen = False
+        self.sketch = sketching.made(self.keys)
+        self._upkeep = sketching.Upkeep()
 
         self._label_ids = torch.full((capacity,), -1, dtype=torch.int64, device=device)
         self._queries = torch.zeros(0, key_dim, dtype=dtype)
@@ -110,13 +113,15 @@ class Rows:
         self._open.append({})
         try:
             yield
+            sketching.tell(self)
         except BaseException:
             with self.lock:
                 self._restore(self._open.pop())
-            if not self._open:
-                if self._changed:  # somebody may have seen a version in between
-                    self.version += 1
-                self._changed = False
+                if not self._open:
+                    if self._changed:  # somebody may have seen a version in between
+                        self.version += 1
+                    self._changed = False
+                sketching.tell(self)
             raise
         journal = self._open.pop()
         if self._open:
@@ -150,6 +155,7 @@ class Rows:
         with self.lock:
             self._restore(self._undo.pop())
             self.version += 1
+            sketching.settle(self)
 
     def _bump(self) -> None:
         self.version += 1
@@ -178,11 +184,8 @@ class Rows:
     def _restore(self, journal: _Journal) -> None:
         # Backwards: rows beyond the old capacity are written before the tensors shrink.
         for (table, key), old in reversed(journal.items()):
-            if table in _VECTORS:
-                row = getattr(self, table)[key]
-                row.zero_() if old is None else row.copy_(old)
-            elif table in _SCALARS:
-                getattr(self, table)[key] = old
+            if table in _VECTORS or table in _SCALARS:
+                self._set_row(table, key, 0 if old is None else old)
             elif table == "_answers":
                 self._answer_slot[key], self._answer_distance[key] = old
             elif table == "_capacity":
@@ -221,7 +224,12 @@ class Rows:
             if same_bits(target[row], data):
                 return
         self._save(table, row)
-        target[row] = data
+        self._set_row(table, row, data)
+
+    def _set_row(self, table: str, row: int, data: Tensor | float) -> None:
+        # The one place where a row of a codebook in use is written.
+        sketching.touch(self, table, row)
+        getattr(self, table)[row] = data
 
     def _write_answer(self, row: int, slot: int, distance: float) -> None:
         self._save("_answers", row)
@@ -257,7 +265,9 @@ class Rows:
     def _resize(self, capacity: int) -> None:
         fills = {"keys": 0, "values": 0, "radii": -math.inf, "_label_ids": -1}
         grown = {name: resized(getattr(self, name), capacity, fill) for name, fill in fills.items()}
-        vars(self).update(grown)  # all made before the first is replaced
+        sketch, upkeep = sketching.resized(self, grown["keys"])
+        # All made before the first is replaced.
+        vars(self).update(grown, sketch=sketch, _upkeep=upkeep)
 
     def _new_query_row(self, query: Tensor, edit_id: int) -> int:
         row = self._query_count

@@ -4,6 +4,8 @@ What serving with `torch.compile` and CUDA graphs may count on, edits being made
 
 * A change within the capacity (edit, delete, undo) is written into the tensors that are there. The
   next call answers with it: nothing is compiled, no graph breaks, no CUDA graph is recorded again.
+  That includes the sketch of a large codebook; an edit that makes a new fit of it due waits for
+  that, seconds for a very large one.
   Growth past the capacity replaces the tensors: it compiles once more, and graphs that somebody
   captured must be captured again, which a warning says. So choose `GraceConfig(capacity=...)`, and
   set `editor.frozen = True` (or `adaptor.codebook.frozen`) to have growth refused instead.

@@ -1,7 +1,8 @@
 """Codebooks on disk: three files, written so that a crash never leaves a wrong state that loads.
 
     grace_config.json      format, settings, the caller's own configuration, checksums of the others
-    codebook.safetensors   keys, values, radii, stored queries, values that only the history needs
+    codebook.safetensors   keys, values, radii, stored queries, values that only the history needs,
+                           the sketch of the keys if there is one
     edits.jsonl            one line per edit of the history, then one per entry
 
 The configuration vouches for the other two, so the state it describes is either there as a whole or
@@ -25,6 +26,7 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as render_tensors
 from torch import Tensor
 
+from . import sketching
 from .codebook import Codebook
 from .records import Edit, EditResult, Entry
 from .rows import digest
@@ -123,13 +125,15 @@ def load(
         raise StoreError(f"{directory / CONFIG}: bad settings ({error!r})") from error
     try:
         _fill_tensors(book, tensors, described["codebook"])
+        sketching.restore(book, tensors)
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{directory / TENSORS}: bad tensors ({error!r})") from error
     try:
         _fill_records(book, files[EDITS], tensors)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise StoreError(f"{directory / EDITS}: bad record ({error!r})") from error
-    return book.to(device), described["config"]
+    sketching.settle(book.to(device))
+    return book, described["config"]
 
 
 # ---------------------------------------------------------------------- what is written
@@ -153,6 +157,7 @@ def _tensors(book: Codebook, rows: dict[int, int]) -> dict[str, Tensor]:
         "imported_radii": book._imported_radii,
         "imported_labels": torch.tensor(flat, dtype=torch.int64),
         "imported_lengths": torch.tensor([len(x) for x in book._imported_labels]).long(),
+        **sketching.saved(book),
     }
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 

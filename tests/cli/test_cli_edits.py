@@ -379,6 +379,18 @@ def test_codebook_shows_entries_radii_and_cases_without_a_model(grace, saved, mo
     shown = grace("codebook", saved).stdout
     for text in (LAYER, "min 1, median 1, max 1", "add 2", *FRANCE, *ITALY):
         assert text in shown
+    assert told["sketch"] is None
+    assert "none, the capacity is too small for one" in shown
+
+
+def test_codebook_shows_what_the_sketch_covers(grace, saved, monkeypatch):
+    monkeypatch.setattr("grace_edit.sketching.worthwhile", lambda rows, dim, size: rows >= 2)
+    sketch = json.loads(grace("codebook", saved, "--json").stdout)["sketch"]
+    assert (sketch["rows"], sketch["active"], sketch["queries"]) == (2, True, 0)
+    line = f"covers 2 rows, {sketch['bytes'] / 1e6:.1f} MB"
+    assert line in grace("codebook", saved).stdout
+    monkeypatch.setattr("grace_edit.sketching.worthwhile", lambda rows, dim, size: rows >= 3)
+    assert "not in use, 0." in grace("codebook", saved).stdout
 
 
 def test_codebook_shows_token_ids_where_the_model_is_gone(grace, gpt2, edits_file, tmp_path):

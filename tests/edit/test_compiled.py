@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import grace_edit
 import pytest
 import torch
-from grace_edit import Codebook, QueryPlan
+from grace_edit import Codebook, QueryPlan, sketching
 from grace_edit.adaptor import GraceAdaptor
 from grace_edit.positions import plan_queries
 from tiny_models import generated, padded, run_of, watching
@@ -352,6 +352,56 @@ def test_a_compiled_prefill_with_a_plan_asks_in_one_operator_and_an_edit_compile
     assert graphs.moved() == []
 
 
+@pytest.mark.parametrize("replace", ["last", "all"])
+def test_edits_that_fit_a_sketch_refit_it_and_put_it_out_of_use_compile_nothing(
+    edited, monkeypatch, replace
+):
+    monkeypatch.setattr(sketching, "worthwhile", lambda rows, dim, size: rows >= 8)
+    first, second = stored(edited, replace, PROMPT), stored(edited, replace, OTHER)
+    editor = edited("llama", replace=replace, capacity=64)
+    book, graphs = editor.codebook, Graphs()
+    sketch, forward = book.sketch, whole(editor.model, graphs)
+    ids, mask = padded(PAIR, left=False)
+    plan = plan_queries(mask.bool(), replace=replace)
+    plain = [run_of(46, 1)[0], run_of(14, 1)[0]]
+
+    def ask():
+        with torch.no_grad(), editor.plan(plan):
+            logits = forward(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        return [int(logits[0, 5].argmax()), int(logits[1, 3].argmax())]
+
+    def far_away(count):
+        for _ in range(count):
+            key = torch.full_like(first[0], 50.0 + len(book.history))
+            book.insert(key, [len(book.history)], torch.zeros_like(first[2]))
+
+    assert ask() == plain
+    covered = [int(sketch.covered)]
+    with compiling_nothing():
+        one = book.insert(*first)
+        assert ask() == [plain[0], TARGET[0]]
+        for count in (6, 1, 4):  # not yet enough; fitted; told of
+            far_away(count)
+            assert ask() == [plain[0], TARGET[0]]
+            covered.append(int(sketch.covered))
+        book.insert(*second)
+        far_away(4)  # fitted anew
+        assert ask() == [TARGET[0], TARGET[0]]
+        covered.append(int(sketch.covered))
+        editor.delete(one.id)
+        assert ask() == [TARGET[0], plain[1]]
+        sketch.counters.copy_(torch.tensor([1000, 1000, 0, 1000]))
+        editor.undo()
+        assert ask() == [TARGET[0], TARGET[0]]
+        covered.append(int(sketch.covered))
+    assert covered == [0, 0, 8, 12, 17, 0]
+    assert book._upkeep.rows == 16
+    assert book.sketch is sketch
+    assert graphs.operators() == [["pruned_adapt_"]]
+    assert graphs.moved() == []
+    assert len(graphs.static("sketch")) == len(sketch.tensors())
+
+
 def test_a_plan_in_new_memory_is_answered_too_and_compiles_nothing(edited):
     editor = edited("llama")
     graphs = Graphs()
@@ -462,7 +512,11 @@ def test_a_loop_of_ones_own_over_a_static_cache_compiles_once_and_its_steps_run_
     assert graphs.operators() == [[]]
 
 
-def test_growth_past_the_capacity_and_its_undo_are_answered_by_a_compiled_model():
+@pytest.mark.parametrize("sketch", [False, True])
+def test_growth_past_the_capacity_and_its_undo_are_answered_by_a_compiled_model(
+    monkeypatch, sketch
+):
+    monkeypatch.setattr(sketching, "worthwhile", lambda rows, dim, size: sketch and rows >= 2)
     book = Codebook(2, 2, capacity=1)
     adaptor = GraceAdaptor(book, query="last", replace="last")
     compiled = torch.compile(adaptor.__call__, backend="eager", fullgraph=True)
@@ -478,6 +532,7 @@ def test_growth_past_the_capacity_and_its_undo_are_answered_by_a_compiled_model(
         book.insert(keys[i], [i], torch.full((2,), 1.0 + i))
         assert ask() == [1.0 + j if j <= i else 0.0 for j in range(3)]
     assert book.capacity == 4
+    assert (book.sketch is not None and book.sketch.active) == sketch
     book.undo()
     assert book.capacity == 2
     assert ask() == [1.0, 2.0, 0.0]

@@ -19,7 +19,7 @@ import pytest
 from .test_library import ALLOWED, ALLOWED_TORCH
 
 ROOT = Path(__file__).parents[2]
-KERNELS = 13  # 3 of direct_kernel for each of three dtypes, 2 of tensor_kernel for two
+KERNELS = 2 * 13  # 3 of direct_kernel for each of three dtypes, 2 of tensor_kernel for two; pruned
 
 
 def tool(name: str) -> str | None:
@@ -170,12 +170,25 @@ def test_the_scan_loads_16_bytes_at_a_time_and_has_no_double_precision(built: Bu
         assert ".f64" not in body, name
         assert re.search(r"cp\.async\.cg\.shared\.global\S* \[%\w+\], \[%\w+\], 16;", body), name
         assert not re.search(r"ld\.global\.(nc\.)?[usbf]\d+ ", body), name
-        if "tensor_kernel" in name:
+        if re.search(r"tensor_(pruned_)?kernel", name):
             assert "ldmatrix.sync.aligned.m8n8.x4" in body, name
             assert "mma.sync.aligned.m16n8k16" in body, name
         else:
             assert "ld.global.v4" in body, name
             assert ".f64" not in body, name
+
+
+def test_the_sketch_of_a_query_takes_tensor_cores_and_16_byte_loads(built: Built) -> None:
+    found = set()
+    for name, lines in loops(cuobjdump(built, "--dump-ptx")):
+        body = "\n".join(lines)
+        if "cp.async" not in body and "m16n8k16.row.col.f32.bf16.bf16.f32" in body:
+            assert "cvt.rn.bf16x2.f32" in body, name
+            assert "ld.global.v4" in body, name
+            assert ".f64" not in body, name
+            found.add(name)
+    assert len(found) == KERNELS // 2
+    assert all("_pruned_kernel" in name for name in found)
 
 
 def test_the_canonical_sum_is_not_fused(built: Built) -> None:

@@ -201,7 +201,9 @@ def test_rows_too_wide_for_the_bound_are_compared_exactly(
     triton: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bound = triton.tiles.error_bound
-    monkeypatch.setattr(triton.tiles, "error_bound", lambda tile, _, size: bound(tile, 2**21, size))
+    monkeypatch.setattr(
+        triton.tiles, "error_bound", lambda tile, _, size, *more: bound(tile, 2**21, size, *more)
+    )
     for batch in (1, 6):
         query, keys, radii = codebook(torch.float32, batch, 30, 50)
         agree(query, keys, radii)

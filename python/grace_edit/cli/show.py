@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from .. import sketching
 from ..tasks import Task
 from .models import SavedEdits, Words, attach_edits, load_model, read_edits_of
 from .output import (
@@ -167,6 +168,7 @@ def codebook(directory: Path, *, as_json: bool) -> int:
         "deleted": states["deleted"],
         "radii": summary,
         "cases": dict(Counter(str(row["case"]) for row in rows)),
+        "sketch": sketching.described(book),
         "table": rows,
     }
     if as_json:
@@ -191,9 +193,18 @@ def _show_codebook(data: dict[str, Any]) -> None:
     if radii is not None:
         about["radii"] = ", ".join(f"{name} {number(value)}" for name, value in radii.items())
         about["cases"] = ", ".join(f"{name} {n}" for name, n in sorted(data["cases"].items()))
-    console.print(facts({**about, "drift": number(data["drift"]), "version": data["version"]}))
+    about["drift"], about["version"] = number(data["drift"]), data["version"]
+    about["sketch"] = _sketch_line(data["sketch"])
+    console.print(facts(about))
     if not rows:
         return
     columns = ("id", "prompt", "target", "case", "slot", "radius", "fragile")
     shown = ({**r, "radius": number(r["radius"]), "fragile": "yes" * r["fragile"]} for r in rows)
     console.print(table(columns, ([row[name] for name in columns] for row in shown)))
+
+
+def _sketch_line(sketch: dict[str, Any] | None) -> str:
+    if sketch is None:
+        return "none, the capacity is too small for one"
+    use = f"covers {sketch['rows']} rows" if sketch["active"] else "not in use"
+    return f"{use}, {sketch['bytes'] / 1e6:.1f} MB"

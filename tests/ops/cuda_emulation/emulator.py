@@ -80,7 +80,7 @@ class Emulator:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
         self._library = torch.library.Library(NAMESPACE, "DEF")
-        for name in ("nearest", "lookup", "adapt_"):
+        for name in ops.LOOKUPS:
             self._library.define(name + ops._SCHEMAS[name])
         torch.ops.load_library(str(library))
         loaded = ctypes.CDLL(str(library))

@@ -24,6 +24,31 @@ inline unsigned atomicInc(unsigned* at, unsigned most) {
   *at = old >= most ? 0 : old + 1;
   return old;
 }
+inline unsigned atomicAdd(unsigned* at, unsigned more) {
+  const unsigned old = *at;
+  *at += more;
+  return old;
+}
+using Word = unsigned long long;
+inline Word atomicAdd(Word* at, Word more) {
+  const Word old = *at;
+  *at += more;
+  return old;
+}
+inline Word atomicMin(Word* at, Word other) {
+  const Word old = *at;
+  if (other < old) *at = other;
+  return old;
+}
+inline uint32_t __byte_perm(uint32_t a, uint32_t b, unsigned selector) {
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t out = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned from = selector >> (4 * i) & 7;
+    out |= static_cast<uint32_t>(bytes >> (8 * from) & 0xff) << (8 * i);
+  }
+  return out;
+}
 inline float __uint_as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
@@ -70,6 +95,14 @@ inline float widen(Half value) {
                               ? std::ldexp(static_cast<float>(fraction), -24)
                               : std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
   return sign != 0 ? -magnitude : magnitude;
+}
+
+inline uint32_t round_to_bfloats(float first, float second) {
+  const auto rounded = [](float value) {
+    const uint32_t bits = __float_as_uint(value);
+    return std::isnan(value) ? 0x7fffu : (bits + 0x7fffu + (bits >> 16 & 1)) >> 16;
+  };
+  return rounded(first) | rounded(second) << 16;
 }
 
 inline char* dynamic_shared() { return emulation::block().memory; }
@@ -123,6 +156,8 @@ inline unsigned ballot(bool predicate) {
   });
   return all;
 }
+
+inline void converge() { ballot(true); }
 
 // What a lane brings to mma: row g = lane / 4, columns 2 (lane % 4) + {0, 1} and those plus 8, of a
 // and of b transposed; a holds row g + 8 as well.
