@@ -18,8 +18,9 @@ from .data import read_table
 RELATIONS = ("capital", "symbol", "author", "currency")
 WORDINGS = (1, 2, 3)
 LAYER = "transformer.h.0.mlp"
-REPLACE = "prompt"
-"""One vector at the last token alone could not make this small model say some of the names."""
+REPLACE = "all"
+"""One vector at the prompt's tokens alone could not make this small model say every name of several
+words: up to 5 of 43 edits were refused, by how its training turned out."""
 RADIUS = 2.5
 EPOCHS = 16
 BATCH = 16
