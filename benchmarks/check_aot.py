@@ -118,17 +118,24 @@ def compiled(architecture: int, dtype: torch.dtype, operation: str, batch: int) 
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Return registers per thread and bytes of local memory, that is, of spills."""
+    """Return registers per thread and bytes of local memory that are in use, that is, of spills.
+
+    A byte that LLVM reserves and nothing touches is a frame without a spill.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        told = subprocess.run(
-            [TOOLS / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True
-        )
-    found = re.search(r"REG:(\d+) STACK:(\d+)", told.stdout)
-    if found is None:
-        raise RuntimeError(f"cuobjdump says {told.stdout or told.stderr}")
-    return int(found.group(1)), int(found.group(2))
+
+        def told(option: str) -> str:
+            call = [TOOLS / "cuobjdump", option, file.name]
+            return subprocess.run(call, capture_output=True, text=True, check=True).stdout
+
+        found = re.search(r"REG:(\d+) STACK:(\d+)", told("-res-usage"))
+        if found is None:
+            raise RuntimeError("cuobjdump does not say what the kernel needs")
+        registers, frame = int(found.group(1)), int(found.group(2))
+        used = frame > 0 and re.search(r"\b(LDL|STL)\b", told("-sass"))
+    return registers, frame if used else 0
 
 
 def loops(ptx: str) -> list[str]:
