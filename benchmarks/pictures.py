@@ -84,13 +84,17 @@ def latency(figure: Any, rows: Sequence[Row]) -> bool:
             if bandwidth:
                 _roof(axis, sizes, width, bandwidth)
             axis.set(xscale="log", yscale="log", title=f"width {width}, B = {batch}")
+            _plain(axis, "x", "y")
             axis.grid(alpha=0.3)
     for axis in axes[-1]:
         axis.set_xlabel("keys")
     for line in axes:
         line[0].set_ylabel("ms per call, median")
     _legend(figure, axes)
-    figure.suptitle(f"nearest, keys like {data}, warm caches: p20 to p80 shaded for ours")
+    figure.suptitle(
+        f"nearest, keys like {data}, warm caches; p20 to p80 shaded for ours; "
+        "the roofline is of memory, which a cache may beat"
+    )
     return True
 
 
@@ -152,6 +156,21 @@ def _roof(axis: Any, sizes: Sequence[int], width: int, bandwidth: float) -> None
         )
 
 
+def _plain(axis: Any, *which: str) -> None:
+    """Label decades as plain numbers, such as 10k and 0.1."""
+    for name in which:
+        side = getattr(axis, f"{name}axis")
+        side.set_major_formatter(_short)
+        side.set_minor_formatter("")
+
+
+def _short(value: float, _: int | None = None) -> str:
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
+
+
 def _legend(figure: Any, axes: Any) -> None:
     handles: dict[str, Any] = {}
     for axis in axes.flat:
@@ -196,6 +215,7 @@ def roofline(figure: Any, rows: Sequence[Row]) -> bool:
                     )
         axis.axhline(100, color="black", lw=1, ls=":")
         axis.set(xscale="log", xlabel="keys", title=f"keys: {data}")
+        _plain(axis, "x")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("% of the speed of reading the same bytes")
@@ -243,7 +263,7 @@ def speedup(figure: Any, rows: Sequence[Row]) -> bool:
                         fontsize=6,
                         rotation=90,
                     )
-        labels = [f"{n // 1000}k × {width}" for _, width, n in keys]
+        labels = [f"{_short(n)} × {width}" for _, width, n in keys]
         axis.set_xticks(range(len(keys)), labels, rotation=40, ha="right")
         axis.axhline(1, color="black", lw=1)
         axis.set(yscale="log", title=f"B = {batch}")
@@ -309,6 +329,7 @@ def survivors(figure: Any, rows: Sequence[Row]) -> bool:
     axes[0].set(yscale="log", ylabel="pairs scored or scanned, %")
     axes[1].set(yscale="log", ylabel="ms per lookup, median")
     for axis in axes:
+        _plain(axis, "y")
         axis.set_xlabel("radius ε of every entry")
         axis.grid(alpha=0.3)
         axis.legend(

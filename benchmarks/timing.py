@@ -76,7 +76,6 @@ def interleaved(
     taken: dict[str, list[float]] = {name: [] for name in calls}
     once: dict[str, float] = {}
     enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         with torch.inference_mode():
