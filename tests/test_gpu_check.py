@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import grace_kernels  # noqa: E402
+from benchmarks import gpu  # noqa: E402
 from benchmarks.gpu_check import __main__ as command  # noqa: E402
 from benchmarks.gpu_check import (  # noqa: E402
     bench,
@@ -93,6 +94,27 @@ def test_every_row_of_a_rehearsal_ends_well_and_every_codebook_is_right(rehearse
             if name.startswith(kind)
         )
         assert compared == 40
+
+
+def test_the_suite_turns_the_times_into_rows_that_name_the_rehearsal(rehearsed: Path) -> None:
+    book = journal.Journal(rehearsed / "rows.jsonl")
+    stem, run = gpu.as_run(book)
+    assert stem == "rehearsal-cpu"
+    assert {row.device for row in run.rows} == {"rehearsal"}
+    ours = [r for r in run.rows if r.kind == "ours"]
+    assert {(r.part, r.cache) for r in ours} >= {
+        (part, cache) for part in ("lookup", "adapt_") for cache in ("cold", "warm", "eager")
+    }
+    assert {r.answers for r in ours} == {"exact"}
+    assert {r.name for r in run.rows if r.part == "pruned"} >= {"cpu, sketch", "cpu"}
+    shape = next(s for s in report.merged(book) if s["op"] == "lookup")
+    column = {"keys": shape["N"], "width": shape["D"], "batch": shape["B"], "cache": "cold"}
+    found = [r for r in run.rows if r.part == "lookup" and r.name == "cpu" and r.unit == "us"]
+    (mine,) = [r for r in found if all(getattr(r, k) == v for k, v in column.items())]
+    assert mine.median == pytest.approx(shape["columns"]["cpu"]["cold"]["us"], rel=1e-5)
+    for name in set(peers.PACKAGES) - set(peers.installed()):
+        (row,) = [r for r in run.rows if r.name == name]
+        assert (row.answers, row.note) == ("absent", f"not installed: pip install {name}")
 
 
 def test_csv_and_json_hold_every_column_with_its_times(rehearsed: Path) -> None:
