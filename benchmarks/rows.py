@@ -1,0 +1,210 @@
+"""What is measured, as rows: their columns, their CSV and JSON files, the ratios between them.
+
+A row is one thing that was timed in one case. Ratios are never stored: `ratio` and `best_peer`
+derive them from rows of one run.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+KINDS = ("ours", "peer", "bound")
+ANSWERS = ("exact", "rounded", "wrong", "absent", "")
+RIGHT = ("exact", "rounded")
+MORE_IS_BETTER = ("tokens/s", "edits/s", "GB/s")
+
+Progress = Callable[[int, int], object]
+"""Called with what is done of a part, and what there is in all."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that was timed, in one case.
+
+    Attributes:
+        part: the part of the suite, a key of `suite.PARTS` (`operators` writes `nearest`, `lookup`
+            and `adapt_`).
+        device: `cpu` or `cuda`.
+        data: what the keys are like, such as `isotropic` or `activations`.
+        dtype: of the keys that this contestant reads.
+        keys, width, batch: N, D and B of the case.
+        radius: of every entry, where it matters.
+        cache: `warm` or `cold`, where both are measured.
+        name: of the contestant.
+        kind: `ours`, `peer`, or `bound` for what a contestant cannot do without.
+        answers: `exact` (the reference's bits), `rounded` (the right indices, distances that
+            round), `wrong`, `absent` (could not be had: `note` says why), or empty.
+        unit: of median, p20 and p80.
+        note: whatever else has to be known.
+    """
+
+    part: str
+    device: str = "cpu"
+    data: str = ""
+    dtype: str = ""
+    keys: int | None = None
+    width: int | None = None
+    batch: int | None = None
+    radius: float | None = None
+    cache: str = ""
+    name: str = ""
+    kind: str = "ours"
+    answers: str = ""
+    unit: str = "ms"
+    median: float | None = None
+    p20: float | None = None
+    p80: float | None = None
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {KINDS}, got {self.kind!r}")
+        if self.answers not in ANSWERS:
+            raise ValueError(f"answers must be one of {ANSWERS}, got {self.answers!r}")
+        if (self.answers == "absent") != (self.median is None):
+            raise ValueError(f"median must be None where answers is absent, got {self.median}")
+        for name in ("median", "p20", "p80"):
+            value = getattr(self, name)
+            if value is not None:  # the same six digits in every file
+                object.__setattr__(self, name, float(f"{value:.6g}"))
+
+    @property
+    def counts(self) -> bool:
+        """Whether it was timed and its answers, where it gives any, are right."""
+        return self.median is not None and self.answers != "wrong"
+
+
+COLUMNS = tuple(f.name for f in fields(Row))
+CASE = ("device", "data", "keys", "width", "batch", "radius", "cache")
+"""Columns that contestants have in common where they are compared."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a part is told.
+
+    Attributes:
+        quick: a tenth of the work.
+        threads: for everything that is timed.
+        budget: scales the seconds a case may take; tests make it small.
+        activations: file in which the packaged model's activations are kept between runs.
+    """
+
+    quick: bool = False
+    threads: int = 1
+    budget: float = 1.0
+    activations: Path | None = None
+
+    def pick(self, full: Any, quick: Any) -> Any:
+        """Return the one of two sizes that fits."""
+        return quick if self.quick else full
+
+
+@dataclass
+class Run:
+    """One run: what it depends on, and its rows."""
+
+    environment: dict[str, Any] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+
+
+def case(row: Row) -> tuple[Any, ...]:
+    """Return what has to be equal for two rows to be compared."""
+    return tuple(getattr(row, name) for name in CASE)
+
+
+def ratio(ours: Row, other: Row) -> float:
+    """Return how many times better `ours` is than `other`: faster, or more in a second.
+
+    Raises:
+        ValueError: the units differ, or one of the rows was not timed.
+    """
+    if ours.unit != other.unit or ours.median is None or other.median is None:
+        raise ValueError(f"rows must be timed in one unit, got {ours} and {other}")
+    if ours.unit in MORE_IS_BETTER:
+        return ours.median / other.median
+    return other.median / ours.median
+
+
+def contestants(rows: Iterable[Row], ours: Row, kind: str, part: str | None = None) -> list[Row]:
+    """Return the rows of a kind in the case of `ours`, of `part` or else of its own part."""
+    wanted = case(ours), part or ours.part
+    return [row for row in rows if row.kind == kind and (case(row), row.part) == wanted]
+
+
+def best_peer(
+    rows: Iterable[Row], ours: Row, *, part: str | None = None, dtype: str | None = None
+) -> Row | None:
+    """Return the best peer in the case of `ours` whose answers are right, None if there is none.
+
+    Args:
+        part: whose peers, if not the part of `ours`.
+        dtype: only peers that read keys of this type.
+    """
+    found = [
+        row
+        for row in contestants(rows, ours, "peer", part)
+        if row.answers in RIGHT and dtype in (None, row.dtype)
+    ]
+    return min(found, key=lambda row: ratio(row, ours) ** -1, default=None)
+
+
+def write(run: Run, folder: Path, stem: str) -> list[Path]:
+    """Write `stem.csv` and `stem.json`; return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table, whole = folder / f"{stem}.csv", folder / f"{stem}.json"
+    with table.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
+        for row in run.rows:
+            values = asdict(row).values()
+            writer.writerow(["" if value is None else value for value in values])
+    rows = ",\n  ".join(json.dumps(_brief(row)) for row in run.rows)
+    about = json.dumps(run.environment, indent=1)
+    whole.write_text(f'{{"environment": {about},\n "rows": [\n  {rows}\n]}}\n')
+    return [table, whole]
+
+
+def _brief(row: Row) -> dict[str, Any]:
+    return {name: value for name, value in asdict(row).items() if value not in ("", None)}
+
+
+def read(path: Path) -> Run:
+    """Return a run from its CSV (with what it depends on, if the JSON lies beside it) or its JSON.
+
+    Raises:
+        ValueError: the file is not one of these.
+    """
+    if path.suffix == ".json":
+        data = json.loads(path.read_text())
+        return Run(data["environment"], [Row(**row) for row in data["rows"]])
+    beside = path.with_suffix(".json")
+    about = json.loads(beside.read_text())["environment"] if beside.exists() else {}
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise ValueError(f"{path} must begin with {','.join(COLUMNS)}")
+        return Run(about, [_row(record) for record in reader])
+
+
+_NUMBERS: dict[str, Callable[[str], float]] = {
+    **dict.fromkeys(("keys", "width", "batch"), int),
+    **dict.fromkeys(("radius", "median", "p20", "p80"), float),
+}
+
+
+def _row(record: dict[str, str]) -> Row:
+    values: dict[str, Any] = dict(record)
+    for name, number in _NUMBERS.items():
+        values[name] = number(record[name]) if record[name] else None
+    return Row(**values)
+
+
+def select(rows: Sequence[Row], **wanted: Any) -> list[Row]:
+    """Return the rows whose columns are as wanted."""
+    return [row for row in rows if all(getattr(row, k) == v for k, v in wanted.items())]
