@@ -3,7 +3,7 @@
 The model is the packaged MiniLM (6 layers, width 384), the text the docstrings of the standard
 library, the activations the input of encoder layer 4: what an editor would look up there.
 
-Usage: python benchmarks/activations.py [--dims 384 768 4096] [--rows 12000] [--activations FILE]
+Usage: python -m benchmarks.activations [--dims 384 768 4096] [--rows 12000]
 prints how far the nearest key is for real and for resampled activations.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import re
 import sysconfig
 import time
@@ -23,6 +24,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .rows import Settings
 
 LAYER = 4  # of the encoder; its input is taken, later layers do not run
 KEYS, QUERIES = 10_000, 4_000
@@ -192,29 +195,25 @@ def nearest_median(query: Tensor, keys: Tensor) -> float:
     return float(torch.cat(least).median())
 
 
-def show(what: str) -> Progress:
-    """Return a progress function that prints a line now and then."""
-    told = time.monotonic()
+@functools.cache
+def real_activations(settings: Settings) -> tuple[Tensor, Tensor] | None:
+    """Return keys and queries to draw from, None where the packaged model is not installed.
 
-    def told_of(done: int, total: int) -> None:
-        nonlocal told
-        if time.monotonic() - told >= 5 or done == total:
-            told = time.monotonic()
-            print(f"  {what}: {done} of {total}", flush=True)
-
-    return told_of
-
-
-def load(file: Path | None = None) -> Activations:
-    """Return the activations of `KEYS` + `QUERIES` sentences, kept in `file` if one is named."""
+    A quick run takes a fifth of the sentences. They are kept in `settings.activations`, if that
+    names a file.
+    """
+    file, wanted = settings.activations, settings.pick(KEYS + QUERIES, (KEYS + QUERIES) // 5)
     if file is not None and file.exists():
-        return Activations(**torch.load(file))
-    start = time.perf_counter()
-    made = activations(sentences()[: KEYS + QUERIES], show("tokens through the model"))
-    print(f"{len(made.mean)} sentences in {time.perf_counter() - start:.0f} s", flush=True)
+        mean = torch.load(file)["mean"]
+        if len(mean) == wanted:
+            return split(mean)
+    try:
+        made = activations(sentences()[:wanted])
+    except ModuleNotFoundError:
+        return None
     if file is not None:
         torch.save({"mean": made.mean, "last": made.last}, file)
-    return made
+    return split(made.mean)
 
 
 def main() -> None:
@@ -222,9 +221,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dims", type=int, nargs="+", default=[384, 768, 4096])
     parser.add_argument("--rows", type=int, default=KEYS)
-    parser.add_argument("--activations", type=Path)
     arguments = parser.parse_args()
-    made = load(arguments.activations)
+    made = activations(sentences()[: KEYS + QUERIES])
     for name in ("mean", "last"):
         keys, query = split(getattr(made, name))
         print(f"{name}: nearest, median {nearest_median(query, keys):.2f} (real)")

@@ -117,7 +117,8 @@ def edited(
             steps[name] += result.steps
     rows = []
     for name, editor in editors.items():
-        note = f"{steps[name] / len(edits):.1f} training steps per edit"
+        timed = seconds[name][1:]
+        note = f"{len(timed)} timed, {steps[name] / len(edits):.1f} training steps per edit"
         if refused[name]:
             note += f"; {refused[name]} of {len(edits)} refused"
         rows.append(
@@ -129,7 +130,7 @@ def edited(
                 kind="peer" if name.startswith("published") else "ours",
                 answers="wrong" if refused[name] else "",
                 note=note,
-                **Times.of(seconds[name][1:]).columns("edits/s", 1),
+                **Times.of(timed).columns("edits/s", 1),
             )
         )
     return rows
@@ -228,10 +229,11 @@ def imports(count: int, width: int, rounds: int) -> list[Row]:
     rows = []
     for name in every[0][0]:
         columns = Times.of([taken[name] for taken, _ in every]).columns("s")
-        rows.append(_grown(count, width, name, columns, note=f"{rounds} of them"))
+        rows.append(
+            _grown(count, width, name, columns, note=f"{rounds} runs" if rounds > 1 else "one run")
+        )
     for name, size in every[0][1].items():
-        columns = {"unit": "MB", "median": size, "p20": size, "p80": size}
-        rows.append(_grown(count, width, name, columns))
+        rows.append(_grown(count, width, name, {"unit": "MB", "median": size}))
     return rows
 
 
@@ -276,9 +278,9 @@ def one_by_one(marks: Sequence[int], width: int) -> list[Row]:
             theirs += _seconds(lambda: other.add(key, value, RADIUS))[0]  # noqa: B023
         if i + 1 in marks:
             name = "inserts from none on"
-            rows.append(_grown(i + 1, width, name, Times.of([mine]).columns("s"), note="one run"))
+            columns = {"unit": "s", "median": mine, "note": "one run"}
+            rows.append(_grown(i + 1, width, name, columns))
             if i < _APPENDED:
-                columns = Times.of([theirs]).columns("s")
-                name = "published appends from none on"
-                rows.append(_grown(i + 1, width, name, columns, kind="peer", note="one run"))
+                columns["median"] = theirs
+                rows.append(_grown(i + 1, width, f"published {name}", columns, kind="peer"))
     return rows

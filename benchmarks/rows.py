@@ -68,7 +68,7 @@ class Row:
             raise ValueError(f"answers must be one of {ANSWERS}, got {self.answers!r}")
         if (self.answers == "absent") != (self.median is None):
             raise ValueError(f"median must be None where answers is absent, got {self.median}")
-        for name in ("median", "p20", "p80"):
+        for name in ("radius", "median", "p20", "p80"):
             value = getattr(self, name)
             if value is not None:  # the same six digits in every file
                 object.__setattr__(self, name, float(f"{value:.6g}"))

@@ -173,3 +173,13 @@ def geometric_mean(values: Sequence[float]) -> float:
     if not values:
         return math.nan
     return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def memory() -> int | None:
+    """Return the bytes of memory that are free, None where nothing tells."""
+    try:
+        with open("/proc/meminfo") as file:
+            line = next(line for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+    return int(line.split()[1]) * 1024

