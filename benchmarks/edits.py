@@ -38,7 +38,7 @@ _APPENDED = 2_000  # the published way, one by one
 
 def run(settings: Settings, progress: Progress) -> list[Row]:
     """Measure edits per second; return the rows of part `edits`."""
-    seconds = settings.pick(8.0, 1.0) * settings.budget
+    seconds = settings.pick(5.0, 1.0) * settings.budget
     steps = [lambda: classifier(settings.pick(10, 1)), lambda: causal(settings.pick(8, 1))]
     for keys in settings.pick((1_000, 10_000, 100_000), (10_000,)):
         steps.append(lambda keys=keys: inserts(keys, WIDTH, seconds))
@@ -51,7 +51,7 @@ def growth(settings: Settings, progress: Progress) -> list[Row]:
         lambda keys=keys: imports(keys, WIDTH, settings.pick(3, 1))
         for keys in settings.pick((1_000, 10_000, 100_000), (10_000,))
     ]
-    marks = settings.pick((1_000, 2_000, 4_000, 8_000), (500,))
+    marks = settings.pick((1_000, 5_000), (500,))
     return _each([*steps, lambda: one_by_one(marks, WIDTH)], progress)
 
 

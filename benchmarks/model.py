@@ -60,7 +60,7 @@ class Size:
     seconds: float
 
 
-FULL = Size({}, LAYER, (1_000, 100_000), 32, NEW, 20.0)
+FULL = Size({}, LAYER, (1_000, 100_000), 32, NEW, 12.0)
 QUICK = Size({}, LAYER, (10_000,), 8, 4, 2.0)
 
 
