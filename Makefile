@@ -6,7 +6,7 @@ STAMPS := .stamps
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 BUILD_INPUTS := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: setup demo test lint format bench instructions check-aot gpu-check wheel clean help
+.PHONY: setup demo test lint format bench docs instructions check-aot gpu-check wheel clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -34,7 +34,8 @@ $(STAMPS)/lint: $(STAMPS)/deps
 	@touch $@
 
 $(STAMPS)/bench: $(STAMPS)/build
-	-$(PIP) faiss-cpu
+	$(PIP) faiss-cpu usearch scikit-learn
+	-$(PIP) pykeops
 	@touch $@
 
 setup: $(STAMPS)/build ## a .venv with pinned dependencies and the compiled operators
@@ -56,9 +57,11 @@ format: $(STAMPS)/lint ## rewrite the files in house style
 	$(BIN)/ruff format .
 	find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
-bench: $(STAMPS)/bench ## ratios of the CPU lookups to their peers (about 20 minutes)
-	$(BIN)/python benchmarks/cpu_lookup.py
-	$(BIN)/python benchmarks/pruned_lookup.py
+bench: $(STAMPS)/bench ## operators and an edited model beside their peers (about 20 minutes)
+	$(BIN)/grace bench --out $(or $(OUT),grace-bench)
+
+docs: $(STAMPS)/build ## docs/performance.md and the figures in README.md, from benchmarks/results/
+	$(BIN)/python -m benchmarks.page
 
 instructions: $(STAMPS)/build ## count instructions of fixed lookups with valgrind; UPDATE=1 writes the figures anew
 	$(BIN)/python -m benchmarks.instructions $(if $(UPDATE),--update)

@@ -173,8 +173,14 @@ setup(
     packages=[
         *find_packages(".", include=["grace_kernels", "grace_kernels.*"]),
         *find_packages("python", include=["grace_edit", "grace_edit.*"]),
+        "grace_bench",  # what `grace bench` runs
+        "grace_bench.gpu_check",
     ],
-    package_dir={"grace_kernels": "grace_kernels", "grace_edit": "python/grace_edit"},
+    package_dir={
+        "grace_kernels": "grace_kernels",
+        "grace_edit": "python/grace_edit",
+        "grace_bench": "benchmarks",
+    },
     package_data={
         "grace_kernels": ["py.typed"],
         "grace_edit": ["py.typed", "demo/data/*.tsv"],

@@ -80,8 +80,10 @@ class Row:
 
 
 COLUMNS = tuple(f.name for f in fields(Row))
-CASE = ("device", "data", "keys", "width", "batch", "radius", "cache")
-"""Columns that contestants have in common where they are compared."""
+CASE = ("device", "data", "keys", "width", "batch", "cache")
+"""Columns that contestants have in common where they are compared, besides the radius."""
+OPERATORS = ("nearest", "lookup", "adapt_")
+"""Parts that share the peers of `nearest`; the radius follows from the data and is no case."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,8 @@ class Run:
 
 def case(row: Row) -> tuple[Any, ...]:
     """Return what has to be equal for two rows to be compared."""
-    return tuple(getattr(row, name) for name in CASE)
+    radius = None if row.part in OPERATORS else row.radius
+    return *(getattr(row, name) for name in CASE), radius
 
 
 def ratio(ours: Row, other: Row) -> float:

@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,23 @@ PARTS = {
 }
 """Module and function of each part: `function(settings, progress) -> list[Row]`."""
 
+READ = "read bandwidth"
 PEERS = ("faiss-cpu", "usearch", "scikit-learn", "pykeops")
 Shown = Callable[[str], AbstractContextManager[Progress]]
+
+
+def runs(
+    settings: Settings, parts: Iterable[str], show: Shown, command: str
+) -> Iterator[tuple[str, Run]]:
+    """Yield the run on the CPU and, where there is a GPU, the one on that, with their names."""
+    done = run(settings, parts, show, command)
+    quick = "quick-" if settings.quick else ""
+    yield f"{quick}cpu-{done.environment['instructions']}-{settings.threads}threads", done
+    if torch.cuda.is_available():
+        from .gpu import run as run_on_gpu
+
+        with show("gpu") as progress:
+            yield run_on_gpu(settings, progress)
 
 
 def run(settings: Settings, parts: Iterable[str], show: Shown, command: str) -> Run:
@@ -55,7 +70,8 @@ def run(settings: Settings, parts: Iterable[str], show: Shown, command: str) -> 
     start = time.monotonic()
     try:
         about = environment(settings, command)
-        found: list[Row] = []
+        bandwidth = about["read GB/s"]
+        found = [Row("read", kind="bound", name=READ, cache="cold", unit="GB/s", median=bandwidth)]
         for part in parts:
             module, function = PARTS[part]
             with show(part) as progress:
