@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,13 +29,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import grace_kernels
 
 from .published import wrap
-from .rows import Progress, Row, Settings, select
+from .rows import Progress, Row, Settings
 from .timing import Times, interleaved
 
 LAYER = "transformer.h.8.mlp"
 PROMPT, NEW = 128, 32  # tokens
 RADIUS = 0.2  # times the distance of the nearest key of another sequence
-PREFILL, LOOKUP = f"prefill of {PROMPT} tokens", f"lookup in a prefill of {PROMPT} tokens"
+PREFILL = f"prefill of {PROMPT} tokens"
+LOOKUP = f"lookup in a {PREFILL}"
 STEP = "decode step"
 
 
@@ -343,12 +344,3 @@ class Bench:
                 columns = {"median": max(steps), "p20": min(steps), "p80": max(steps)}
                 rows.append(self._row(STEP, c, unit=unit, note=note, **columns))
         return rows
-
-
-def lookup_shares(rows: Sequence[Row]) -> list[tuple[Row, float]]:
-    """Return each lookup's row and the share of an unedited prefill that its median is."""
-    shares = []
-    for row in select(rows, part="model", data=LOOKUP):
-        whole = select(rows, part="model", data=PREFILL, keys=row.keys, name="unedited")
-        shares.append((row, row.median / whole[0].median))
-    return shares

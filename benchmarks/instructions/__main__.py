@@ -195,10 +195,12 @@ def main() -> int:
     parser.add_argument("--update", action="store_true", help=f"write {COMMITTED.name} anew")
     parser.add_argument("--strict", action="store_true", help="exit 1 where a count is above")
     arguments = parser.parse_args()
-    for needed in ("valgrind", COMPILER[0]):
-        if shutil.which(needed) is None:
-            print(f"nothing was counted: there is no {needed} here")
-            return int(arguments.strict)
+    missing = [needed for needed in ("valgrind", COMPILER[0]) if shutil.which(needed) is None]
+    if not (ROOT / "csrc" / "cpu").exists():
+        missing.append("source tree")
+    if missing:
+        print(f"nothing was counted: there is no {missing[0]} here")
+        return int(arguments.strict)
     now = measured()
     if arguments.update:
         COMMITTED.write_text(json.dumps(now, indent=1) + "\n")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from grace_edit import GraceConfig, GraceEditor
 from grace_edit.demo import topics
 
-from benchmarks import edits, model
+from benchmarks import edits, goals, model
 from benchmarks.rows import Run, read, select, write
 
 SMALL = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 97}
@@ -80,9 +82,27 @@ def test_the_rows_of_the_model_are_complete_and_survive_their_files(rows, tmp_pa
 
 
 def test_a_lookup_is_timed_inside_the_prefills_that_it_is_a_share_of(rows):
-    shares = model.lookup_shares(rows)
+    shares = goals.lookup_shares(rows)
     assert len(shares) == 7
     assert all(0 < share < 1 for _, share in shares)
+
+
+def judged(rows, start):
+    (goal,) = [goal for goal in goals.goals(rows) if goal.text.startswith(start)]
+    return goal.met, goal.total, goal.worst
+
+
+def test_the_goals_of_an_edited_model_are_judged(rows):
+    assert judged(rows, "a decode step") == (5, 5, 0)
+    asks = [replace(row, median=1.0) if row.name == "edited, a hit" else row for row in rows]
+    assert judged(asks, "a decode step") == (3, 5, 1)
+    # Rows of a codebook as large as the goal's, with a prefill of 20 ms.
+    large = [replace(row, keys=100_000) for row in select(rows, keys=4200)]
+    for lookup, met in ((0.39, 2), (0.41, 0)):
+        given = {model.PREFILL: 20.0, model.LOOKUP: lookup}
+        timed = [replace(row, median=given.get(row.data, row.median)) for row in large]
+        expected = (met, 2, pytest.approx(5 * lookup))
+        assert judged(timed, "a lookup in a prefill") == expected
 
 
 def test_an_edited_model_that_answers_wrongly_is_not_measured():
