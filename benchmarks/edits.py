@@ -51,7 +51,7 @@ def growth(settings: Settings, progress: Progress) -> list[Row]:
         lambda keys=keys: imports(keys, WIDTH, settings.pick(3, 1))
         for keys in settings.pick((1_000, 10_000, 100_000), (10_000,))
     ]
-    marks = settings.pick((1_000, 5_000), (500,))
+    marks = settings.pick((1_000, 4_500), (500,))
     return _each([*steps, lambda: one_by_one(marks, WIDTH)], progress)
 
 
