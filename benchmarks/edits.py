@@ -124,7 +124,7 @@ def edited(
         rows.append(
             Row(
                 **case,
-                dtype=str(editor.codebook.keys.dtype).removeprefix("torch."),
+                dtype="fp32",
                 width=editor.codebook.keys.shape[1],
                 name=name,
                 kind="peer" if name.startswith("published") else "ours",
@@ -188,7 +188,7 @@ def inserts(count: int, width: int, seconds: float) -> list[Row]:
         Row(
             part="edits",
             data="isotropic",
-            dtype="float32",
+            dtype="fp32",
             keys=count,
             width=width,
             batch=1,
@@ -212,7 +212,7 @@ def _seconds(function: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def _grown(keys: int, width: int, name: str, columns: dict[str, Any], **other: Any) -> Row:
-    about = {"part": "growth", "data": "isotropic", "dtype": "float32", "radius": RADIUS}
+    about = {"part": "growth", "data": "isotropic", "dtype": "fp32", "radius": RADIUS}
     return Row(**about, keys=keys, width=width, name=name, **columns, **other)
 
 

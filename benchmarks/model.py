@@ -281,7 +281,7 @@ class Bench:
         return Row(
             part="model",
             data=data,
-            dtype=str(self.keys.dtype).removeprefix("torch."),
+            dtype="fp32",
             keys=len(self.keys),
             width=self.keys.shape[1],
             batch=1,

@@ -50,6 +50,8 @@ def draw(run: Run, out: Path, stem: str) -> list[Path]:
             figure = Figure(layout="constrained")
             if not make(figure, run.rows):
                 continue
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")  # it is laid out: not again for every file
             for ending in ("png", "svg"):
                 path = out / f"{stem}-{kind}.{ending}"
                 meta = {"Date": None} if ending == "svg" else {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -47,15 +48,31 @@ def run(settings: Settings, progress: Progress) -> list[Row]:
     return found
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """How many keys, of which widths, and how many small codebooks of which widths."""
+
+    keys: int
+    widths: tuple[int, ...]
+    small: tuple[int, ...]
+    doublings: int
+
+
+def sizes(settings: Settings) -> Sizes:
+    """Return what is measured."""
+    full = Sizes(100_000, (768, 4096), (384, 768, 4096), 8)
+    return settings.pick(full, Sizes(10_000, (768,), (768,), 4))
+
+
 def _steps(real: tuple[Tensor, Tensor], settings: Settings) -> Iterator[Callable[[], list[Row]]]:
-    for dim in settings.pick((768, 4096), (768,)):
-        n = settings.pick(100_000, 10_000)
-        yield lambda dim=dim, n=n: _typical(real, n, dim, settings)
-        yield lambda dim=dim, n=n: _worst(real, n, dim, settings)
-    for dim in settings.pick((384, 768, 4096), (768,)):
-        yield lambda dim=dim: _small(real, dim, settings)
+    what = sizes(settings)
+    for dim in what.widths:
+        yield partial(_typical, real, what.keys, dim, settings)
+        yield partial(_worst, real, what.keys, dim, settings)
+    for dim in what.small:
+        yield partial(_small, real, dim, what.doublings, settings)
     if not settings.quick:
-        yield lambda: _million(real, settings)
+        yield partial(_million, real, settings)
 
 
 class Codebook:
@@ -271,9 +288,9 @@ def _worst(real: tuple[Tensor, Tensor], n: int, dim: int, settings: Settings) ->
     return found
 
 
-def _small(real: tuple[Tensor, Tensor], dim: int, settings: Settings) -> list[Row]:
+def _small(real: tuple[Tensor, Tensor], dim: int, doublings: int, settings: Settings) -> list[Row]:
     """Measure small codebooks: from which size on does a sketch pay?"""
-    sizes = [512 << step for step in range(settings.pick(8, 4))]
+    sizes = [512 << step for step in range(doublings)]
     generator = torch.Generator().manual_seed(dim)
     like = Resampler(*real, dim, generator)
     every, query = like.draw(real[0], sizes[-1]), like.draw(real[1], 32)

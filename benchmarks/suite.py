@@ -99,7 +99,7 @@ def environment(settings: Settings, command: str) -> dict[str, Any]:
         "threads": settings.threads,
         "instructions": grace_kernels.build_info()["cpu"].get("isa", "reference"),
         "last-level cache MiB": last_level_cache() >> 20,
-        "read GB/s": float(f"{flush.bandwidth() / 1e9:.4g}"),
+        "read GB/s": float(f"{flush.bandwidth(settings.budget) / 1e9:.4g}"),
         "python": platform.python_version(),
         **{name: version for name, version in versions.items() if version is not None},
         "load average before": _load(),

@@ -136,9 +136,9 @@ class Flush:
     """
 
     def __init__(self, size: int | None = None) -> None:
-        """Take the size in bytes; None: twice the last-level cache, between 64 MiB and 1 GiB."""
+        """Take the size in bytes; None: twice the last-level cache, at most 1 GiB."""
         if size is None:
-            size = min(1 << 30, max(64 << 20, 2 * last_level_cache()))
+            size = min(1 << 30, 2 * last_level_cache())
         self.buffer = torch.ones(size // 4, dtype=torch.int32)
 
     def __call__(self) -> None:

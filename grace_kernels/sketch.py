@@ -44,7 +44,7 @@ _SAMPLE = 8192  # keys that directions are taken from
 _ELEMENTS = 1 << 23  # of keys held in float64 at a time
 _STATE = ("centre", "directions", "scales", "head", "tail", "covered", "radius_bound", "outliers")
 # Rows. A lookup of one query on a CPU took 0.11 (D = 4096, bfloat16) to 0.38 (D = 384) of the time
-# without a sketch at 4096 rows, and broke even between 512 and 2048 (benchmarks/pruned_lookup.py).
+# without a sketch at 4096 rows, and broke even between 512 and 2048 (benchmarks/pruned.py).
 _WORTHWHILE = 4096
 
 

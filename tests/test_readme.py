@@ -71,7 +71,9 @@ def test_the_ten_lines_of_the_readme_run_and_the_edit_answers(
     assert (tmp_path / "my-edits" / "codebook.safetensors").exists()
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/performance.md"]
+)
 def test_what_a_page_links_to_is_there(page: str) -> None:
     folder = (README.parent / page).parent
     links = re.findall(r"\]\(([^)#]+)", (README.parent / page).read_text())

@@ -138,7 +138,7 @@ def _parent(arguments: argparse.Namespace, stages: list[str]) -> int:
     )
     journal.append(run=run, about=about, time=time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()))
 
-    command = [sys.executable, "-m", "benchmarks.gpu_check", "--out", str(out.resolve())]
+    command = [sys.executable, "-m", str(__package__), "--out", str(out.resolve())]
     command += ["--seed", str(arguments.seed)]
     command += ["--quick"] * arguments.quick + ["--rehearse"] * arguments.rehearse
     paths = [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]

@@ -265,7 +265,7 @@ def columns(place: Place, shape: Shape, shelves: list[Shelf]) -> dict[str, tuple
     found: dict[str, tuple[Peer, bool]] = {
         backend: (partial(ours, backend), True) for backend in usable(place)
     }
-    for name, peer in peers.PEERS.items():
+    for name, peer in {**peers.PEERS, **peers.installed()}.items():
         if shape.op == "adapt_":
             peer = peers.writing(peer, hidden, rows)
         found[name] = (peer, False)

@@ -9,6 +9,8 @@ is not told). A count on the device they do without.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,6 +39,11 @@ class Shelf:
     def searched(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Keys, radii, norms and query."""
         return self.keys, self.radii, self.norms, self.query
+
+    @functools.cached_property
+    def wide(self) -> Tensor:
+        """The keys in float32, for peers that keep them so."""
+        return self.keys.float()
 
     @staticmethod
     def of(keys: Tensor, radii: Tensor, query: Tensor, values: Tensor) -> Shelf:
@@ -112,6 +119,58 @@ PEERS: dict[str, Peer] = {
     "cuBLAS query @ keys": query_keys,
     "cdist": cdist,
 }
+
+
+def _flash_kmeans(shelf: Shelf) -> Tensors:
+    """flash-kmeans: the assignment step of its Euclidean k-means."""
+    from flash_kmeans.assign_euclid_triton import euclid_assign_triton
+
+    x = shelf.query[None]
+    found = euclid_assign_triton(
+        x, shelf.keys[None], x.float().square().sum(dim=-1), c_sq=shelf.norms[None]
+    )
+    return _found(shelf, found[0])
+
+
+def _fastkmeans(shelf: Shelf) -> Tensors:
+    """fastkmeans: the assignment of one chunk."""
+    from fastkmeans.triton_kernels import chunked_kmeans_kernel
+
+    index = torch.empty(len(shelf.query), dtype=torch.int32, device=shelf.query.device)
+    norms = shelf.query.float().square().sum(dim=1)
+    chunked_kmeans_kernel(shelf.query, norms, shelf.keys, shelf.norms, index)
+    return _found(shelf, index)
+
+
+def _vector_quantize(shelf: Shelf) -> Tensors:
+    """vector-quantize-pytorch: the distances of its Euclidean codebook, kept in float32."""
+    from vector_quantize_pytorch.vector_quantize_pytorch import cdist as distances
+
+    found = distances(shelf.query.float()[None], shelf.wide[None])[0]
+    return _found(shelf, found.argmin(dim=1))
+
+
+def _found(shelf: Shelf, index: Tensor) -> Tensors:
+    """Return the answer of a peer that only names the nearest key."""
+    index = index.long()
+    return _covered(shelf.radii, index, _again(shelf.keys, shelf.query, index))
+
+
+PACKAGES: dict[str, tuple[str, Peer]] = {
+    "flash-kmeans": ("flash_kmeans", _flash_kmeans),
+    "fastkmeans": ("fastkmeans", _fastkmeans),
+    "vector-quantize-pytorch": ("vector_quantize_pytorch", _vector_quantize),
+}
+"""Peers that are packages of their own, with the module that says whether one is installed."""
+
+
+def installed() -> dict[str, Peer]:
+    """Return the packages that are here."""
+    return {
+        name: peer
+        for name, (module, peer) in PACKAGES.items()
+        if importlib.util.find_spec(module) is not None
+    }
 
 
 def compiled(batch: int, compiler: str) -> Peer:

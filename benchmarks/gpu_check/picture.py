@@ -6,7 +6,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-COLUMNS = ("triton", "cuda", "cpu", "reference", "cuBLAS", "torch.compile", "cdist")
+COLUMNS = (
+    *("triton", "cuda", "cpu", "reference"),
+    *("cuBLAS", "torch.compile", "cdist", "flash-kmeans", "fastkmeans", "vector-quantize-pytorch"),
+)
 OURS = ("triton", "cuda", "cpu", "reference")
 TITLES = {"triton": "Triton", "cuda": "CUDA", "cpu": "ours (CPU)", "reference": "reference"}
 
@@ -49,6 +52,9 @@ def draw(measured: list[dict[str, Any]], path: Path, title: str) -> bool:
         "cuBLAS": "#009e73",
         "torch.compile": "#cc79a7",
         "cdist": "#888888",
+        "flash-kmeans": "#e69f00",
+        "fastkmeans": "#56b4e9",
+        "vector-quantize-pytorch": "#8c6d31",
     }
     figure, axes = pyplot.subplots(
         1, len(batches), figsize=(3.7 * len(batches) + 0.6, 4.3), sharey=True, squeeze=False

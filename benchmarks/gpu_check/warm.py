@@ -110,7 +110,7 @@ def row(place: Place, log: Path) -> dict[str, Any]:
         running, outputs = [], []
         for worker in range(workers):
             output = stack.enter_context(tempfile.TemporaryFile("w+"))
-            command = [sys.executable, "-m", "benchmarks.gpu_check.warm", str(worker), str(workers)]
+            command = [sys.executable, "-m", f"{__package__}.warm", str(worker), str(workers)]
             running.append(subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output))
             outputs.append(output)
         for process in running:

@@ -70,7 +70,7 @@ def test_the_rows_of_the_model_are_complete_and_survive_their_files(rows, tmp_pa
     assert read(table).rows == read(whole).rows == rows
     for keys in SIZE.keys:
         names = {"unedited", "published", *OURS} - ({"edited, no sketch"} if keys < 4096 else set())
-        of_size = select(rows, part="model", keys=keys, width=32, batch=1, dtype="float32")
+        of_size = select(rows, part="model", keys=keys, width=32, batch=1, dtype="fp32")
         assert {row.name for row in select(of_size, data=model.PREFILL, unit="ms")} == names
         assert {row.name for row in select(of_size, data=model.LOOKUP)} == names - {"unedited"}
         generated = select(of_size, data="generation of 3 tokens", unit="tokens/s")

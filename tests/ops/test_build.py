@@ -14,7 +14,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ["csrc", "grace_kernels", "python", "tests", "benchmarks"]
+FOLDERS = ["csrc", "grace_kernels", "python", "tests", "benchmarks", "docs"]
 FILES = ["setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "constraints.txt", "LICENSE"]
 FILES += ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", ".clang-format"]
 BUILT = ["*.so", "*.egg-info", "__pycache__"]
@@ -132,6 +132,7 @@ def test_without_a_compiler_there_is_a_pure_wheel_and_the_sdist_is_whole(tmp_pat
     assert wheel.name.endswith("-py3-none-any.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"grace_kernels/api.py", "grace_kernels/py.typed", "grace_edit/__init__.py"} <= names
+    assert {"grace_bench/suite.py", "grace_bench/gpu_check/report.py"} <= names
     assert [name for name in names if name.endswith((".so", ".cpp", ".cu"))] == []
 
     (sdist,) = dist.glob("*.tar.gz")

@@ -292,11 +292,12 @@ def plot(
     out: Annotated[
         Path | None, typer.Option(help="Directory for the pictures.", show_default="the CSV's")
     ] = None,
+    json: Json = False,
 ) -> None:
     """Draw the pictures of a benchmark anew, from its CSV."""
     from .bench import plot as draw
 
-    raise typer.Exit(draw(file, out))
+    raise typer.Exit(draw(file, out, as_json=json))
 
 
 def _value(choice: Enum | None) -> str | None:

