@@ -6,7 +6,7 @@ STAMPS := .stamps
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 BUILD_INPUTS := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: setup demo test lint format bench docs check-aot gpu-check wheel clean help
+.PHONY: setup demo test lint format bench docs instructions check-aot gpu-check wheel clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -50,19 +50,22 @@ test: $(STAMPS)/build ## the whole test suite
 lint: $(STAMPS)/build $(STAMPS)/lint ## ruff, clang-format, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
 format: $(STAMPS)/lint ## rewrite the files in house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+	find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
 bench: $(STAMPS)/bench ## operators and an edited model beside their peers (about 20 minutes)
 	$(BIN)/grace bench --out $(or $(OUT),grace-bench)
 
 docs: $(STAMPS)/build ## docs/performance.md and the figures in README.md, from benchmarks/results/
 	$(BIN)/python -m benchmarks.page
+
+instructions: $(STAMPS)/build ## count instructions of fixed lookups with valgrind; UPDATE=1 writes the figures anew
+	$(BIN)/python -m benchmarks.instructions $(if $(UPDATE),--update)
 
 check-aot: $(STAMPS)/build ## compile the Triton kernel for every tile, type and architecture (no GPU needed)
 	$(BIN)/python benchmarks/check_aot.py --json benchmarks/results/aot.json --markdown benchmarks/results/aot.md

@@ -24,6 +24,9 @@ PARTS = {
     "operators": ("operators", "run"),
     "call": ("call", "run"),
     "pruned": ("pruned", "run"),
+    "model": ("model", "run"),
+    "edits": ("edits", "run"),
+    "growth": ("edits", "growth"),
 }
 """Module and function of each part: `function(settings, progress) -> list[Row]`."""
 

@@ -1,0 +1,176 @@
+"""What the end-to-end parts of the benchmark measure, on models and codebooks of a small size."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from grace_edit import GraceConfig, GraceEditor
+from grace_edit.demo import topics
+
+from benchmarks import edits, goals, model
+from benchmarks.rows import Run, read, select, write
+
+SMALL = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 97}
+LAYER = "transformer.h.1.mlp"
+SIZE = model.Size(SMALL, LAYER, (50, 4200), 4, 3, 0.05)
+OURS = {"edited", "edited, a hit", "edited, no sketch"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    told = []
+    rows = model.measure(SIZE, 1.0, lambda done, total: told.append((done, total)))
+    assert told == [(0, 2), (1, 2), (2, 2)]
+    return rows
+
+
+def bench(count: int = 50) -> model.Bench:
+    built = model.build(SMALL)
+    seen, _ = model.watched(built, LAYER, model.random_tokens(built, 4, 1))
+    with torch.no_grad():
+        return model.Bench(built, SIZE, seen, count)
+
+
+def test_a_decode_step_of_an_edited_model_runs_no_operator_of_this_package(rows):
+    counted = select(rows, data="decode step", unit="grace operators")
+    assert {row.name for row in counted} == OURS | {"unedited", "published"}
+    assert [row.median for row in counted] == [0] * len(counted)
+    assert all(row.note.endswith(f"prefill {int(row.name in OURS)}") for row in counted)
+
+
+def test_a_decode_step_of_an_edited_model_runs_as_many_operators_as_an_unedited_one(rows):
+    for keys in SIZE.keys:
+        every = select(rows, data="decode step", unit="operators", keys=keys)
+        least = {row.name: (row.p20, row.p80) for row in every}
+        assert {least[name] for name in OURS & least.keys()} == {least["unedited"]}
+        assert least["published"][0] > least["unedited"][1]
+
+
+def test_operators_of_this_package_in_any_forward_are_counted():
+    edited = bench().edited[0]
+    tokens = torch.zeros(1, 4, dtype=torch.int64)
+    with model.counted(edited.model) as counts, torch.no_grad():
+        for _ in range(3):
+            edited.model(tokens)
+    assert [grace for grace, _ in counts] == [1, 1, 1]
+
+
+def test_the_rows_of_the_model_are_complete_and_survive_their_files(rows, tmp_path):
+    table, whole = write(Run({}, rows), tmp_path, "run")
+    assert read(table).rows == read(whole).rows == rows
+    for keys in SIZE.keys:
+        names = {"unedited", "published", *OURS} - ({"edited, no sketch"} if keys < 4096 else set())
+        of_size = select(rows, part="model", keys=keys, width=32, batch=1, dtype="fp32")
+        assert {row.name for row in select(of_size, data=model.PREFILL, unit="ms")} == names
+        assert {row.name for row in select(of_size, data=model.LOOKUP)} == names - {"unedited"}
+        generated = select(of_size, data="generation of 3 tokens", unit="tokens/s")
+        assert {row.name for row in generated} == names - {"edited, a hit"}
+        assert all(0 < row.p20 <= row.median <= row.p80 for row in generated)
+    assert {row.answers for row in rows if row.kind == "ours"} == {"exact"}
+    assert {row.answers for row in rows if row.kind == "peer"} == {"rounded"}
+    assert {row.answers for row in rows if row.kind == "bound"} == {""}
+
+
+def test_a_lookup_is_timed_inside_the_prefills_that_it_is_a_share_of(rows):
+    shares = goals.lookup_shares(rows)
+    assert len(shares) == 7
+    assert all(0 < share < 1 for _, share in shares)
+
+
+def judged(rows, start):
+    (goal,) = [goal for goal in goals.goals(rows) if goal.text.startswith(start)]
+    return goal.met, goal.total, goal.worst
+
+
+def test_the_goals_of_an_edited_model_are_judged(rows):
+    assert judged(rows, "a decode step") == (5, 5, 0)
+    asks = [replace(row, median=1.0) if row.name == "edited, a hit" else row for row in rows]
+    assert judged(asks, "a decode step") == (3, 5, 1)
+    # Rows of a codebook as large as the goal's, with a prefill of 20 ms.
+    large = [replace(row, keys=100_000) for row in select(rows, keys=4200)]
+    for lookup, met in ((0.39, 2), (0.41, 0)):
+        given = {model.PREFILL: 20.0, model.LOOKUP: lookup}
+        timed = [replace(row, median=given.get(row.data, row.median)) for row in large]
+        expected = (met, 2, pytest.approx(5 * lookup))
+        assert judged(timed, "a lookup in a prefill") == expected
+
+
+def test_an_edited_model_that_answers_wrongly_is_not_measured():
+    made = bench()
+    made.values[25] += 1
+    with pytest.raises(RuntimeError, match="edited, a hit: the layer's output"):
+        made.check()
+    made = bench()
+    made.edited[0].lookup[0].codebook.radii[:] = 1e9
+    with pytest.raises(RuntimeError, match="edited: the layer's output"):
+        made.check()
+
+
+def test_a_peer_that_decides_wrongly_is_marked():
+    made = bench()
+    made.adaptor.radii = torch.zeros(50) - 1
+    made.check()
+    assert made.published.answers == "wrong"
+
+
+def test_inserts_and_growth_give_rows_of_every_kind(tmp_path):
+    inserted = edits.inserts(300, 16, 0.05)
+    assert [(row.name, row.unit, row.answers) for row in inserted] == [
+        ("Codebook.insert", "edits/s", "exact"),
+        ("published append", "edits/s", "rounded"),
+    ]
+    # With a sketch, 66 bytes per row and more.
+    grown = {row.name: row for row in edits.imports(4200, 16, 1)}
+    assert grown["keys, values and radii"].median == pytest.approx(4200 * (2 * 64 + 4) / 1e6)
+    assert 4200 * 66e-6 < grown["sketch"].median < 4200 * 70e-6
+    assert {name for name, row in grown.items() if row.unit == "s"} == {
+        "import",
+        "save",
+        "load",
+        "insert beyond the capacity",
+    }
+    marks = edits.one_by_one((10, 100), 16)
+    assert [(row.keys, row.kind) for row in marks] == [
+        (10, "ours"),
+        (10, "peer"),
+        (100, "ours"),
+        (100, "peer"),
+    ]
+    assert marks[0].median < marks[2].median
+    assert marks[1].median < marks[3].median
+    run = Run({}, [*inserted, *grown.values(), *marks])
+    assert read(write(run, tmp_path, "run")[0]).rows == run.rows
+
+
+def test_edits_are_timed_but_the_first_and_refused_ones_make_the_row_wrong():
+    built = model.build(SMALL)
+    pairs = [([1, 2, 3 + i], [10 + i]) for i in range(3)]
+    good = GraceEditor(built, None, GraceConfig(layer=LAYER))
+    row = edits.edited({"part": "edits"}, {"GraceEditor.edit": good}, pairs)[0]
+    assert (row.unit, row.kind, row.answers, row.width) == ("edits/s", "ours", "", 32)
+    assert row.note.startswith("2 timed, ")
+    assert len(good.codebook.ids) == 3
+    good.detach()
+    hasty = GraceEditor(built, None, GraceConfig(layer=LAYER, max_steps=1, margin=1e9))
+    row = edits.edited({"part": "edits"}, {"published recipe": hasty}, pairs)[0]
+    assert (row.kind, row.answers) == ("peer", "wrong")
+    assert row.note == "2 timed, 1.0 training steps per edit; 3 of 3 refused"
+
+
+def test_a_classifier_that_is_not_installed_is_a_row_that_says_so(monkeypatch):
+    def missing():
+        raise ModuleNotFoundError("the demo needs the packaged MiniLM")
+
+    monkeypatch.setattr(topics, "pretrained_path", missing)
+    (row,) = edits.classifier(1)
+    assert (row.answers, row.note) == ("absent", "the demo needs the packaged MiniLM")
