@@ -164,6 +164,42 @@ def fine_sketch_of_long_keys(seed: int) -> tuple[Sketch, Tensor, Tensor]:
     return made, keys, query
 
 
+def sketch_of_keys_along_a_direction(seed: int) -> tuple[Sketch, Tensor, Tensor]:
+    """Return a sketch, its keys and queries for which the rounding of a query's rho decides.
+
+    Keys are 1.3e5 long along one direction and 30 across all: a difference of squares, which the
+    float32 sums of a query miss by more than 30 squared.
+    """
+    made, keys, query = fine_sketch_of_long_keys(seed)
+    rows = torch.cat([keys, query]).double()
+    across = torch.ones(256, dtype=torch.float64) / 16
+    across[64:128] = across[192:] = -1 / 16  # a Hadamard row that is no direction
+    assert not (made.directions.double() @ across).any()
+    rows += 2.0**17 * made.directions[0].double() + 30 * across - rows.mean(dim=0)
+    keys, query = rows.float().split([45, 6])
+    made.scales[2] = 2.0**11
+    made.scales[-1] = 30.0
+    made.extend(keys, 0, 45)
+    return made, keys, query
+
+
+def test_the_rounding_of_what_a_query_has_beside_its_coordinates_is_allowed_for(isa: str) -> None:
+    coarse = 0
+    for seed in range(8):
+        made, keys, query = sketch_of_keys_along_a_direction(seed)
+        distance = reference.squared_distances(query, keys).double().sqrt().float()
+        coordinates = query @ made.directions.float().T
+        plain = (query.square().sum(dim=1) - coordinates.square().sum(dim=1)).clamp(min=0).sqrt()
+        coarse += int(((plain - 30).abs() > 10).sum())
+        for row in range(45):
+            radii = torch.full((45,), -math.inf)
+            for x, d in zip(query, distance[:, row], strict=True):
+                radii[row] = d
+                index, _ = grace_kernels.lookup(x[None], keys, radii, sketch=made, backend="cpu")
+                assert index.item() == row
+    assert coarse > 24  # of 48 queries
+
+
 def test_the_rounding_of_a_query_is_allowed_for(isa: str) -> None:
     coarse = 0
     for seed in range(8):
