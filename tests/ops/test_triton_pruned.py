@@ -238,6 +238,21 @@ def test_without_the_error_of_the_sketch_of_a_query_a_hit_would_be_lost(
     assert hits() < 4 * batch
 
 
+@pytest.mark.parametrize("batch", [1, 9])
+def test_with_a_large_error_of_the_sketch_of_a_query_no_key_is_left_out(
+    triton: ModuleType, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    keys, radii = groups(60, 20)
+    sketch = Sketch.fit(keys, radii)
+    query = near(keys, list(range(batch)), 0.01)
+    agree(query, keys, radii, sketch)
+    assert counted(sketch)["scored"] < 60 * batch
+    monkeypatch.setattr(triton.tiles, "sketch_bound", lambda *_: (0.0, 10.0))
+    agree(query, keys, radii, sketch)
+    counts = counted(sketch)
+    assert counts["scored"] + counts["scanned"] == 60 * batch
+
+
 def small_list(triton: ModuleType, monkeypatch: pytest.MonkeyPatch, **changes: int) -> None:
     """Let programs use a sketch with less memory."""
     as_it_is = triton.tiles.sketched
