@@ -78,7 +78,9 @@ def test_nothing_of_ours_is_wrong_and_every_time_has_its_spread(run: Run) -> Non
 def test_the_sketch_is_measured_where_it_helps_and_where_it_cannot(run: Run) -> None:
     typical = rows.select(run.rows, part="pruned", name="lookup, sketch", data="activations")
     assert {(r.batch, r.radius) for r in typical} == {(b, r) for b in (1, 8) for r in pruned.RADII}
-    left = {r.radius: r.median for r in rows.select(run.rows, name="survivors", batch=1)}
+    counted = rows.select(run.rows, name="survivors", batch=1)
+    assert {r.note for r in counted} == {f"of {600 * pruned.ASKED // 2} pairs"}
+    left = {r.radius: r.median for r in counted}
     assert set(left) == set(pruned.RADII)
     assert all(0 <= share <= 100 for share in left.values())
     assert left[1.0] <= left[2.0] <= left[3.0]
@@ -115,6 +117,10 @@ def test_the_page_has_the_ratios_of_its_rows_before_the_times(run: Run) -> None:
     ratio = page.times(peer.median / mine.median)
     line = next(x for x in text.splitlines() if x.startswith("| 64 × 64 | 1 | isotropic |"))
     assert line.split(" | ")[3] == ratio
+    each = text[text.index("beside each peer") : text.index("### Share")]
+    head, line = (x for x in each.splitlines() if x.startswith(("| keys", "| 64 × 64 | 1 | iso")))
+    column = head.split(" | ").index(f"{peer.name}, {peer.dtype}")
+    assert line.split(" | ")[column].rstrip(" |") == ratio
     assert text.index("### Goals") < text.index("### Brute force beside")
     assert text.index("### Brute force beside") < text.index("### Times")
     assert text.index("### Times") < text.index("### Environment")

@@ -113,16 +113,14 @@ def bench(
 
 
 def _show(console: Any, goals: Sequence[Any]) -> None:
-    console.print(
-        table(
-            ("goal", "met in", "of", "worst", "where"),
-            [
-                (goal.text, goal.met, goal.total, number(goal.worst), goal.where)
-                for goal in goals
-                if goal.total
-            ],
-        )
-    )
+    """Print what was reached of what was to be reached; nothing where nothing was measured."""
+    cells = [
+        (goal.text, goal.met, goal.total, number(goal.worst), goal.where)
+        for goal in goals
+        if goal.total
+    ]
+    if cells:
+        console.print(table(("goal", "met in", "of", "farthest off", "where"), cells))
 
 
 def _pictures(file: Path, out: Path) -> list[Path]:
