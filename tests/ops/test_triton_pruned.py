@@ -319,13 +319,14 @@ def test_what_the_sketch_was_not_told_of_is_found_too(
     counts = counted(sketch)
     assert counts["pairs"] == batch * 210
     assert counts["scanned"] == batch * (300 - 192)
-    # One of them reaches far, and is the farther one of two that cover the query.
-    radii[299] = 500.0
-    sketch.update_radii_(radii, 299, 300)
-    agree(near(keys, [100] * batch, 1.0), keys, radii, sketch)
+    # The last group reaches far; a covered key, whose radius does not, is nearer and blocks.
+    radii[295:] = 500.0
+    sketch.update_radii_(radii, 295, 300)
+    between = (0.6 * keys[100] + 0.4 * keys[299]).expand(batch, -1)
+    assert (agree(between, keys, radii, sketch) == -1).all()
     sketch.extend(keys, 210, 300)
     agree(query, keys, radii, sketch)
-    radii[299] = 0.3
+    radii[295:] = 0.3
     sketch.refit(keys, radii)  # whose scales reach the new groups
     counted(sketch)
     agree(query, keys, radii, sketch)
