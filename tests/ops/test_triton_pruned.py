@@ -285,6 +285,21 @@ def test_a_slice_of_which_too_much_is_left_is_scanned_alone(
         }  # fmt: skip
 
 
+def test_a_list_that_the_head_fills_is_not_relied_upon_though_the_tail_would_empty_it(
+    triton: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton, "slices_of", lambda *_: 1)
+    small_list(triton, monkeypatch, listed=32)
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randn(16, 8, generator=generator).sign().repeat_interleave(48, 0)
+    keys = torch.cat([20 * signs, torch.randn(768, 32, generator=generator)], dim=1)
+    radii = torch.full((768,), 0.5)
+    sketch = Sketch.fit(keys, radii)
+    row = 48 * 3 + 44  # behind what the list holds of its group
+    assert agree(keys[row : row + 1], keys, radii, sketch).item() == row
+    assert counted(sketch)["scanned"] == 768
+
+
 @pytest.mark.parametrize("batch", [1, 9])
 @pytest.mark.parametrize("outliers", [1, 32, 40])
 def test_entries_with_large_radii_do_not_spoil_it(
