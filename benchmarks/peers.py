@@ -97,12 +97,14 @@ def _direct(keys: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scored(keys: Tensor, query: Tensor, norms: Tensor) -> Tensor:
-    return (norms - 2 * (query @ keys.T)).min(dim=1).indices
+    dots = query.float() @ keys.float().T  # a bfloat16 product would round to 8 bits
+    return (norms - 2 * dots).min(dim=1).indices
 
 
 @functools.cache
 def _compiled(function: Callable[..., Any], *case: Any) -> Callable[..., Any]:
     """Compile for any sizes; a case (one query, a type) has a compiled function of its own."""
+    torch._dynamo.config.recompile_limit = 64  # counted for all of them together
     return torch.compile(function, dynamic=True, fullgraph=True)
 
 
