@@ -19,7 +19,9 @@ from torch import Tensor
 Answer = tuple[Tensor, Tensor | None]
 """Index and distance of the nearest key of each query; None from a peer that gives no distance."""
 
-SLOW = 0.5  # seconds a call; what takes that long is not asked for more queries
+SLOW, FAR = 0.25, 10.0
+"""Seconds a call, and times the fastest peer's: what takes longer than both is not asked for more
+queries. Far, since faiss goes over to a matrix product from 20 queries on."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +99,14 @@ def _direct(keys: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _scored(keys: Tensor, query: Tensor, norms: Tensor) -> Tensor:
-    return (norms - 2 * (query @ keys.T)).min(dim=1).indices
+    dots = query.float() @ keys.float().T  # a bfloat16 product would round to 8 bits
+    return (norms - 2 * dots).min(dim=1).indices
 
 
 @functools.cache
 def _compiled(function: Callable[..., Any], *case: Any) -> Callable[..., Any]:
     """Compile for any sizes; a case (one query, a type) has a compiled function of its own."""
+    torch._dynamo.config.recompile_limit = 64  # counted for all of them together
     return torch.compile(function, dynamic=True, fullgraph=True)
 
 
@@ -172,8 +176,7 @@ def _scikit(book: Book, query: Tensor) -> Callable[[], Answer]:
     from threadpoolctl import threadpool_limits
 
     keys, rows = book.wide.numpy(), query.numpy()
-    norms = book.norms.numpy()[None]
-    kept = {"Y_norm_squared": norms}
+    kept = {"Y_norm_squared": book.norms.double().numpy()}
 
     def ask() -> Answer:
         with config_context(assume_finite=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -256,12 +257,25 @@ def test_an_adapt_that_writes_another_row_is_wrong() -> None:
     assert verdict == ("wrong", "writes other rows")
 
 
-def test_a_slow_peer_is_not_asked_for_more_queries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.peers.SLOW", 0.0)
-    monkeypatch.setattr(operators, "PEERS", PEERS[:1])
+def test_a_peer_far_slower_than_the_fastest_is_not_asked_for_more_queries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def slowly(book: Book, query: torch.Tensor) -> object:
+        call = PEERS[0].asks(book, query)
+        return lambda: (time.sleep(0.2), call())[1]
+
+    late = Peer("late", "fp32", "", slowly)
+    monkeypatch.setattr("benchmarks.peers.SLOW", 1e-9)
+    monkeypatch.setattr("benchmarks.peers.FAR", 3.0)
+    monkeypatch.setattr(operators, "PEERS", (PEERS[0], late))
     slow: dict[Peer, str] = {}
     found = operators.measure(small_case(1), 0.01, slow)
-    assert [row.answers for row in found if row.kind == "peer"] == ["exact"]
-    assert slow[PEERS[0]].startswith("left out: took")
+    assert [row.name for row in found if row.kind == "peer" and row.counts] == [
+        "torch product",
+        "late",
+    ]
+    assert list(slow) == [late]
     again = operators.measure(small_case(3), 0.01, slow)
-    assert [row for row in again if row.median is not None and row.kind == "peer"] == []
+    notes = {row.name: row.note for row in again if row.kind == "peer"}
+    assert notes["late"].startswith("left out: took 0.")
+    assert notes["torch product"] == "keys @ queries"
