@@ -28,6 +28,7 @@ struct BFloat;
 
 struct Isa {
   using V = __m256;
+  static constexpr int64_t width = 8;
 
   static V zero() { return _mm256_setzero_ps(); }
   static V load(const float* p) { return _mm256_loadu_ps(p); }

@@ -18,6 +18,8 @@ struct Isa {
   typedef uint32_t U __attribute__((vector_size(32)));
   typedef uint16_t H __attribute__((vector_size(16)));
 
+  static constexpr int64_t width = 8;
+
   static V zero() { return V{}; }
   static V load(const float* p) {
     V v;

@@ -7,8 +7,9 @@ namespace grace::cpu {
 
 enum class Dtype { kFloat32, kFloat16, kBFloat16 };
 
-// Queries are widened to fp32 (exactly) and padded with zeros to a multiple of this.
-constexpr int64_t kVector = 8;
+// Queries are widened to fp32 (exactly) and padded with zeros to a multiple of this, which is one
+// of every instruction set's vector.
+constexpr int64_t kPadding = 16;
 
 constexpr int kCandidates = 24;
 
@@ -100,6 +101,7 @@ struct Kernels {
 extern const Kernels kBaseline;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
+extern const Kernels kAvx512;
 #endif
 
 }  // namespace grace::cpu

@@ -10,8 +10,11 @@
 // Re-score: fp64, unfused, 32 lanes in fixed order. Only its results are ever compared or returned.
 //
 // The including file includes lookup_kernel.h (the constants), <cstdint>, <cstring> and <limits>
-// outside the namespace, declares struct Half and BFloat, and provides struct Isa: V (8 floats),
-// zero, load (float, Half, BFloat), add_square, sum, keep, prefetch.
+// outside the namespace, declares struct Half and BFloat, and provides struct Isa: V (`width`
+// floats, 8 or 16), zero, load (float, Half, BFloat), add_square, sum, keep, prefetch.
+
+constexpr int64_t kVector = Isa::width;
+static_assert(kPadding % kVector == 0 && kVector >= 8);
 
 struct Half {
   uint16_t bits;
@@ -312,7 +315,7 @@ bool prepare_row(const T* row, int64_t dim, float* out) {
     out[i] = widen(row[i]);
     nan |= out[i] != out[i];
   }
-  for (int64_t i = dim; i % kVector != 0; ++i) out[i] = 0.0f;
+  for (int64_t i = dim; i % kPadding != 0; ++i) out[i] = 0.0f;
   return !nan;
 }
 

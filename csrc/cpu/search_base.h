@@ -139,7 +139,7 @@ class Search {
     scan_.dim = book.dim;
     scan_.radii = book.radii;
     // One line more than needed: rows a power of two apart would share their sets of the cache.
-    scan_.query_stride = (scan_.dim + kVector - 1) / kVector * kVector + 16;
+    scan_.query_stride = (scan_.dim + kPadding - 1) / kPadding * kPadding + 16;
     set_coarse_margin(scan_);
     threads_ = thread_count();
     std::fill(index, index + asking.batch, int64_t{-1});
