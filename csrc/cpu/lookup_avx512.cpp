@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #if defined(__clang__)
 #pragma clang attribute push( \
@@ -35,9 +36,12 @@ struct BFloat;
 struct Isa {
   using V = __m512;
   static constexpr int64_t width = 16;
+  static constexpr int64_t product_batch = 5;  // queries from which products pay
+  static constexpr int product_keys = 12, product_panels = 2;
 
   static V zero() { return _mm512_setzero_ps(); }
   static V load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, V v) { _mm512_storeu_ps(p, v); }
   static V load(const Half* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
@@ -49,6 +53,18 @@ struct Isa {
     return _mm512_cvtepi32_ps(
         _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
+  // 32 elements; bfloat16 in whatever order is fastest.
+  template <class T>
+  static void load_line(const T* p, V (&v)[32 / width]) {
+    for (int i = 0; i < 32 / width; ++i) v[i] = load(p + i * width);
+  }
+  static void load_line(const BFloat* p, V (&v)[2]) {
+    const __m512i pairs = _mm512_loadu_si512(p);
+    v[0] = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+    v[1] = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-65536)));
+  }
+  // Which of the elements of a row load_line() puts at i.
+  static int64_t from(int64_t i) { return i / 32 * 32 + i % 16 * 2 + i / 16 % 2; }
   static V every(float v) { return _mm512_set1_ps(v); }
   static V larger(V a, V b) { return _mm512_max_ps(a, b); }
   // A bit per element; false for a NaN.
@@ -61,20 +77,34 @@ struct Isa {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
   }
+  // Element i % (width / 8) of p in lane i.
+  static V spread(const float* p) {
+    double pair;
+    std::memcpy(&pair, p, sizeof pair);
+    return _mm512_castpd_ps(_mm512_set1_pd(pair));
+  }
+  // Add width / 8 neighbours of v to each of 8 numbers.
+  static void fold(V v, float* out) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 0, 2, 4, 6, 8, 10, 12, 14);
+    const V sums = _mm512_permutexvar_ps(even, _mm512_add_ps(v, _mm512_movehdup_ps(v)));
+    _mm256_storeu_ps(out, _mm256_add_ps(_mm256_loadu_ps(out), _mm512_castps512_ps256(sums)));
+  }
   // Otherwise GCC loads a query again for every key.
   static void keep(V& v) { asm("" : "+v"(v)); }
   static void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 };
 
 #include "lookup_kernel_body.h"
+#include "product_kernel_body.h"
 #include "sketch_kernel_body.h"
 
 }  // namespace
 }  // namespace avx512
 
 const Kernels kAvx512 = {
-    "avx512",       avx512::prepare, avx512::scan,  avx512::finish,
-    avx512::sketch, avx512::filter,  avx512::score, avx512::consider,
+    "avx512",      avx512::prepare,  avx512::arrange, avx512::Isa::product_batch,
+    avx512::scan,  avx512::finish,   avx512::sketch,  avx512::filter,
+    avx512::score, avx512::consider,
 };
 
 }  // namespace grace::cpu

@@ -190,16 +190,6 @@ float score(const Scan& p, const Pair& pair, float most) {
   return std::numeric_limits<float>::infinity();
 }
 
-template <class T>
-void consider_row(const Scan& p, const Pair& pair, Best* best) {
-  const float* x = p.queries + pair.query * p.query_stride;
-  const T* k = static_cast<const T*>(p.keys) + pair.row * p.key_stride;
-  Best& mine = best[pair.query];
-  float s[1][1];
-  if (!coarse<T, 1, 1, 4>(x, p.query_stride, k, p.key_stride, p.dim, false, true, &mine, s)) return;
-  if (s[0][0] <= mine.threshold) propose<T>(p, x, pair.row, s[0][0], mine);
-}
-
 void consider(const Scan& p, const Pair& pair, Best* best) {
   switch (p.dtype) {
     case Dtype::kFloat32:
