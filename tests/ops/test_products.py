@@ -125,10 +125,11 @@ def test_squares_may_leave_the_range_of_fp32(scale: float) -> None:
 
 
 def test_a_norm_that_fp32_cannot_hold_hides_no_key() -> None:
-    # That of key 170 is 3.5e38; its distance squared is 3.16e38, that of all others 3.3e38.
+    # That of key 170 is 3.5e38; its distance squared is 3.16e38, those of all others 3.2 to 3.3e38.
     along = normal(0, 70)
     along *= math.sqrt(3.5e38) / along.double().norm().item()
-    keys = 0.05 * along + normal(1, 200, 70).sign() * math.sqrt(3.3e38 / 70)
+    far = torch.linspace(3.2e38, 3.3e38, 200)[normal(2, 200).argsort(), None]
+    keys = 0.05 * along + normal(1, 200, 70).sign() * (far / 70).sqrt()
     keys[170] = along
     assert agree((0.05 * along).expand(8, 70), keys).tolist() == [170] * 8
 
