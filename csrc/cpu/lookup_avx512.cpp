@@ -36,7 +36,7 @@ struct BFloat;
 struct Isa {
   using V = __m512;
   static constexpr int64_t width = 16;
-  static constexpr int64_t product_batch = 5;  // queries from which products pay
+  static constexpr int64_t product_batch = 6, product_rest = 1;  // queries, measured
   static constexpr int product_keys = 12, product_panels = 2;
 
   static V zero() { return _mm512_setzero_ps(); }

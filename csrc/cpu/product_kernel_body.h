@@ -54,16 +54,24 @@ inline float most(const Scan& p, float margin, int64_t q, const Best& best) {
   return static_cast<float>(bound + std::fabs(bound) * 0x1p-22 + 0x1p-148);
 }
 
+template <bool kReordered>
+inline void arrange_row(const float* x, int64_t size, float* out) {
+  for (int64_t line = 0; line < size; line += kLine, out += kLine * kPanel) {
+#pragma GCC unroll 32
+    for (int64_t i = 0; i < kLine; ++i) {
+      out[i / kApart * kVector + i % kApart] = x[line + (kReordered ? Isa::from(i) : i)];
+    }
+  }
+}
+
 // Panels of kPanel queries: kApart elements of each, then the next ones. Zeros after the last.
 void arrange(const Scan& p, float* panels) {
   const int64_t size = padded(p.dim);
-  for (int64_t q = 0; q < panel_rows(p.batch); ++q) {
-    const float* x = p.queries + q * p.query_stride;
-    float* out = panels + q / kPanel * kPanel * size + q % kPanel * kApart;
-    for (int64_t i = 0; i < size; ++i) {
-      const int64_t from = p.dtype == Dtype::kBFloat16 ? Isa::from(i) : i;
-      out[i / kApart * kVector + i % kApart] = q < p.batch ? x[from] : 0;
-    }
+  std::memset(panels, 0, panel_rows(p.batch) * size * sizeof *panels);
+  for (int64_t q = 0; q < p.batch; ++q) {
+    const auto row = p.dtype == Dtype::kBFloat16 ? arrange_row<true> : arrange_row<false>;
+    row(p.queries + q * p.query_stride, size,
+        panels + q / kPanel * kPanel * size + q % kPanel * kApart);
   }
 }
 
@@ -213,13 +221,22 @@ void scan_products(const Scan& p, int64_t begin, int64_t end, Best* best) {
   }
 }
 
+// Few queries beyond whole panels are not worth one more.
 template <class T>
 void scan_rows(const Scan& p, int64_t begin, int64_t end, Best* best) {
-  if (p.panels != nullptr && product_error(p) < 0.05) {
-    return scan_products<T>(p, begin, end, best);
+  Scan some = p, rest = p;
+  if (p.panels == nullptr || product_error(p) >= 0.05) {
+    some.batch = 0;
+  } else if (p.batch % kPanel < Isa::product_rest) {
+    some.batch -= p.batch % kPanel;
   }
-  Pace pace;
-  scan_direct<T>(p, begin, end, best, pace);
+  rest.batch -= some.batch;
+  rest.queries += some.batch * p.query_stride;
+  if (some.batch > 0) scan_products<T>(some, begin, end, best);
+  if (rest.batch > 0) {
+    Pace pace;
+    scan_direct<T>(rest, begin, end, best + some.batch, pace);
+  }
 }
 
 void scan(const Scan& p, int64_t begin, int64_t end, Best* best) {
