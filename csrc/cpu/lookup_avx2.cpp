@@ -30,7 +30,7 @@ struct BFloat;
 struct Isa {
   using V = __m256;
   static constexpr int64_t width = 8;
-  static constexpr int64_t product_batch = 8, product_rest = 5;  // queries, measured
+  static constexpr int64_t product_batch = 7, product_rest = 5;  // queries, measured
   static constexpr int product_keys = 12, product_panels = 1;
 
   static V zero() { return _mm256_setzero_ps(); }

@@ -28,7 +28,7 @@ constexpr int64_t kPage = 4096;
 constexpr int64_t kAhead = 4096;     // bytes between a load and its prefetch
 constexpr int64_t kRowsAhead = 8;    // rows between a load and the prefetch of a row's start
 constexpr int64_t kFirstCheck = 64;  // elements; far keys are given up there, or at 2, 4, .. times
-constexpr int64_t kProductRows = 24;
+constexpr int64_t kProductRows = 12;
 constexpr int64_t kProductPiece = 256;  // elements of a row
 
 // The state of one query in one thread: slots that may still be the nearest, found by the coarse

@@ -39,7 +39,7 @@ def normal(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("batch", [5, 6, 8, 16, 17, 64, 65, 130])
+@pytest.mark.parametrize("batch", [5, 7, 8, 16, 17, 21, 64, 65, 130])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_number_of_queries_is_answered_as_by_the_reference(
     dtype: torch.dtype, batch: int
@@ -83,7 +83,7 @@ def test_products_that_lose_all_they_may_rule_out_no_nearest_key() -> None:
     for slot, place in ((3, 50), (130, 2), (200, 700), (250, 255)):
         keys[slot] = x
         keys[slot, place] += 0.3 - slot / 1000
-    for batch in (6, 8, 16, 40):
+    for batch in (8, 16, 40):
         assert agree(x.expand(batch, 768), keys).tolist() == [250] * batch
 
 
