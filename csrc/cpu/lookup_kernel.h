@@ -52,7 +52,8 @@ struct Scan {
   int64_t query_stride;
   const float* panels;  // the same, see arrange(); or none
   int64_t batch;
-  float relative, absolute;  // the margin of the coarse pass, see set_coarse_margin() in lookup.cpp
+  float relative,
+      absolute;  // the margin of the coarse pass, see set_coarse_margin() in search_base.h
 };
 
 // The codes of a sketch of the keys, see grace_kernels/sketch.py: in blocks of 32 keys, whose codes

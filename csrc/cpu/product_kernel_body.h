@@ -101,7 +101,8 @@ inline void take(const T* key, int64_t length, typename Isa::V& squares, float* 
     line(rest);
   }
 #pragma GCC unroll 4
-  for (int j = 0; j < kParts; ++j) squares = squares + sums[j];
+  for (int j = 1; j < kParts; ++j) sums[0] = sums[0] + sums[j];
+  squares = squares + sums[0];
 }
 
 // Add the products of P panels and K keys. `ahead` are the same elements of what comes next.

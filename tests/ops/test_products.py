@@ -51,7 +51,7 @@ def test_any_number_of_queries_is_answered_as_by_the_reference(
         agree(query.to(dtype), keys, math.sqrt(dim))
 
 
-@pytest.mark.parametrize("dim", [768, 1001, 4100])
+@pytest.mark.parametrize("dim", [768, 1001, 4100, 20011])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_wide_keys_are_taken_in_pieces(dtype: torch.dtype, dim: int) -> None:
     keys = normal(dim, 160, dim).to(dtype)
