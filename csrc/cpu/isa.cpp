@@ -11,7 +11,8 @@
 namespace grace::cpu {
 namespace {
 
-// What this machine and its operating system can run, best first.
+// What this machine and its operating system can run, the one in use unless another is asked for
+// first. AVX-512 is only used where it is asked for.
 const std::vector<const Kernels*>& runnable() {
   static const std::vector<const Kernels*> all = [] {
     std::vector<const Kernels*> found;
@@ -20,6 +21,11 @@ const std::vector<const Kernels*>& runnable() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
         __builtin_cpu_supports("f16c")) {
       found.push_back(&kAvx2);
+    }
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+      found.push_back(&kAvx512);
     }
 #endif
     found.push_back(&kBaseline);

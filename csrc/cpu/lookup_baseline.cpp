@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "lookup_kernel.h"
 
@@ -18,12 +19,18 @@ struct Isa {
   typedef uint32_t U __attribute__((vector_size(32)));
   typedef uint16_t H __attribute__((vector_size(16)));
 
+  static constexpr int64_t width = 8;
+  // Never, measured with SSE2.
+  static constexpr int64_t product_batch = kMostQueries + 1, product_rest = 0;
+  static constexpr int product_keys = 6, product_panels = 1;
+
   static V zero() { return V{}; }
   static V load(const float* p) {
     V v;
     std::memcpy(&v, p, sizeof v);
     return v;
   }
+  static void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
   static U load_bits(const void* p) {
     H h;
     std::memcpy(&h, p, sizeof h);
@@ -44,6 +51,12 @@ struct Isa {
     std::memcpy(&b, p, sizeof b);
     return __builtin_convertvector(b, V);
   }
+  // 32 elements; bfloat16 in whatever order is fastest.
+  template <class T>
+  static void load_line(const T* p, V (&v)[32 / width]) {
+    for (int i = 0; i < 32 / width; ++i) v[i] = load(p + i * width);
+  }
+  static int64_t from(int64_t i) { return i; }
   static V every(float v) { return V{} + v; }
   static V larger(V a, V b) { return a > b ? a : b; }
   // A bit per element; false for a NaN.
@@ -58,19 +71,25 @@ struct Isa {
   static float sum(V v) {
     return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
   }
+  // Element i % (width / 8) of p in lane i.
+  static V spread(const float* p) { return every(*p); }
+  // Add width / 8 neighbours of v to each of 8 numbers.
+  static void fold(V v, float* out) { store(out, load(out) + v); }
   static void keep(V&) {}
   static void prefetch(const void* p) { __builtin_prefetch(p); }
 };
 
 #include "lookup_kernel_body.h"
+#include "product_kernel_body.h"
 #include "sketch_kernel_body.h"
 
 }  // namespace
 }  // namespace baseline
 
 const Kernels kBaseline = {
-    "baseline",       baseline::prepare, baseline::scan,  baseline::finish,
-    baseline::sketch, baseline::filter,  baseline::score, baseline::consider,
+    "baseline",      baseline::prepare,  baseline::arrange, baseline::Isa::product_batch,
+    baseline::scan,  baseline::finish,   baseline::sketch,  baseline::filter,
+    baseline::score, baseline::consider,
 };
 
 }  // namespace grace::cpu

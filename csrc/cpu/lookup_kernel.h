@@ -7,8 +7,18 @@ namespace grace::cpu {
 
 enum class Dtype { kFloat32, kFloat16, kBFloat16 };
 
-// Queries are widened to fp32 (exactly) and padded with zeros to a multiple of this.
-constexpr int64_t kVector = 8;
+// Queries are widened to fp32 (exactly) and padded with zeros to a multiple of this, which is one
+// of every instruction set's vector.
+constexpr int64_t kPadding = 32;
+constexpr int64_t padded(int64_t dim) { return (dim + kPadding - 1) / kPadding * kPadding; }
+
+// More queries take several passes over the keys.
+constexpr int64_t kMostQueries = 128;
+
+// What product_kernel_body.h takes at a time.
+constexpr int64_t kPanel = 8;  // queries
+constexpr int64_t panel_rows(int64_t batch) { return (batch + kPanel - 1) / kPanel * kPanel; }
+constexpr int64_t kProductKeys = 128;  // at least; fewer are not worth arranging the queries
 
 constexpr int kCandidates = 24;
 
@@ -18,6 +28,8 @@ constexpr int64_t kPage = 4096;
 constexpr int64_t kAhead = 4096;     // bytes between a load and its prefetch
 constexpr int64_t kRowsAhead = 8;    // rows between a load and the prefetch of a row's start
 constexpr int64_t kFirstCheck = 64;  // elements; far keys are given up there, or at 2, 4, .. times
+constexpr int64_t kProductRows = 12;
+constexpr int64_t kProductPiece = 256;  // elements of a row
 
 // The state of one query in one thread: slots that may still be the nearest, found by the coarse
 // pass, and the best of those that were re-scored canonically.
@@ -35,11 +47,13 @@ struct Scan {
   int64_t key_stride;  // elements between rows
   Dtype dtype;
   int64_t dim;
-  const float* radii;  // -inf marks a dead slot
-  const float* queries;
+  const float* radii;    // -inf marks a dead slot
+  const float* queries;  // widened and padded, each followed by the sum of its squares
   int64_t query_stride;
+  const float* panels;  // the same, see arrange(); or none
   int64_t batch;
-  float relative, absolute;  // the margin of the coarse pass, see set_coarse_margin() in lookup.cpp
+  float relative,
+      absolute;  // the margin of the coarse pass, see set_coarse_margin() in search_base.h
 };
 
 // The codes of a sketch of the keys, see grace_kernels/sketch.py: in blocks of 32 keys, whose codes
@@ -75,8 +89,12 @@ struct Pair {
 // One instruction set's implementation. Every one gives the same answers to the bit.
 struct Kernels {
   const char* name;
-  // Widen one row of `dim` elements and pad it; false if it holds a NaN.
+  // Widen one row of `dim` elements, pad it and add the sum of its squares; false if it holds a
+  // NaN.
   bool (*prepare)(const void* row, Dtype dtype, int64_t dim, float* out);
+  // Fill the panels: panel_rows(batch) * padded(dim) numbers.
+  void (*arrange)(const Scan& problem, float* panels);
+  int64_t product_batch;  // the queries from which panels are wanted
   // Take keys begin..end-1 into account; calls with the same `best` come in ascending order.
   void (*scan)(const Scan& problem, int64_t begin, int64_t end, Best* best);
   // Re-score what is left, after which `s` and `index` are final.
@@ -100,6 +118,7 @@ struct Kernels {
 extern const Kernels kBaseline;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
+extern const Kernels kAvx512;
 #endif
 
 }  // namespace grace::cpu

@@ -10,8 +10,12 @@
 // Re-score: fp64, unfused, 32 lanes in fixed order. Only its results are ever compared or returned.
 //
 // The including file includes lookup_kernel.h (the constants), <cstdint>, <cstring> and <limits>
-// outside the namespace, declares struct Half and BFloat, and provides struct Isa: V (8 floats),
-// zero, load (float, Half, BFloat), add_square, sum, keep, prefetch.
+// outside the namespace, declares struct Half and BFloat, and provides struct Isa: V (`width`
+// floats, 8 or 16), zero, load (float, Half, BFloat), store, every, add_product, add_square, sum,
+// above,\n// keep, prefetch; spread, fold and what is tuned for product_kernel_body.h.
+
+constexpr int64_t kVector = Isa::width;
+static_assert(kPadding % kVector == 0 && kVector >= 8);
 
 struct Half {
   uint16_t bits;
@@ -205,7 +209,8 @@ void propose(const Scan& p, const float* x, int64_t slot, float coarse_s, Best& 
 // check (measured: stops further on, at D = 768, cost up to 2.5 times a whole scan).
 struct Pace {
   int doubt = 0;
-  int64_t whole = 0;  // blocks of rows that will be read whole
+  int64_t whole = 0;                // blocks of rows that will be read whole
+  int64_t blocks = 0, stopped = 0;  // so far
 
   bool may_stop() { return whole == 0 || --whole == 0; }
   void note(bool stopped) {
@@ -235,6 +240,8 @@ inline void block(const Scan& p, int64_t q0, int64_t n0, Best* best, Pace& pace)
   const bool cold = q0 == 0 && K > 1;
   const bool whole =
       coarse<T, Q, K, U>(x, p.query_stride, k, p.key_stride, p.dim, cold, may_stop, best + q0, s);
+  ++pace.blocks;
+  pace.stopped += !whole;
   if (may_stop && p.dim * static_cast<int64_t>(sizeof(T)) < 2 * kPage) pace.note(!whole);
   if (!whole) return;
   for (int q = 0; q < Q; ++q) {
@@ -254,10 +261,9 @@ void tile(const Scan& p, int64_t q0, int64_t begin, int64_t end, Best* best, Pac
 }
 
 template <class T>
-void scan_rows(const Scan& p, int64_t begin, int64_t end, Best* best) {
+void scan_direct(const Scan& p, int64_t begin, int64_t end, Best* best, Pace& pace) {
   const int64_t row_bytes = p.dim * sizeof(T) + 1;
   const int64_t rows = row_bytes * 8 < kTileBytes ? kTileBytes / row_bytes / 8 * 8 : 8;
-  Pace pace;
   for (int64_t n = begin; n < end; n += rows) {
     const int64_t stop = n + rows < end ? n + rows : end;
     int64_t q = 0;
@@ -276,15 +282,14 @@ void scan_rows(const Scan& p, int64_t begin, int64_t end, Best* best) {
   }
 }
 
-void scan(const Scan& p, int64_t begin, int64_t end, Best* best) {
-  switch (p.dtype) {
-    case Dtype::kFloat32:
-      return scan_rows<float>(p, begin, end, best);
-    case Dtype::kFloat16:
-      return scan_rows<Half>(p, begin, end, best);
-    case Dtype::kBFloat16:
-      return scan_rows<BFloat>(p, begin, end, best);
-  }
+template <class T>
+void consider_row(const Scan& p, const Pair& pair, Best* best) {
+  const float* x = p.queries + pair.query * p.query_stride;
+  const T* k = static_cast<const T*>(p.keys) + pair.row * p.key_stride;
+  Best& mine = best[pair.query];
+  float s[1][1];
+  if (!coarse<T, 1, 1, 4>(x, p.query_stride, k, p.key_stride, p.dim, false, true, &mine, s)) return;
+  if (s[0][0] <= mine.threshold) propose<T>(p, x, pair.row, s[0][0], mine);
 }
 
 template <class T>
@@ -312,7 +317,16 @@ bool prepare_row(const T* row, int64_t dim, float* out) {
     out[i] = widen(row[i]);
     nan |= out[i] != out[i];
   }
-  for (int64_t i = dim; i % kVector != 0; ++i) out[i] = 0.0f;
+  const int64_t size = padded(dim);
+  for (int64_t i = dim; i < size; ++i) out[i] = 0.0f;
+  float norm = 0;
+  for (int64_t from = 0; from < size; from += kProductPiece) {
+    const int64_t to = from + kProductPiece < size ? from + kProductPiece : size;
+    typename Isa::V sum = Isa::zero();
+    for (int64_t i = from; i < to; i += kVector) sum = Isa::add_square(sum, Isa::load(out + i));
+    norm += Isa::sum(sum);
+  }
+  out[size] = norm;
   return !nan;
 }
 

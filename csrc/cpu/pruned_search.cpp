@@ -11,7 +11,7 @@
 namespace grace::cpu {
 namespace {
 
-constexpr int64_t kChunkRows = 1024;  // what a thread takes from the common pile at a time
+constexpr int64_t kSketchedRows = 1024;  // what a thread takes from the common pile at a time
 // Of the rows of a chunk, what the sketch may leave; beyond, reading them in turn is cheaper than
 // one by one. Four queries at a time share what is read.
 constexpr int64_t kOneOf = 8;
@@ -87,11 +87,11 @@ class PrunedSearch : public Search {
   }
 
   static int64_t room_for(int64_t queries) {
-    return kChunkRows / kOneOf * std::max<int64_t>(1, queries / 4);
+    return kSketchedRows / kOneOf * std::max<int64_t>(1, queries / 4);
   }
   int64_t pair_room() const { return room_for(most_); }
   static int64_t chunks_of(const Sketch& sketch) {
-    return (sketch.covered + kChunkRows - 1) / kChunkRows;
+    return (sketch.covered + kSketchedRows - 1) / kSketchedRows;
   }
 
   static void count_up(const Sketch& sketch, int which, int64_t by) {
@@ -173,7 +173,10 @@ class PrunedSearch : public Search {
       Patience patience;
       bool limited = false;
       const auto read = [&](int64_t begin, int64_t end) {
-        std::call_once(once, [&] { set_limit(); });
+        std::call_once(once, [&] {
+          set_limit();
+          arrange();
+        });
         for (int64_t q = 0; q < batch && !limited; ++q) best[q].threshold = limit_;
         limited = true;
         scanned += (end - begin) * batch;
@@ -195,8 +198,8 @@ class PrunedSearch : public Search {
           read(start, std::min(start + rest_rows, count_));
           continue;
         }
-        const int64_t start = chunk * kChunkRows;
-        const int64_t stop = std::min(start + kChunkRows, sketch.covered);
+        const int64_t start = chunk * kSketchedRows;
+        const int64_t stop = std::min(start + kSketchedRows, sketch.covered);
         int64_t left = -1;
         if (patience.asks()) {
           left = kernels_.filter(sketch.codes, scan_, start, stop, sketched_, reach, true, pairs,
@@ -254,8 +257,8 @@ class PrunedSearch : public Search {
         const int64_t chunk = next.fetch_add(1, std::memory_order_relaxed);
         if (chunk >= chunks) break;
         if (whole_[chunk]) continue;
-        const int64_t start = chunk * kChunkRows;
-        const int64_t stop = std::min(start + kChunkRows, sketch.covered);
+        const int64_t start = chunk * kSketchedRows;
+        const int64_t stop = std::min(start + kSketchedRows, sketch.covered);
         int64_t left = -1;
         if (patience.asks()) {
           left = kernels_.filter(sketch.codes, scan_, start, stop, sketched_, reach, false, pairs,

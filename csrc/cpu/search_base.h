@@ -20,9 +20,9 @@
 namespace grace::cpu {
 
 constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr int64_t kQueries = 128;              // per pass over the keys
 constexpr int64_t kWorkPerThread = 256 << 10;  // bytes of keys below which a thread does not pay
-constexpr int64_t kChunkBytes = 512 << 10;     // what a thread takes from the common pile at a time
+constexpr int64_t kChunkBytes = 512 << 10;  // what a thread takes from the common pile at a time,
+constexpr int64_t kChunkRows = 512;         // or this where many queries ask
 
 // A query's distances must not depend on what the process did to rounding or subnormals
 // (torch.set_flush_denormal).
@@ -132,14 +132,15 @@ class Search {
         bounded_(bounded),
         index_(index),
         distance_(distance),
-        most_(std::min(asking.batch, kQueries)) {
+        most_(std::min(asking.batch, kMostQueries)) {
     scan_.keys = book.keys;
     scan_.key_stride = book.key_stride;
     scan_.dtype = book.dtype;
     scan_.dim = book.dim;
     scan_.radii = book.radii;
-    // One line more than needed: rows a power of two apart would share their sets of the cache.
-    scan_.query_stride = (scan_.dim + kVector - 1) / kVector * kVector + 16;
+    // A line more, for the sum of squares, and as rows a power of two apart would share sets of the
+    // cache.
+    scan_.query_stride = padded(scan_.dim) + 16;
     set_coarse_margin(scan_);
     threads_ = thread_count();
     std::fill(index, index + asking.batch, int64_t{-1});
@@ -174,13 +175,20 @@ class Search {
     return memory;
   }
 
+  int64_t panel_numbers() const {
+    if (most_ < kernels_.product_batch || count_ < kProductKeys) return 0;
+    return panel_rows(most_) * padded(scan_.dim);
+  }
+
   size_t common_bytes() const {
     return Workspace::size_of<float>(most_ * scan_.query_stride) +
-           Workspace::size_of<Best>(threads_ * most_) + Workspace::size_of<int64_t>(most_);
+           Workspace::size_of<float>(panel_numbers()) + Workspace::size_of<Best>(threads_ * most_) +
+           Workspace::size_of<int64_t>(most_);
   }
 
   void take_common() {
     queries_ = workspace().take<float>(most_ * scan_.query_stride);
+    panels_ = workspace().take<float>(panel_numbers());
     best_ = workspace().take<Best>(threads_ * most_);
     who_ = workspace().take<int64_t>(most_);
     scan_.queries = queries_;
@@ -197,6 +205,14 @@ class Search {
       float* widened = queries_ + scan_.batch * scan_.query_stride;
       if (kernels_.prepare(query, scan_.dtype, scan_.dim, widened)) who_[scan_.batch++] = b;
     }
+  }
+
+  // Before keys are read for all queries.
+  void arrange() {
+    scan_.panels = nullptr;
+    if (panel_numbers() == 0 || scan_.batch < kernels_.product_batch) return;
+    kernels_.arrange(scan_, panels_);
+    scan_.panels = panels_;
   }
 
   // The largest s that can matter: with `bounded_` no key beyond the largest radius can change an
@@ -239,10 +255,13 @@ class Search {
   }
 
   void scan_all() {
+    arrange();
     // Threads take chunks from a common pile, in ascending order each, so that a busy core does not
     // hold the others up. Which thread scans what does not change an answer.
+    const int64_t rows = std::max(kChunkBytes / key_bytes(), scan_.panels ? kChunkRows : 0);
+    const int64_t share = scan_.panels ? 4 : 1;
     const int64_t chunk = std::max<int64_t>(
-        8, std::min(kChunkBytes / key_bytes(), (count_ + threads_ - 1) / threads_) / 8 * 8);
+        8, std::min(rows, (count_ + share * threads_ - 1) / (share * threads_)) / 8 * 8);
     std::atomic<int64_t> next{0};
     in_parallel(threads_, [&](int64_t thread) {
       Best* mine = best_ + thread * scan_.batch;
@@ -282,6 +301,7 @@ class Search {
   float limit_ = -1;
   Scan scan_{};
   float* queries_ = nullptr;
+  float* panels_ = nullptr;
   Best* best_ = nullptr;    // per thread and query
   int64_t* who_ = nullptr;  // batch items
 };

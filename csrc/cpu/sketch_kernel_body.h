@@ -1,12 +1,13 @@
 // The sketch's part of the lookup, compiled once per instruction set after lookup_kernel_body.h.
 // The mathematics are in grace_kernels/sketch.py.
 //
-// Filter: 8 keys at a time against up to 4 queries, 8 numbers at a time, and on to the next 8 only
-// where one of the keys is still in question. Usually 10 bytes of codes and 4 of radius per key are
-// read, from memory or a cache, instead of the key; some 9 instructions per key and query.
+// Filter: a vector of keys at a time against up to 4 queries, 8 numbers at a time, and on to the
+// next 8 only where one of the keys is still in question. Usually 10 bytes of codes and 4 of radius
+// per key are read, from memory or a cache, instead of the key; some 9 instructions per key and
+// query.
 
 // With u = 2^-24 and z = x - c: y = fl(z) is within u |z| of it. A sum over the elements has chains
-// of at most m = D/8 + 16 roundings, so a coordinate errs by g |y|, g = m u / (1 - m u), as no
+// of at most m = D/8 + 32 roundings, so a coordinate errs by g |y|, g = m u / (1 - m u), as no
 // direction is longer than 1; all 64 together by 8 g |y|. What underflows is less than 2^-60.
 //     rho^2 = |z|^2 - |P z|^2 = v +- w,  v = fl(|y|^2) - sum of squared coordinates,
 // where |y|^2 errs by (g + 3 u) |z|^2, and the squared coordinates by e (2 |z| + e) for their error
@@ -39,7 +40,7 @@ bool sketch(const Codes& codes, const float* query, Sketched* out) {
     }
   }
   const double u = 0x1p-24;
-  const double m = (static_cast<double>(dim) / kVector + 16) * u;
+  const double m = (static_cast<double>(dim) / 8 + 32) * u;
   const double g = m / (1 - m);
   double along = 0;
   for (const float a : out->coordinate) along += static_cast<double>(a) * a;
@@ -90,8 +91,9 @@ int64_t filter_group(const Codes& codes, const Scan& p, int64_t begin, int64_t e
     }
     const V radius = Isa::load(radii);
     // Where own radii count, a negative or NaN one reaches nothing; elsewhere it still blocks.
-    const int alive = own ? Isa::above(radius, Isa::every(-0x1p-149f))
-                          : ~Isa::above(Isa::every(-0x1.fffffep127f), radius) & 0xff;
+    const int alive =
+        own ? Isa::above(radius, Isa::every(-0x1p-149f))
+            : ~Isa::above(Isa::every(-0x1.fffffep127f), radius) & ((1 << kVector) - 1);
     if (alive == 0) continue;
     const V code = Isa::load(head + kBlockKeys);
     const V e = code * e_scale;
@@ -186,16 +188,6 @@ float score(const Scan& p, const Pair& pair, float most) {
       return score_row<BFloat>(p, pair, most);
   }
   return std::numeric_limits<float>::infinity();
-}
-
-template <class T>
-void consider_row(const Scan& p, const Pair& pair, Best* best) {
-  const float* x = p.queries + pair.query * p.query_stride;
-  const T* k = static_cast<const T*>(p.keys) + pair.row * p.key_stride;
-  Best& mine = best[pair.query];
-  float s[1][1];
-  if (!coarse<T, 1, 1, 4>(x, p.query_stride, k, p.key_stride, p.dim, false, true, &mine, s)) return;
-  if (s[0][0] <= mine.threshold) propose<T>(p, x, pair.row, s[0][0], mine);
 }
 
 void consider(const Scan& p, const Pair& pair, Best* best) {

@@ -12,9 +12,8 @@ import pytest
 import torch
 
 import grace_kernels
-from grace_kernels import backends
 
-from .conftest import COMPILED
+from .conftest import COMPILED, ISAS
 from .test_compile import in_a_fresh_process
 
 compiled = pytest.mark.skipif(not COMPILED, reason="not compiled")
@@ -70,10 +69,17 @@ def test_build_info_says_what_answers() -> None:
 
 
 @compiled
-@pytest.mark.parametrize("name", backends.available_isas() if COMPILED else [])
+@pytest.mark.parametrize("name", ISAS)
 def test_the_environment_forces_an_instruction_set(name: str) -> None:
     code = "import grace_kernels; print(grace_kernels.build_info()['cpu']['isa'])"
     assert in_a_fresh_process(code, GRACE_KERNELS_ISA=name).strip() == name
+
+
+@compiled
+@pytest.mark.skipif("avx512" not in ISAS, reason="no AVX-512")
+def test_avx512_is_only_used_where_it_is_asked_for() -> None:
+    code = "import grace_kernels; print(grace_kernels.build_info()['cpu']['isa'])"
+    assert in_a_fresh_process(code, GRACE_KERNELS_ISA="").strip() == "avx2"
 
 
 @compiled
