@@ -1,10 +1,10 @@
 // The sketch's part of the lookup, compiled once per instruction set after lookup_kernel_body.h.
 // The mathematics are in grace_kernels/sketch.py.
 //
-// Filter: a vector of keys at a time against up to 4 queries, 8 numbers at a time, and on to the
-// next 8 only where one of the keys is still in question. Usually 10 bytes of codes and 4 of radius
-// per key are read, from memory or a cache, instead of the key; some 9 instructions per key and
-// query.
+// Filter: a vector of keys at a time against up to kFiltered queries, 8 numbers at a time, and on
+// to the next 8 only where one of the keys is still in question. Usually 10 bytes of codes and 4 of
+// radius per key are read, from memory or a cache, instead of the key; some 9 instructions per key
+// and query.
 
 // With u = 2^-24 and z = x - c: y = fl(z) is within u |z| of it. A sum over the elements has chains
 // of at most m = D/8 + 32 roundings, so a coordinate errs by g |y|, g = m u / (1 - m u), as no
@@ -65,6 +65,8 @@ inline typename Isa::V threshold(typename Isa::V t) {
   return t * t * Isa::every(1 + 0x1p-16f) + Isa::every(0x1p-120f);
 }
 
+constexpr int kFiltered = kVector == 16 ? 8 : 4;  // queries at a time, by the number of registers
+
 template <int Q>
 int64_t filter_group(const Codes& codes, const Scan& p, int64_t begin, int64_t end,
                      const Sketched* queries, const float* reach, bool own, int64_t first_query,
@@ -100,7 +102,7 @@ int64_t filter_group(const Codes& codes, const Scan& p, int64_t begin, int64_t e
     const int unknown = Isa::above(code, Isa::every(kUnknown - 0.5f));
     const V rho = Isa::load(head) * rho_scale;
     V sums[Q], limit[Q];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int q = 0; q < Q; ++q) {
       const V farther =
           Isa::larger(Isa::every(queries[q].rho_low) - rho, rho - Isa::every(queries[q].rho_high));
@@ -114,7 +116,7 @@ int64_t filter_group(const Codes& codes, const Scan& p, int64_t begin, int64_t e
 #pragma GCC unroll 8
     for (int j = 0; j < 8; ++j) {
       const V k = Isa::load(head + (2 + j) * kBlockKeys) * Isa::every(scales[2 + j]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int q = 0; q < Q; ++q) {
         sums[q] = Isa::add_square(sums[q], Isa::every(queries[q].coordinate[j]) - k);
       }
@@ -149,13 +151,14 @@ int64_t filter(const Codes& codes, const Scan& p, int64_t begin, int64_t end,
   int64_t listed = 0;
   for (int64_t q = 0; q < p.batch && listed >= 0;) {
     const int64_t left = p.batch - q;
-    const int64_t taken = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+    const int64_t taken = left >= kFiltered ? kFiltered : left >= 4 ? 4 : left >= 2 ? 2 : 1;
     bool any = false;
     for (int64_t i = 0; i < taken; ++i) any |= !(reach[q + i] < 0);
     if (any) {
-      const auto group = taken == 4   ? filter_group<4>
-                         : taken == 2 ? filter_group<2>
-                                      : filter_group<1>;
+      const auto group = taken == kFiltered ? filter_group<kFiltered>
+                         : taken == 4       ? filter_group<4>
+                         : taken == 2       ? filter_group<2>
+                                            : filter_group<1>;
       listed = group(codes, p, begin, end, queries + q, reach + q, own, q, out, listed, room);
     }
     q += taken;
