@@ -12,7 +12,7 @@
 // The including file includes lookup_kernel.h (the constants), <cstdint>, <cstring> and <limits>
 // outside the namespace, declares struct Half and BFloat, and provides struct Isa: V (`width`
 // floats, 8 or 16), zero, load (float, Half, BFloat), store, every, add_product, add_square, sum,
-// above,\n// keep, prefetch; spread, fold and what is tuned for product_kernel_body.h.
+// above, keep, prefetch; spread, fold and what is tuned for product_kernel_body.h.
 
 constexpr int64_t kVector = Isa::width;
 static_assert(kPadding % kVector == 0 && kVector >= 8);
