@@ -241,6 +241,7 @@ class PrunedSearch : public Search {
     const int64_t batch = scan_.batch, chunks = chunks_of(sketch);
     const int64_t room = room_for(batch);
     std::atomic<int64_t> next{0}, scored{0}, scanned{0};
+    std::once_flag once;
     in_parallel(threads_, [&](int64_t thread) {
       Best* best = best_ + thread * batch;
       float* reach = reach_ + thread * batch;
@@ -266,6 +267,7 @@ class PrunedSearch : public Search {
           patience.note(left < 0);
         }
         if (left < 0) {
+          std::call_once(once, [&] { arrange(); });
           kernels_.scan(scan_, start, stop, best);
           scanned += (stop - start) * batch;
         } else {

@@ -197,6 +197,7 @@ class Search {
   // Widen the next queries that ask, up to what a pass takes. One with a NaN is a miss.
   void gather(int64_t& next, int64_t items, const std::vector<int64_t>* some) {
     scan_.batch = 0;
+    scan_.panels = nullptr;  // those of the pass before
     for (; next < items && scan_.batch < most_; ++next) {
       const int64_t b = some == nullptr ? next : (*some)[next];
       const int64_t row = asking_.row == nullptr ? b : asking_.row[b];
@@ -209,8 +210,8 @@ class Search {
 
   // Before keys are read for all queries.
   void arrange() {
-    scan_.panels = nullptr;
-    if (panel_numbers() == 0 || scan_.batch < kernels_.product_batch) return;
+    if (scan_.panels != nullptr || panel_numbers() == 0) return;
+    if (scan_.batch < kernels_.product_batch) return;
     kernels_.arrange(scan_, panels_);
     scan_.panels = panels_;
   }

@@ -127,6 +127,26 @@ def test_codebooks_of_several_chunks_are_answered_as_without_a_sketch(
                 break
 
 
+@pytest.mark.parametrize("more", [2, 8, 128], ids="{} queries beyond a pass".format)
+def test_a_pass_that_reads_in_its_second_part_alone_reads_with_its_own_queries(
+    more: int, isa: str
+) -> None:
+    # The queries of the first pass lie in a crowd, whose rows are read at once; those of the second
+    # are within one large radius, so that what is nearer than that row has to be read.
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(2048, 256, generator=generator)
+    keys[1024:] *= 0.001
+    radii = torch.full((2048,), 0.1)
+    radii[500] = 100.0
+    crowd = 0.001 * torch.randn(128, 256, generator=generator)
+    query = torch.cat([crowd, 0.4 * keys[500] + 0.9 * torch.randn(more, 256, generator=generator)])
+    sketch = Sketch.fit(keys, radii)
+    got = grace_kernels.lookup(query, keys, radii, sketch=sketch, backend="cpu")
+    expected = grace_kernels.lookup(query, keys, radii, backend="reference")
+    assert (expected[0][128:] >= 0).any() or more == 2
+    assert_same(got, expected, more)
+
+
 def test_few_keys_are_read_where_radii_are_small(isa: str) -> None:
     keys, query = clustered(20_000, 300, torch.bfloat16, 8)
     radii = torch.full((20_000,), 0.3)
