@@ -12,20 +12,20 @@ namespace grace::cpu {
 namespace {
 
 // What this machine and its operating system can run, the one in use unless another is asked for
-// first. AVX-512 is only used where it is asked for.
+// first.
 const std::vector<const Kernels*>& runnable() {
   static const std::vector<const Kernels*> all = [] {
     std::vector<const Kernels*> found;
 #if defined(__x86_64__)
     __builtin_cpu_init();  // reads cpuid, and xgetbv for the registers that the system saves
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c")) {
-      found.push_back(&kAvx2);
-    }
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
       found.push_back(&kAvx512);
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c")) {
+      found.push_back(&kAvx2);
     }
 #endif
     found.push_back(&kBaseline);
