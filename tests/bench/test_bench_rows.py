@@ -279,3 +279,27 @@ def test_a_peer_far_slower_than_the_fastest_is_not_asked_for_more_queries(
     notes = {row.name: row.note for row in again if row.kind == "peer"}
     assert notes["late"].startswith("left out: took 0.")
     assert notes["torch product"] == "keys @ queries"
+
+
+def test_a_peer_is_not_slow_beside_a_wrong_one_nor_after_it_changed_its_form(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def at_once(book: Book, query: torch.Tensor) -> object:
+        answer = torch.zeros(len(query), dtype=torch.int64), None
+        return lambda: answer
+
+    def slowly(book: Book, query: torch.Tensor) -> object:
+        call = PEERS[0].asks(book, query)
+        return lambda: (time.sleep(0.02), call())[1]
+
+    late = Peer("late", "fp32", "", slowly, changes=True)
+    monkeypatch.setattr("benchmarks.peers.SLOW", 1e-9)
+    monkeypatch.setattr("benchmarks.peers.FAR", 3.0)
+    monkeypatch.setattr(operators, "PEERS", (Peer("wrong", "fp32", "", at_once), late))
+    slow: dict[Peer, str] = {}
+    operators.measure(small_case(2), 0.01, slow)
+    assert list(slow) == []
+    monkeypatch.setattr("benchmarks.peers.FEW", 2)
+    for batch, timed in ((2, False), (3, True)):
+        found = operators.measure(small_case(batch), 0.01, {late: "left out"})
+        assert [row.counts for row in found if row.name == "late"] == [timed]
