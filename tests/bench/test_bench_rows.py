@@ -102,6 +102,37 @@ def test_a_goal_counts_the_cases_that_reach_it_and_names_the_farthest() -> None:
     assert [(g.met, g.total, g.worst) for g in limits] == [(0, 1, 90.0)]
 
 
+def reached(found: list[Row], start: str) -> tuple[int, int, float | None]:
+    (goal,) = [goal for goal in goals.goals(found) if goal.text.startswith(start)]
+    return goal.met, goal.total, goal.worst
+
+
+def test_a_goal_with_float32_keys_compares_only_float32_keys() -> None:
+    wide = replace(MINE, dtype="fp32", median=4.0)
+    narrow = replace(PEER, name="narrow", dtype="bf16", median=3.0)
+    found = [MINE, wide, PEER, narrow]
+    for batch, met in ((1, 0), (8, 0), (64, 1)):
+        some = [replace(row, batch=batch) for row in found]
+        queries = "1 query" if batch == 1 else f"{batch} queries"
+        assert reached(some, f"{queries}, all with float32") == (met, 1, 1.5)
+        best = reached(some, f"brute force, {queries}:")
+        assert best == (met, 1, 1.5)
+        assert reached([*some[:2], some[3]], f"{queries}, all with float32") == (0, 0, None)
+
+
+@pytest.mark.parametrize(("batch", "least"), [(1, 20.0), (8, 10.0)])
+def test_a_sketch_has_to_beat_faiss_by_half_as_much_with_eight_queries(
+    batch: int, least: float
+) -> None:
+    case = {**CASE, "batch": batch, "data": "activations", "keys": 100_000, "radius": 1.0}
+    mine = Row("pruned", name="lookup, sketch", dtype="bf16", median=1.0, **case)
+    queries = "1 query" if batch == 1 else "8 queries"
+    for times, met in ((least, 1), (0.99 * least, 0)):
+        faiss = replace(mine, kind="peer", name="faiss IndexFlatL2", median=times)
+        told = f"sketch, {queries}: at least {least:.0f} times faiss"
+        assert reached([mine, faiss], told) == (met, 1, times)
+
+
 def test_times_are_the_median_and_the_fifths() -> None:
     took = timing.Times.of([5e-3, 1e-3, 2e-3, 4e-3, 3e-3])
     assert (took.median, took.p20, took.p80, took.calls) == (3e-3, 2e-3, 4e-3, 5)

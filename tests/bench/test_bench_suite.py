@@ -14,6 +14,7 @@ import torch
 from grace_edit.cli import app
 from typer.testing import CliRunner
 
+import grace_kernels
 from benchmarks import goals, operators, page, pictures, pruned, rows, suite, timing
 from benchmarks.peers import PEERS
 from benchmarks.rows import Progress, Row, Run, Settings
@@ -87,6 +88,42 @@ def test_the_sketch_is_measured_where_it_helps_and_where_it_cannot(run: Run) -> 
     assert len(goals.worst_cases(run.rows)) == 12
     goal = next(g for g in goals.goals(run.rows) if "proves nothing" in g.text)
     assert goal.total == 12
+
+
+def test_a_sketch_is_judged_by_brute_force_and_that_by_the_reference() -> None:
+    right = torch.tensor([2, -1]), torch.tensor([0.5, float("inf")])
+    good = [lambda b=b: (right[0][b : b + 1], right[1][b : b + 1]) for b in range(2)]
+    more = [*good, lambda: (torch.tensor([7]), torch.tensor([0.25]))]
+    bad = [good[0], lambda: (torch.tensor([4]), torch.tensor([1.0]))]
+    off = [*good, lambda: (torch.tensor([7]), torch.tensor([0.25000003]))]
+    exact, wrong = "exact", "wrong"
+    told = {"brute": pruned.BRUTE, "sketch": pruned.PRUNED}
+    for mine, brute, judgement in (
+        (more, more, {"brute": exact, "sketch": exact}),
+        (off, more, {"brute": exact, "sketch": wrong}),
+        (bad, bad, {"brute": wrong, "sketch": wrong}),
+    ):
+        expected = {told[name]: verdict for name, verdict in judgement.items()}
+        assert pruned.verdicts(mine, brute, right) == expected
+
+
+def test_a_lookup_that_is_wrong_with_and_without_a_sketch_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lookup = grace_kernels.lookup
+
+    def next_one(*arguments: Any, **others: Any) -> Any:
+        index, distance = lookup(*arguments, **others)
+        return index + ("backend" not in others), distance
+
+    monkeypatch.setattr(grace_kernels, "lookup", next_one)
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(300, 48, generator=generator), torch.randn(100, 48, generator=generator)
+    book = pruned.Codebook(real, 300, 64)
+    found = pruned._one_radius(book, 1.0, 8, TINY, None)
+    mine = {row.name: row.answers for row in found if row.answers}
+    names = pruned.PRUNED, f"{pruned.PRUNED}, hits", pruned.BRUTE
+    assert mine == dict.fromkeys(names, "wrong")
 
 
 def test_the_environment_says_what_the_figures_depend_on_and_no_path(run: Run) -> None:
