@@ -177,6 +177,14 @@ def test_the_page_marks_a_wrong_peer_and_does_not_compare_with_it(run: Run) -> N
     assert "torch.cdist" not in best
 
 
+def test_the_page_links_the_pictures_that_were_drawn_and_no_other(run: Run) -> None:
+    found = [("cpu-tiny", run), ("cuda-some", Run({}, run.rows[:1]))]
+    assert "![" not in page.page(found, drawn=())
+    text = page.page(found, drawn={"cpu-tiny-latency.png", "cpu-tiny-latency.svg", "a.csv"})
+    links = [line for line in text.splitlines() if line.startswith("![")]
+    assert links == [f"![{page.PICTURES['latency']}](cpu-tiny-latency.png)"]
+
+
 def test_plot_draws_the_same_pictures_from_the_csv_alone(
     run: Run, file: Path, tmp_path: Path
 ) -> None:
@@ -274,3 +282,18 @@ def test_the_block_of_the_readme_quotes_its_rows(run: Run) -> None:
     (pair,) = [p for p in pairs if (p[0].data, p[0].keys, p[0].batch) == ("activations", 10_000, 8)]
     line = next(x for x in text.splitlines() if x.startswith("| 10,000 × 64, 8"))
     assert line.split(" | ")[3].rstrip(" |") == page.times(pair[1].median / pair[0].median)
+
+
+def test_the_block_of_the_readme_says_which_data_and_only_peers_that_are_right(run: Run) -> None:
+    told = "data like a real model's activations"
+    every = [("cpu-tiny", run)]
+    assert page.block(every).count(told) == 2
+    assert "isotropic" not in page.block(every)
+    assert "torch.cdist" in page.block(every)
+    plain = [row for row in run.rows if row.data == "isotropic"]
+    wrong = [replace(r, answers="wrong") if r.name == "torch.cdist" else r for r in plain]
+    text = page.block([("cpu-tiny", Run(run.environment, wrong))])
+    assert told not in text
+    assert "isotropic (normal) data" in text
+    assert "torch.cdist" not in text
+    assert "torch product" in text
