@@ -232,6 +232,8 @@ def _ways() -> tuple[Peer, ...]:
 
 
 PEERS = _ways()
+COMPILING = ("torch.compile", "PyKeOps argmin")
+"""Those that compile for many seconds; a quick run does without."""
 COLD = ("torch product", "faiss IndexFlatL2", "usearch exact")
 """Those that are measured with cold caches too."""
 

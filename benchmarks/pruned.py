@@ -27,7 +27,7 @@ from .rows import Progress, Row, Settings
 from .timing import Call, fastest, interleaved, memory, reads
 
 RADII = (1.0, 2.0, 3.0)
-SWEEP = (0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
+SWEEP = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
 ASKED = 64  # queries, half of them from other sentences, half near keys
 CHECKED = 8  # of each half, whose answers the reference gives too
 PRUNED, BRUTE, READ = "lookup, sketch", "lookup", "read the keys"
@@ -62,8 +62,8 @@ class Sizes:
 
 def sizes(settings: Settings) -> Sizes:
     """Return what is measured."""
-    full = Sizes(100_000, (768, 4096), (384, 768, 4096), 8)
-    return settings.pick(full, Sizes(10_000, (768,), (768,), 4))
+    full = Sizes(100_000, (768, 4096), (384, 768, 4096), 6)
+    return settings.pick(full, Sizes(10_000, (768,), (768,), 3))
 
 
 def _steps(real: tuple[Tensor, Tensor], settings: Settings) -> Iterator[Callable[[], list[Row]]]:
@@ -206,7 +206,7 @@ def _one_radius(
         timed[f"{READ}: nearest"] = [
             lambda: grace_kernels.nearest(misses[0][:1], *codebook)  # type: ignore[misc]
         ]
-    times = interleaved(timed, settings.budget * settings.pick(3.0, 1.0))
+    times = interleaved(timed, settings.budget * settings.pick(3.0, 0.7))
     columns = {**book.columns, "batch": batch, "radius": radius}
     found = [_survivors(book, misses, columns)]
     best = fastest(times, READ)
@@ -287,7 +287,7 @@ def _worst(book: Codebook, settings: Settings) -> list[Row]:
                     BRUTE: lookups(keys, radii, None, groups),
                 }
                 answers = verdicts(timed[PRUNED], timed[BRUTE], right)
-                times = interleaved(timed, settings.budget * settings.pick(1.5, 0.3))
+                times = interleaved(timed, settings.budget * settings.pick(1.0, 0.2))
                 for name, took in times.items():
                     found.append(
                         Row(
