@@ -202,7 +202,12 @@ def real_activations(settings: Settings) -> tuple[Tensor, Tensor] | None:
     A quick run takes a fifth of the sentences. They are kept in `settings.activations`, if that
     names a file.
     """
-    file, wanted = settings.activations, settings.pick(KEYS + QUERIES, (KEYS + QUERIES) // 5)
+    wanted = settings.pick(KEYS + QUERIES, (KEYS + QUERIES) // 5)
+    return _real(settings.activations, wanted)
+
+
+@functools.cache  # two parts ask for them
+def _real(file: Path | None, wanted: int) -> tuple[Tensor, Tensor] | None:
     if file is not None and file.exists():
         mean = torch.load(file)["mean"]
         if len(mean) == wanted:

@@ -25,6 +25,7 @@ from grace_edit import GraceConfig, GraceEditor, store
 from grace_edit.codebook import Codebook
 from torch import Tensor, nn
 
+from .gate import right_answers
 from .model import LAYER, build, random_tokens
 from .published import PublishedAdaptor
 from .rows import Progress, Row, Settings
@@ -33,6 +34,7 @@ from .timing import Times, interleaved
 WIDTH = 768
 RADIUS = 1.0  # random keys are 39 apart: every edit is an entry of its own
 _MORE = 2_000  # inserts that are timed at most; for these the capacity holds
+_CHECKED = 16  # of the first and of the last inserts: whether they are found
 _APPENDED = 2_000  # the published way, one by one
 
 
@@ -62,9 +64,6 @@ def _each(steps: Sequence[Callable[[], list[Row]]], progress: Progress) -> list[
         rows += step()
     progress(len(steps), len(steps))
     return rows
-
-
-# ------------------------------------------------------------------ edits per second
 
 
 def classifier(edits: int) -> list[Row]:
@@ -170,9 +169,11 @@ def inserts(count: int, width: int, seconds: float) -> list[Row]:
     query, _, _ = next(_edits(1, width, count))
     nearest = book.nearest_two(query)[0][0]
     ours, theirs = (_edits(_MORE, width, 10 * count) for _ in range(2))
+    inserted: list[tuple[Tensor, Tensor]] = []
 
     def insert() -> None:
         query, label, value = next(ours)
+        inserted.append((query, value))
         if book.insert(query, label, value).case != "add":
             raise RuntimeError("every insert must be a new entry, got another case")
 
@@ -182,7 +183,7 @@ def inserts(count: int, width: int, seconds: float) -> list[Row]:
 
     found = other.nearest(query)[0]
     times = interleaved({"Codebook.insert": insert, "published append": append}, seconds)
-    answers = {"Codebook.insert": "exact"}
+    answers = {"Codebook.insert": "exact" if found_again(book, inserted) else "wrong"}
     answers["published append"] = "rounded" if found == nearest else "wrong"
     return [
         Row(
@@ -202,7 +203,12 @@ def inserts(count: int, width: int, seconds: float) -> list[Row]:
     ]
 
 
-# ------------------------------------------------------------------ growth
+def found_again(book: Codebook, inserted: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Return whether the reference finds the first and the last inserts, each with its value."""
+    some = [*inserted[:_CHECKED], *inserted[-_CHECKED:]]
+    query, value = (torch.stack(parts) for parts in zip(*some, strict=True))
+    slot = right_answers(query, book.keys, book.radii)["lookup"][0]
+    return bool((slot >= 0).all()) and torch.equal(book.values[slot], value)
 
 
 def _seconds(function: Callable[[], Any]) -> tuple[float, Any]:

@@ -13,11 +13,11 @@ from grace_kernels.testing import same_bits
 _PIECE = 1 << 25  # elements of keys that are widened at a time
 
 
-def right_answers(query: Tensor, keys: Tensor, radii: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return what `nearest` and `lookup` must give, on the CPU.
+def nearest_few(query: Tensor, keys: Tensor) -> Tensor:
+    """Return the slots `[B, 4]` of the four nearest keys of each query, ascending.
 
-    The four nearest keys of each query come from a float64 product, whose error is a billion times
-    smaller than the gaps of random data; the reference decides among them.
+    They come from a float64 product, whose error is a billion times smaller than the gaps of
+    random data.
     """
     few = min(4, len(keys))
     wide = query.double()
@@ -31,7 +31,22 @@ def right_answers(query: Tensor, keys: Tensor, radii: Tensor) -> dict[str, tuple
         scores.append(least.values)
         slots.append(least.indices + start)
     best = torch.cat(scores, dim=1).topk(few, dim=1, largest=False).indices
-    slot = torch.cat(slots, dim=1).gather(1, best).sort(dim=1).values  # ties: the lowest
+    return torch.cat(slots, dim=1).gather(1, best).sort(dim=1).values  # ties: the lowest
+
+
+def right_answers(
+    query: Tensor, keys: Tensor, radii: Tensor, slot: Tensor | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return what `nearest` and `lookup` must give, on the CPU: the reference decides among few.
+
+    Args:
+        query: `[B, D]`.
+        keys: `[N, D]`.
+        radii: `[N]`.
+        slot: what `nearest_few` gave for these keys, for other radii perhaps.
+    """
+    if slot is None:
+        slot = nearest_few(query, keys)
     found: dict[str, tuple[Tensor, Tensor]] = {}
     for name in ("nearest", "lookup"):
         operation = getattr(grace_kernels, name)

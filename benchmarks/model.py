@@ -62,7 +62,7 @@ class Size:
 
 
 FULL = Size({}, LAYER, (1_000, 100_000), 32, NEW, 12.0)
-QUICK = Size({}, LAYER, (10_000,), 8, 4, 2.0)
+QUICK = Size({}, LAYER, (10_000,), 8, 2, 1.0)
 
 
 def run(settings: Settings, progress: Progress) -> list[Row]:

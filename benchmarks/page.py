@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from .goals import Goal, goals, ours_and_best, pruned, shares, where, worst_cases
-from .rows import OPERATORS, Row, Run, case, contestants, ratio, read, select
+from .markdown import figure, table, times
+from .on_gpu import beside_peers, through_sketches
+from .rows import OPERATORS, RIGHT, Row, Run, case, contestants, ratio, read, select
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -28,16 +30,18 @@ def committed(folder: Path = RESULTS) -> Runs:
     return [(file.stem, read(file)) for file in sorted(folder.glob("cpu-*.csv"))]
 
 
-def page(runs: Runs, pictures: str = "../benchmarks/results/") -> str:
+def page(runs: Runs, drawn: Collection[str] | None = None) -> str:
     """Return the whole page.
 
     Args:
         runs: by name.
-        pictures: the folder of their pictures, as a link.
+        drawn: names of the pictures that lie beside the page; None: it is the committed page, with
+            the committed pictures.
     """
-    about = (
-        "[benchmarks/README.md](../benchmarks/README.md)" if pictures else "benchmarks/README.md"
-    )
+    about, folder = "benchmarks/README.md", ""
+    if drawn is None:
+        about, folder = f"[{about}](../{about})", "../benchmarks/results/"
+        drawn = {file.name for file in RESULTS.glob("*.png")}
     lines = [
         "# Performance",
         "",
@@ -49,15 +53,17 @@ def page(runs: Runs, pictures: str = "../benchmarks/results/") -> str:
     if not runs:
         lines += ["No run is committed.", ""]
     for stem, run in runs:
-        lines += _one(stem, run, pictures)
+        lines += _one(stem, run, {name: folder + name for name in drawn})
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _one(stem: str, run: Run, pictures: str) -> list[str]:
+def _one(stem: str, run: Run, links: dict[str, str]) -> list[str]:
     rows = run.rows
     lines = [f"## {_title(stem, run)}", ""]
     sections = (
         ("Goals", _goals(goals(rows))),
+        ("On the GPU, beside each peer", beside_peers(rows)),
+        ("On the GPU, through a sketch", through_sketches(rows)),
         ("Brute force beside the best right peer", _brute(rows)),
         ("Brute force beside each peer", _each(rows)),
         ("Share of the speed of reading the keys", _shares(rows)),
@@ -74,8 +80,8 @@ def _one(stem: str, run: Run, pictures: str) -> list[str]:
             lines += [f"### {title}", "", *body, ""]
         if title == "Goals":
             for kind, told in PICTURES.items():
-                if (RESULTS / f"{stem}-{kind}.png").exists() or not pictures:
-                    lines += [f"![{told}]({pictures}{stem}-{kind}.png)", ""]
+                if link := links.get(f"{stem}-{kind}.png"):
+                    lines += [f"![{told}]({link})", ""]
     return lines
 
 
@@ -86,28 +92,6 @@ def _title(stem: str, run: Run) -> str:
     threads = "1 thread" if about["threads"] == 1 else f"{about['threads']} threads"
     quick = ", a quick run" if about.get("quick") else ""
     return f"{about['cpu']}, {about['instructions']}, {threads}{quick}"
-
-
-def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
-    """Return a table of Markdown, nothing without a row."""
-    rows = [f"| {' | '.join(cells)} |" for cells in body]
-    if not rows:
-        return []
-    return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *rows]
-
-
-def figure(value: float | None) -> str:
-    """Return a time with three digits."""
-    if value is None:
-        return "–"
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def times(value: float | None) -> str:
-    """Return a ratio with one decimal, or two below 1."""
-    if value is None:
-        return "–"
-    return f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 99.5 else f"{value:,.0f}"
 
 
 def _goals(found: Sequence[Goal]) -> list[str]:
@@ -347,25 +331,39 @@ def block(runs: Runs) -> str:
         met = sum(goal.met == goal.total for goal in found)
         lines += [
             f"Times faster than the best correct peer (the fastest of {_peers(run.rows)}), one run "
-            f"of `make bench` on {_title(stem, run)}, data like a real model's activations, "
+            f"of `make bench` on {_title(stem, run)}, {_DATA[_readme_data(run.rows)]}, "
             f"[every figure](docs/performance.md). {met} of {len(found)} goals are met in all "
             "their cases; the page says where the others are missed.",
             "",
             *_readme_brute(run.rows),
-            "",
-            "Lookups through a sketch, bf16 keys, times faster than faiss `IndexFlatL2`, and than "
-            "merely reading the keys once; ε is the radius.",
-            "",
-            *_readme_pruned(run.rows),
         ]
+        if sketch := _readme_pruned(run.rows):
+            lines += [
+                "",
+                "Lookups through a sketch, bf16 keys, data like a real model's activations, times "
+                "faster than faiss `IndexFlatL2`, and than merely reading the keys once; ε is the "
+                "radius.",
+                "",
+                *sketch,
+            ]
     return "\n".join([*lines, "<!-- /performance -->"])
 
 
+_DATA = {
+    "activations": "data like a real model's activations",
+    "isotropic": "isotropic (normal) data",
+}
+
+
+def _readme_data(rows: Sequence[Row]) -> str:
+    """Return the data that the README's brute force was measured with."""
+    return "activations" if select(rows, part="nearest", data="activations") else "isotropic"
+
+
 def _peers(rows: Sequence[Row]) -> str:
-    names = dict.fromkeys(
-        r.name for r in select(rows, part="nearest", kind="peer") if r.median is not None
-    )
-    return ", ".join(names)
+    """Return the names of the peers that can be the best one: those with right answers."""
+    timed = select(rows, part="nearest", kind="peer", cache="warm")
+    return ", ".join(dict.fromkeys(row.name for row in timed if row.answers in RIGHT))
 
 
 def _readme_brute(rows: Sequence[Row]) -> list[str]:
@@ -374,7 +372,7 @@ def _readme_brute(rows: Sequence[Row]) -> list[str]:
         {case(mine): ratio(mine, peer) for mine, peer in ours_and_best(rows, part, dtype=dtype)}
         for part, dtype in wanted
     ]
-    data = "activations" if select(rows, data="activations") else "isotropic"
+    data = _readme_data(rows)
     body = [
         (f"{row.keys:,} × {row.width}, {row.batch}", *(times(at.get(case(row))) for at in found))
         for row in _cases(rows)

@@ -20,8 +20,10 @@ Answer = tuple[Tensor, Tensor | None]
 """Index and distance of the nearest key of each query; None from a peer that gives no distance."""
 
 SLOW, FAR = 0.25, 10.0
-"""Seconds a call, and times the fastest peer's: what takes longer than both is not asked for more
-queries. Far, since faiss goes over to a matrix product from 20 queries on."""
+"""Seconds a call, and times the fastest right peer's: what takes longer than both is not asked for
+more queries. Far, since faiss goes over to a matrix product from 20 queries on."""
+FEW = 8
+"""Queries up to which torch.compile takes differences; beyond, it is another program."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Peer:
     """A peer: its name, the type of the keys it reads, what package it needs, and how to ask it.
 
     `asks(book, query)` gets queries `[B, D]` of that type and returns what is timed, a function of
-    nothing. Several ways to ask one peer share its name; the fastest counts.
+    nothing. Several ways to ask one peer share its name; the fastest counts. One that `changes`
+    computes otherwise beyond `FEW` queries, so that its time up to there says nothing about more.
     """
 
     name: str
@@ -56,16 +59,18 @@ class Peer:
     package: str
     asks: Callable[[Book, Tensor], Callable[[], Answer]]
     way: str = ""
+    changes: bool = False
 
 
 def _product(
-    book: Book, query: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]
+    book: Book, query: Tensor, score: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> Callable[[], Answer]:
     """Norms and a matrix product, then what lies within its error of the minimum again."""
+    # float32 alone: a CPU's product of bfloat16 is rounded to it, torch.mm's out_dtype is CUDA's
     keys, norms = book.wide, book.norms
 
     def ask() -> Answer:
-        scores = norms[:, None] - 2 * multiply(keys, query)
+        scores = score(norms, keys, query)
         least, index = scores.min(dim=0)
         # c.f. gamma_D: the error of the product and of the norms, generously
         slack = 4e-7 * math.sqrt(keys.shape[1]) * (least.abs() + 3 * query.square().sum(1))
@@ -113,7 +118,7 @@ def _compiled(function: Callable[..., Any], *case: Any) -> Callable[..., Any]:
 def _compile(book: Book, query: Tensor) -> Callable[[], Answer]:
     """torch.compile of the plain formula: differences for few queries, a product for many."""
     keys = book.wide if query.dtype == torch.float32 else book.narrow
-    if len(query) > 8:
+    if len(query) > FEW:
         call = _compiled(_scored, query.dtype)
 
         def ask() -> Answer:
@@ -202,18 +207,20 @@ def _keops(book: Book, query: Tensor) -> Callable[[], Answer]:
 
 
 def _ways() -> tuple[Peer, ...]:
-    products: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "keys @ queries": lambda k, q: k @ q.T,
-        "queries @ keys": lambda k, q: (q @ k.T).T,
-        "keys @ one query": lambda k, q: torch.stack([k @ one for one in q], dim=1),
+    products: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+        "keys @ queries": lambda n, k, q: n[:, None] - 2 * (k @ q.T),
+        "queries @ keys": lambda n, k, q: (n - 2 * (q @ k.T)).T,
+        "keys @ one query": lambda n, k, q: torch.stack([n - 2 * (k @ one) for one in q], dim=1),
+        "addmm, keys @ queries": lambda n, k, q: torch.addmm(n[:, None], k, q.T, alpha=-2),
+        "addmm, queries @ keys": lambda n, k, q: torch.addmm(n, q, k.T, alpha=-2).T,
     }
     return (
         *(
-            Peer("torch product", "fp32", "", functools.partial(_product, multiply=multiply), way)
-            for way, multiply in products.items()
+            Peer("torch product", "fp32", "", functools.partial(_product, score=score), way)
+            for way, score in products.items()
         ),
-        Peer("torch.compile", "fp32", "", _compile),
-        Peer("torch.compile", "bf16", "", _compile),
+        Peer("torch.compile", "fp32", "", _compile, changes=True),
+        Peer("torch.compile", "bf16", "", _compile, changes=True),
         Peer("torch.cdist", "fp32", "", _cdist),
         Peer("faiss IndexFlatL2", "fp32", "faiss-cpu", functools.partial(_faiss, kind="flat")),
         Peer("faiss bf16 codes", "bf16", "faiss-cpu", functools.partial(_faiss, kind="bf16")),
@@ -225,6 +232,8 @@ def _ways() -> tuple[Peer, ...]:
 
 
 PEERS = _ways()
+COMPILING = ("torch.compile", "PyKeOps argmin")
+"""Those that compile for many seconds; a quick run does without."""
 COLD = ("torch product", "faiss IndexFlatL2", "usearch exact")
 """Those that are measured with cold caches too."""
 

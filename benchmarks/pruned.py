@@ -22,13 +22,14 @@ from grace_kernels import Sketch
 from grace_kernels.testing import same_bits
 
 from .activations import Resampler, real_activations
-from .gate import judged
+from .gate import judged, nearest_few, right_answers
 from .rows import Progress, Row, Settings
 from .timing import Call, fastest, interleaved, memory, reads
 
 RADII = (1.0, 2.0, 3.0)
-SWEEP = (0.25, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0)
+SWEEP = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
 ASKED = 64  # queries, half of them from other sentences, half near keys
+CHECKED = 8  # of each half, whose answers the reference gives too
 PRUNED, BRUTE, READ = "lookup, sketch", "lookup", "read the keys"
 SURVIVORS = "survivors"
 MILLION = 1_000_000
@@ -61,8 +62,8 @@ class Sizes:
 
 def sizes(settings: Settings) -> Sizes:
     """Return what is measured."""
-    full = Sizes(100_000, (768, 4096), (384, 768, 4096), 8)
-    return settings.pick(full, Sizes(10_000, (768,), (768,), 4))
+    full = Sizes(100_000, (768, 4096), (384, 768, 4096), 6)
+    return settings.pick(full, Sizes(10_000, (768,), (768,), 3))
 
 
 def _steps(real: tuple[Tensor, Tensor], settings: Settings) -> Iterator[Callable[[], list[Row]]]:
@@ -89,10 +90,17 @@ class Codebook:
         near = torch.randint(n, (ASKED // 2,), generator=generator)
         noise = torch.randn(ASKED // 2, dim, generator=generator) * (0.5 / math.sqrt(dim))
         self.query[ASKED // 2 :] = self.keys[near].float() + noise
+        some = torch.cat([half[:CHECKED] for half in self.halves])
+        self.near = nearest_few(some, self.keys).split(CHECKED)
         self.radii = torch.full((n,), RADII[0])
         start = time.perf_counter()
         self.sketch = Sketch.fit(self.keys, self.radii)
         self.fit_seconds = time.perf_counter() - start
+
+    @property
+    def halves(self) -> tuple[Tensor, Tensor]:
+        """Queries that miss and queries that hit, `[ASKED / 2, D]` each."""
+        return self.query[: ASKED // 2], self.query[ASKED // 2 :]
 
     def set_radius(self, radius: float) -> None:
         """Give all entries another radius, larger than those before."""
@@ -113,13 +121,18 @@ def lookups(keys: Tensor, radii: Tensor, sketch: Sketch | None, groups: list[Ten
     ]
 
 
-def same(mine: list[Call], other: list[Call]) -> str:
-    """Return `exact` where all answers have the same bits, else `wrong`."""
+def verdicts(mine: list[Call], brute: list[Call], right: tuple[Tensor, Tensor]) -> dict[str, str]:
+    """Judge brute force by the reference's first answers, and the sketch by all of brute force.
+
+    Returns:
+        for `lookup` and `lookup, sketch`: `exact` where all bits are the same, else `wrong`.
+    """
     with torch.inference_mode():
-        for a, b in zip(mine, other, strict=True):
-            if not all(map(same_bits, a(), b())):
-                return "wrong"
-    return "exact"
+        got, wanted = ([call() for call in calls] for calls in (mine, brute))
+    index, distance = (torch.cat(parts)[: len(right[0])] for parts in zip(*wanted, strict=True))
+    sound = judged((index, distance), right)[0] == "exact"
+    same = all(all(map(same_bits, a, b)) for a, b in zip(got, wanted, strict=True))
+    return {BRUTE: "exact" if sound else "wrong", PRUNED: "exact" if sound and same else "wrong"}
 
 
 def _typical(book: Codebook, settings: Settings) -> list[Row]:
@@ -167,36 +180,40 @@ def _faiss(book: Codebook, threads: int) -> tuple[Any, str]:
 def _one_radius(
     book: Codebook, radius: float, batch: int, settings: Settings, index: Any
 ) -> list[Row]:
-    misses = list(book.query[: ASKED // 2].split(batch))
-    hits = list(book.query[ASKED // 2 :].split(batch))
+    misses, hits = (list(some.split(batch)) for some in book.halves)
     codebook = book.keys, book.radii
-    timed: dict[str, list[Call]] = {
-        PRUNED: lookups(*codebook, book.sketch, misses),
-        f"{PRUNED}, hits": lookups(*codebook, book.sketch, hits),
-        BRUTE: lookups(*codebook, None, misses),
-        f"{BRUTE}, hits": lookups(*codebook, None, hits),
-    }
-    verdicts = {name: (same(timed[name], timed[name.replace(PRUNED, BRUTE)]), "") for name in timed}
+    timed: dict[str, list[Call]] = {}
+    told: dict[str, tuple[str, str]] = {}
+    for what, groups, near in (("", misses, book.near[0]), (", hits", hits, book.near[1])):
+        timed[PRUNED + what] = lookups(*codebook, book.sketch, groups)
+        timed[BRUTE + what] = lookups(*codebook, None, groups)
+        asked = torch.cat(groups)[:CHECKED]
+        found_ = verdicts(
+            timed[PRUNED + what],
+            timed[BRUTE + what],
+            right_answers(asked, *codebook, near)["lookup"],
+        )
+        told |= {name + what: (answers, "") for name, answers in found_.items()}
     answers = [call() for call in timed[f"{BRUTE}, hits"]]
     right = torch.cat([a[0] for a in answers]), torch.cat([a[1] for a in answers])
     del timed[f"{BRUTE}, hits"]
     if index is not None:
         rows = [some.float().numpy() for some in misses]
         timed["faiss IndexFlatL2"] = [partial(index.search, some, 1) for some in rows]
-        verdicts["faiss IndexFlatL2"] = _judged(index, book.query[ASKED // 2 :], right)
+        told["faiss IndexFlatL2"] = _judged(index, book.halves[1], right)
     if radius in RADII:
         timed |= {f"{READ}: {way}": [call] for way, call in reads(book.keys).items()}
         timed[f"{READ}: nearest"] = [
             lambda: grace_kernels.nearest(misses[0][:1], *codebook)  # type: ignore[misc]
         ]
-    times = interleaved(timed, settings.budget * settings.pick(3.0, 1.0))
+    times = interleaved(timed, settings.budget * settings.pick(3.0, 0.7))
     columns = {**book.columns, "batch": batch, "radius": radius}
     found = [_survivors(book, misses, columns)]
     best = fastest(times, READ)
     for name, took in times.items():
         if name.startswith(READ) and name != best:
             continue
-        answers_, note = verdicts.get(name, ("", ""))
+        answers_, note = told.get(name, ("", ""))
         name, _, way = name.partition(": ")
         kind = "peer" if "faiss" in name else "bound" if name == READ else "ours"
         special = {**columns, "dtype": "fp32"} if kind == "peer" else columns
@@ -253,6 +270,7 @@ def _worst(book: Codebook, settings: Settings) -> list[Row]:
             float(grace_kernels.nearest(some, keys, torch.zeros(n))[1].amin())
             for some in query.split(8)
         )
+        near = nearest_few(query[:CHECKED], keys)
         far = torch.full((n,), 0.1 * least)
         far[torch.randperm(n, generator=generator)[:200]] = 1e4
         for what, radii in (
@@ -261,14 +279,15 @@ def _worst(book: Codebook, settings: Settings) -> list[Row]:
             ("200 cover", far),
         ):
             sketch = Sketch.fit(keys, radii)
+            right = right_answers(query[:CHECKED], keys, radii, near)["lookup"]
             for batch in (1, 8):
                 groups = list(query.split(batch))
                 timed = {
                     PRUNED: lookups(keys, radii, sketch, groups),
                     BRUTE: lookups(keys, radii, None, groups),
                 }
-                answers = same(timed[PRUNED], timed[BRUTE])
-                times = interleaved(timed, settings.budget * settings.pick(1.5, 0.3))
+                answers = verdicts(timed[PRUNED], timed[BRUTE], right)
+                times = interleaved(timed, settings.budget * settings.pick(1.0, 0.2))
                 for name, took in times.items():
                     found.append(
                         Row(
@@ -280,7 +299,7 @@ def _worst(book: Codebook, settings: Settings) -> list[Row]:
                             batch=batch,
                             cache="warm",
                             name=name,
-                            answers=answers,
+                            answers=answers[name],
                             **took.columns("ms"),
                         )
                     )
@@ -302,7 +321,8 @@ def _small(real: tuple[Tensor, Tensor], dim: int, doublings: int, settings: Sett
                 PRUNED: lookups(keys, radii, Sketch.fit(keys, radii), groups),
                 BRUTE: lookups(keys, radii, None, groups),
             }
-            answers = same(timed[PRUNED], timed[BRUTE])
+            right = right_answers(torch.cat(groups)[:CHECKED], keys, radii)["lookup"]
+            answers = verdicts(timed[PRUNED], timed[BRUTE], right)
             times = interleaved(timed, settings.budget * settings.pick(0.7, 0.2), most=60)
             for contestant, took in times.items():
                 found.append(
@@ -316,7 +336,7 @@ def _small(real: tuple[Tensor, Tensor], dim: int, doublings: int, settings: Sett
                         radius=1.0,
                         cache="warm",
                         name=contestant,
-                        answers=answers,
+                        answers=answers[contestant],
                         **took.columns("ms"),
                     )
                 )

@@ -18,7 +18,7 @@ Call = Callable[[], Any]
 MOST = 25  # rounds
 FEW = 3  # rounds of what takes too long for more
 _GROUP = 1e-3  # seconds; shorter calls are made several times in a round
-_AGAIN = 0.1  # seconds; calls up to this are made once untimed before they are timed
+_AGAIN = 0.3  # seconds; calls up to this are made once untimed before they are timed
 _LONG = 1.0  # seconds; a call that takes this long is made once before the rounds, not twice
 _PAUSE = 0.005  # seconds; lets the threads of the one before stop spinning
 
@@ -72,7 +72,7 @@ def interleaved(
         seconds: for all of it; at least three rounds are made however long they take.
         most: rounds at most.
         flush: empties the caches. With it each timed call comes after one of these, without it
-            after an untimed call of the same thing.
+            after an untimed call of the same thing, unless that takes 0.3 s or more.
     """
     calls = {name: [c] if callable(c) else list(c) for name, c in timed.items()}
     taken: dict[str, list[float]] = {name: [] for name in calls}
@@ -133,6 +133,8 @@ def last_level_cache() -> int:
 
 class Flush:
     """Empties the caches: reads a buffer twice the size of the last-level cache, with all threads.
+
+    At most 1 GiB, which is less than twice where that cache is larger than 512 MiB.
 
     A read and not a write: written lines would have to leave while the next call is timed.
     """

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import grace_kernels  # noqa: E402
-from benchmarks import gpu  # noqa: E402
+from benchmarks import gpu, page, rows  # noqa: E402
 from benchmarks.gpu_check import __main__ as command  # noqa: E402
 from benchmarks.gpu_check import (  # noqa: E402
     bench,
@@ -115,6 +115,33 @@ def test_the_suite_turns_the_times_into_rows_that_name_the_rehearsal(rehearsed: 
     for name in set(peers.PACKAGES) - set(peers.installed()):
         (row,) = [r for r in run.rows if r.name == name]
         assert (row.answers, row.note) == ("absent", f"not installed: pip install {name}")
+
+
+def test_the_page_of_the_times_has_the_ratios_of_ours_to_every_peer(rehearsed: Path) -> None:
+    stem, run = gpu.as_run(journal.Journal(rehearsed / "rows.jsonl"))
+    text = page.page([(stem, run)])
+    section = text[text.index("### On the GPU, beside each peer") :]
+    lines = [line[2:-2].split(" | ") for line in section.splitlines() if "|" in line]
+    head = lines[0]
+    mine = next(r for r in run.rows if (r.part, r.name, r.cache) == ("lookup", "cpu", "cold"))
+    start = ["`lookup`", f"{mine.keys:,} × {mine.width}", str(mine.batch), mine.dtype, "cpu"]
+    line = dict(zip(head[5:], next(x for x in lines if x[:5] == start)[5:], strict=True))
+    found = rows.contestants(run.rows, mine, "peer")
+    timed = {r.name: r.median / mine.median for r in found if r.dtype == mine.dtype}
+    assert {"cdist", "torch.compile"} & set(timed)
+    for name, ratio in timed.items():
+        assert line[name] in (page.times(ratio), f"wrong ({page.times(ratio)})")
+    (roof,) = [r for r in rows.contestants(run.rows, mine, "bound") if r.dtype == mine.dtype]
+    assert line["of the roof"] == f"{100 * roof.median / mine.median:.0f} %"
+    sketches = text[text.index("### On the GPU, through a sketch") :]
+    mine = next(r for r in run.rows if (r.name, r.cache) == ("cpu, sketch", "warm"))
+    other = next(r for r in run.rows if (r.name, r.cache) == ("cpu", "warm") and _same(r, mine))
+    told = [mine.data, mine.name, page.figure(mine.median), page.times(other.median / mine.median)]
+    assert " | ".join(told) + " |" in sketches
+
+
+def _same(row: rows.Row, other: rows.Row) -> bool:
+    return (rows.case(row), row.part, row.dtype) == (rows.case(other), other.part, other.dtype)
 
 
 def test_csv_and_json_hold_every_column_with_its_times(rehearsed: Path) -> None:

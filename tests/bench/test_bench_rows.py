@@ -102,6 +102,37 @@ def test_a_goal_counts_the_cases_that_reach_it_and_names_the_farthest() -> None:
     assert [(g.met, g.total, g.worst) for g in limits] == [(0, 1, 90.0)]
 
 
+def reached(found: list[Row], start: str) -> tuple[int, int, float | None]:
+    (goal,) = [goal for goal in goals.goals(found) if goal.text.startswith(start)]
+    return goal.met, goal.total, goal.worst
+
+
+def test_a_goal_with_float32_keys_compares_only_float32_keys() -> None:
+    wide = replace(MINE, dtype="fp32", median=4.0)
+    narrow = replace(PEER, name="narrow", dtype="bf16", median=3.0)
+    found = [MINE, wide, PEER, narrow]
+    for batch, met in ((1, 0), (8, 0), (64, 1)):
+        some = [replace(row, batch=batch) for row in found]
+        queries = "1 query" if batch == 1 else f"{batch} queries"
+        assert reached(some, f"{queries}, all with float32") == (met, 1, 1.5)
+        best = reached(some, f"brute force, {queries}:")
+        assert best == (met, 1, 1.5)
+        assert reached([*some[:2], some[3]], f"{queries}, all with float32") == (0, 0, None)
+
+
+@pytest.mark.parametrize(("batch", "least"), [(1, 20.0), (8, 10.0)])
+def test_a_sketch_has_to_beat_faiss_by_half_as_much_with_eight_queries(
+    batch: int, least: float
+) -> None:
+    case = {**CASE, "batch": batch, "data": "activations", "keys": 100_000, "radius": 1.0}
+    mine = Row("pruned", name="lookup, sketch", dtype="bf16", median=1.0, **case)
+    queries = "1 query" if batch == 1 else "8 queries"
+    for times, met in ((least, 1), (0.99 * least, 0)):
+        faiss = replace(mine, kind="peer", name="faiss IndexFlatL2", median=times)
+        told = f"sketch, {queries}: at least {least:.0f} times faiss"
+        assert reached([mine, faiss], told) == (met, 1, times)
+
+
 def test_times_are_the_median_and_the_fifths() -> None:
     took = timing.Times.of([5e-3, 1e-3, 2e-3, 4e-3, 3e-3])
     assert (took.median, took.p20, took.p80, took.calls) == (3e-3, 2e-3, 4e-3, 5)
@@ -152,10 +183,13 @@ def test_with_cold_caches_every_timed_call_comes_after_a_flush() -> None:
     assert "".join(name[0] for name in order) == "cc" + "fc" * 4
 
 
-def test_a_flush_reads_more_than_the_last_level_cache() -> None:
-    assert timing.Flush(1 << 20).buffer.nbytes == 1 << 20
-    assert timing.last_level_cache() >= 1 << 20
-    assert timing.Flush(1 << 22).bandwidth(0.02) > 1e8
+@pytest.mark.parametrize(("cache", "read"), [(3 << 20, 6 << 20), (768 << 20, 1 << 30)])
+def test_a_flush_reads_twice_the_last_level_cache_but_at_most_a_gibibyte(
+    cache: int, read: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "last_level_cache", lambda: cache)
+    monkeypatch.setattr(torch, "ones", lambda count, dtype: torch.empty(count, dtype=dtype))
+    assert timing.Flush().buffer.nbytes == read
 
 
 def test_reading_reads_every_byte() -> None:
@@ -279,3 +313,27 @@ def test_a_peer_far_slower_than_the_fastest_is_not_asked_for_more_queries(
     notes = {row.name: row.note for row in again if row.kind == "peer"}
     assert notes["late"].startswith("left out: took 0.")
     assert notes["torch product"] == "keys @ queries"
+
+
+def test_a_peer_is_not_slow_beside_a_wrong_one_nor_after_it_changed_its_form(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def at_once(book: Book, query: torch.Tensor) -> object:
+        answer = torch.zeros(len(query), dtype=torch.int64), None
+        return lambda: answer
+
+    def slowly(book: Book, query: torch.Tensor) -> object:
+        call = PEERS[0].asks(book, query)
+        return lambda: (time.sleep(0.02), call())[1]
+
+    late = Peer("late", "fp32", "", slowly, changes=True)
+    monkeypatch.setattr("benchmarks.peers.SLOW", 1e-9)
+    monkeypatch.setattr("benchmarks.peers.FAR", 3.0)
+    monkeypatch.setattr(operators, "PEERS", (Peer("wrong", "fp32", "", at_once), late))
+    slow: dict[Peer, str] = {}
+    operators.measure(small_case(2), 0.01, slow)
+    assert list(slow) == []
+    monkeypatch.setattr("benchmarks.peers.FEW", 2)
+    for batch, timed in ((2, False), (3, True)):
+        found = operators.measure(small_case(batch), 0.01, {late: "left out"})
+        assert [row.counts for row in found if row.name == "late"] == [timed]

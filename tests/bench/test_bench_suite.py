@@ -14,6 +14,7 @@ import torch
 from grace_edit.cli import app
 from typer.testing import CliRunner
 
+import grace_kernels
 from benchmarks import goals, operators, page, pictures, pruned, rows, suite, timing
 from benchmarks.peers import PEERS
 from benchmarks.rows import Progress, Row, Run, Settings
@@ -89,6 +90,42 @@ def test_the_sketch_is_measured_where_it_helps_and_where_it_cannot(run: Run) -> 
     assert goal.total == 12
 
 
+def test_a_sketch_is_judged_by_brute_force_and_that_by_the_reference() -> None:
+    right = torch.tensor([2, -1]), torch.tensor([0.5, float("inf")])
+    good = [lambda b=b: (right[0][b : b + 1], right[1][b : b + 1]) for b in range(2)]
+    more = [*good, lambda: (torch.tensor([7]), torch.tensor([0.25]))]
+    bad = [good[0], lambda: (torch.tensor([4]), torch.tensor([1.0]))]
+    off = [*good, lambda: (torch.tensor([7]), torch.tensor([0.25000003]))]
+    exact, wrong = "exact", "wrong"
+    told = {"brute": pruned.BRUTE, "sketch": pruned.PRUNED}
+    for mine, brute, judgement in (
+        (more, more, {"brute": exact, "sketch": exact}),
+        (off, more, {"brute": exact, "sketch": wrong}),
+        (bad, bad, {"brute": wrong, "sketch": wrong}),
+    ):
+        expected = {told[name]: verdict for name, verdict in judgement.items()}
+        assert pruned.verdicts(mine, brute, right) == expected
+
+
+def test_a_lookup_that_is_wrong_with_and_without_a_sketch_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lookup = grace_kernels.lookup
+
+    def next_one(*arguments: Any, **others: Any) -> Any:
+        index, distance = lookup(*arguments, **others)
+        return index + ("backend" not in others), distance
+
+    monkeypatch.setattr(grace_kernels, "lookup", next_one)
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(300, 48, generator=generator), torch.randn(100, 48, generator=generator)
+    book = pruned.Codebook(real, 300, 64)
+    found = pruned._one_radius(book, 1.0, 8, TINY, None)
+    mine = {row.name: row.answers for row in found if row.answers}
+    names = pruned.PRUNED, f"{pruned.PRUNED}, hits", pruned.BRUTE
+    assert mine == dict.fromkeys(names, "wrong")
+
+
 def test_the_environment_says_what_the_figures_depend_on_and_no_path(run: Run) -> None:
     about = run.environment
     for name in ("cpu", "threads", "instructions", "torch", "commit", "read GB/s", "date"):
@@ -138,6 +175,14 @@ def test_the_page_marks_a_wrong_peer_and_does_not_compare_with_it(run: Run) -> N
     assert "* torch.cdist, fp32: indices wrong" in text
     best = text[text.index("### Brute force beside the best") : text.index("beside each peer")]
     assert "torch.cdist" not in best
+
+
+def test_the_page_links_the_pictures_that_were_drawn_and_no_other(run: Run) -> None:
+    found = [("cpu-tiny", run), ("cuda-some", Run({}, run.rows[:1]))]
+    assert "![" not in page.page(found, drawn=())
+    text = page.page(found, drawn={"cpu-tiny-latency.png", "cpu-tiny-latency.svg", "a.csv"})
+    links = [line for line in text.splitlines() if line.startswith("![")]
+    assert links == [f"![{page.PICTURES['latency']}](cpu-tiny-latency.png)"]
 
 
 def test_plot_draws_the_same_pictures_from_the_csv_alone(
@@ -237,3 +282,18 @@ def test_the_block_of_the_readme_quotes_its_rows(run: Run) -> None:
     (pair,) = [p for p in pairs if (p[0].data, p[0].keys, p[0].batch) == ("activations", 10_000, 8)]
     line = next(x for x in text.splitlines() if x.startswith("| 10,000 × 64, 8"))
     assert line.split(" | ")[3].rstrip(" |") == page.times(pair[1].median / pair[0].median)
+
+
+def test_the_block_of_the_readme_says_which_data_and_only_peers_that_are_right(run: Run) -> None:
+    told = "data like a real model's activations"
+    every = [("cpu-tiny", run)]
+    assert page.block(every).count(told) == 2
+    assert "isotropic" not in page.block(every)
+    assert "torch.cdist" in page.block(every)
+    plain = [row for row in run.rows if row.data == "isotropic"]
+    wrong = [replace(r, answers="wrong") if r.name == "torch.cdist" else r for r in plain]
+    text = page.block([("cpu-tiny", Run(run.environment, wrong))])
+    assert told not in text
+    assert "isotropic (normal) data" in text
+    assert "torch.cdist" not in text
+    assert "torch product" in text

@@ -21,7 +21,7 @@ def driver(tmp_path_factory) -> Path:
 
 
 def small_cases() -> list[instructions.Case]:
-    keys, query = instructions.drawn(300, 40, 5)
+    keys, query = instructions.drawn(300, 40, 8)  # as many queries as take the product
     radii = keys.new_ones(300).float()
     return [
         instructions.Case("nearest", query, keys, radii),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -150,6 +151,18 @@ def test_inserts_and_growth_give_rows_of_every_kind(tmp_path):
     assert marks[1].median < marks[3].median
     run = Run({}, [*inserted, *grown.values(), *marks])
     assert read(write(run, tmp_path, "run")[0]).rows == run.rows
+
+
+def test_inserts_are_exact_only_where_the_reference_finds_all_with_their_values():
+    book = edits.codebook(300, 16, 100)
+    inserted = []
+    for query, label, value in itertools.islice(edits._edits(40, 16, 3000), 40):
+        book.insert(query, label, value)
+        inserted.append((query, value))
+    assert edits.found_again(book, inserted)
+    query, value = inserted[3]
+    assert not edits.found_again(book, [*inserted[:3], (query, value + 1), *inserted[4:]])
+    assert not edits.found_again(book, [*inserted, (query + 5, value)])
 
 
 def test_edits_are_timed_but_the_first_and_refused_ones_make_the_row_wrong():

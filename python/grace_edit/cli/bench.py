@@ -93,10 +93,10 @@ def bench(
             files += rows.write(run, out, stem)
             found.append((stem, run))
             files += _pictures(out / f"{stem}.csv", out)
-    (out / "performance.md").write_text(page.page(found, pictures=""))
+    (out / "performance.md").write_text(page.page(found, {file.name for file in files}))
     files.append(out / "performance.md")
-    wrong = [row for _, run in found for row in run.rows if row.kind == "ours" and not row.counts]
-    wrong = [row for row in wrong if row.answers == "wrong"]
+    ours = [row for _, run in found for row in run.rows if row.kind == "ours"]
+    wrong = [row for row in ours if row.answers == "wrong"]
     if as_json:
         told_runs = {
             stem: {"environment": run.environment, "rows": [asdict(row) for row in run.rows]}
