@@ -188,16 +188,17 @@ def _one_radius(
         timed[PRUNED + what] = lookups(*codebook, book.sketch, groups)
         timed[BRUTE + what] = lookups(*codebook, None, groups)
         asked = torch.cat(groups)[:CHECKED]
+        few = CHECKED if len(book.keys) == MILLION else ASKED  # there brute force takes a second
         found_ = verdicts(
-            timed[PRUNED + what],
-            timed[BRUTE + what],
+            timed[PRUNED + what][:few],
+            timed[BRUTE + what][:few],
             right_answers(asked, *codebook, near)["lookup"],
         )
         told |= {name + what: (answers, "") for name, answers in found_.items()}
-    answers = [call() for call in timed[f"{BRUTE}, hits"]]
-    right = torch.cat([a[0] for a in answers]), torch.cat([a[1] for a in answers])
-    del timed[f"{BRUTE}, hits"]
+    brute_hits = timed.pop(f"{BRUTE}, hits")
     if index is not None:
+        answers = [call() for call in brute_hits]
+        right = torch.cat([a[0] for a in answers]), torch.cat([a[1] for a in answers])
         rows = [some.float().numpy() for some in misses]
         timed["faiss IndexFlatL2"] = [partial(index.search, some, 1) for some in rows]
         told["faiss IndexFlatL2"] = _judged(index, book.halves[1], right)

@@ -234,6 +234,8 @@ def small_case(batch: int = 3) -> operators.Case:
 
 def test_every_peer_that_is_installed_finds_the_right_keys() -> None:
     case = small_case()
+    far = torch.randn(5, 64, generator=torch.Generator().manual_seed(2)).bfloat16().float()
+    case = replace(case, query=torch.cat([case.query, far]))
     right = right_answers(case.query, case.book.narrow, case.radii)["nearest"]
     judgements = {}
     for peer in PEERS:

@@ -162,7 +162,7 @@ def test_inserts_are_exact_only_where_the_reference_finds_all_with_their_values(
     assert edits.found_again(book, inserted)
     query, value = inserted[3]
     assert not edits.found_again(book, [*inserted[:3], (query, value + 1), *inserted[4:]])
-    assert not edits.found_again(book, [*inserted, (query + 5, value)])
+    assert not edits.found_again(book, [*inserted, (query + 5, book.values[-1])])
 
 
 def test_edits_are_timed_but_the_first_and_refused_ones_make_the_row_wrong():
