@@ -6,7 +6,7 @@
 
 #if defined(__x86_64__)
 #if defined(__GNUC__) && !defined(__clang__)
-// GCC's own _mm512_undefined_*() look uninitialized to it, of which they are.
+// GCC warns of its own _mm512_undefined_*(), which are meant to be uninitialized.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
