@@ -19,6 +19,9 @@ MOST = 25  # rounds
 FEW = 3  # rounds of what takes too long for more
 _GROUP = 1e-3  # seconds; shorter calls are made several times in a round
 _AGAIN = 0.3  # seconds; calls up to this are made once untimed before they are timed
+_SHORT = (
+    0.01  # seconds; calls up to this three times, as one pass leaves a last-level cache half warm
+)
 _LONG = 1.0  # seconds; a call that takes this long is made once before the rounds, not twice
 _PAUSE = 0.005  # seconds; lets the threads of the one before stop spinning
 
@@ -72,7 +75,7 @@ def interleaved(
         seconds: for all of it; at least three rounds are made however long they take.
         most: rounds at most.
         flush: empties the caches. With it each timed call comes after one of these, without it
-            after an untimed call of the same thing, unless that takes 0.3 s or more.
+            after untimed calls of the same thing: three, one from 0.01 s and none from 0.3 s on.
     """
     calls = {name: [c] if callable(c) else list(c) for name, c in timed.items()}
     taken: dict[str, list[float]] = {name: [] for name in calls}
@@ -108,7 +111,7 @@ def _round(calls: list[Call], taken: list[float], once: float, flush: Call | Non
         taken.append(_clock(calls[len(taken) % len(calls)]))
         return
     time.sleep(_PAUSE)
-    if once < _AGAIN:
+    for _ in range(3 if once < _SHORT else int(once < _AGAIN)):
         calls[len(taken) % len(calls)]()
     for _ in range(min(20, max(1, round(_GROUP / max(once, 1e-9))))):
         taken.append(_clock(calls[len(taken) % len(calls)]))

@@ -25,6 +25,7 @@ constexpr int kCandidates = 24;
 // What the kernels of every instruction set were tuned to, see lookup_kernel_body.h.
 constexpr int64_t kTileBytes = 128 << 10;  // of keys, met by all queries before the next ones
 constexpr int64_t kPage = 4096;
+constexpr int64_t kLineBytes = 64;
 constexpr int64_t kAhead = 4096;     // bytes between a load and its prefetch
 constexpr int64_t kRowsAhead = 8;    // rows between a load and the prefetch of a row's start
 constexpr int64_t kFirstCheck = 64;  // elements; far keys are given up there, or at 2, 4, .. times

@@ -122,7 +122,12 @@ inline bool coarse(const float* x, int64_t x_stride, const T* k, int64_t k_strid
     if (cold) {
       for (; i < end; i += kVector * U) {
 #pragma GCC unroll 8
-        for (int n = 0; n < K; ++n) Isa::prefetch(k + n * k_stride + i + kAhead / sizeof(T));
+        for (int n = 0; n < K; ++n) {
+#pragma GCC unroll 4
+          for (int64_t j = 0; j < kVector * U; j += kLineBytes / sizeof(T)) {
+            Isa::prefetch(k + n * k_stride + i + j + kAhead / sizeof(T));
+          }
+        }
 #pragma GCC unroll 8
         for (int u = 0; u < U; ++u) step(i + u * kVector, sums[u]);
       }
@@ -228,7 +233,7 @@ inline void block(const Scan& p, int64_t q0, int64_t n0, Best* best, Pace& pace)
   const T* k = static_cast<const T*>(p.keys) + n0 * p.key_stride;
   const bool may_stop = pace.may_stop();
   if (q0 == 0) {  // the start of a row some way on; helps whole rows too
-    constexpr int kLine = 64 / sizeof(T);
+    constexpr int kLine = kLineBytes / sizeof(T);
     const T* next = k + kRowsAhead * p.key_stride;
     for (int n = 0; n < K; ++n) {
       for (int i = 0; i < kFirstCheck && i < p.dim; i += kLine) {
@@ -236,8 +241,7 @@ inline void block(const Scan& p, int64_t q0, int64_t n0, Best* best, Pace& pace)
       }
     }
   }
-  // One row after the other is what the hardware prefetches well by itself.
-  const bool cold = q0 == 0 && K > 1;
+  const bool cold = q0 == 0;
   const bool whole =
       coarse<T, Q, K, U>(x, p.query_stride, k, p.key_stride, p.dim, cold, may_stop, best + q0, s);
   ++pace.blocks;
