@@ -181,6 +181,7 @@ setup(
         "grace_edit": "python/grace_edit",
         "grace_bench": "benchmarks",
     },
+    include_package_data=False,  # not whatever MANIFEST.in puts into the source distribution
     package_data={
         "grace_kernels": ["py.typed"],
         "grace_edit": ["py.typed", "demo/data/*.tsv"],
