@@ -43,8 +43,8 @@ UNKNOWN = 127  # code of a bound that does not exist
 _SAMPLE = 8192  # keys that directions are taken from
 _ELEMENTS = 1 << 23  # of keys held in float64 at a time
 _STATE = ("centre", "directions", "scales", "head", "tail", "covered", "radius_bound", "outliers")
-# Rows. A lookup of one query on a CPU took 0.11 (D = 4096, bfloat16) to 0.38 (D = 384) of the time
-# without a sketch at 4096 rows, and broke even between 512 and 2048 (benchmarks/pruned.py).
+# Rows. A lookup of one query on a CPU took 0.15 (D = 4096, float32) to 0.61 (D = 384, bfloat16) of
+# the time without a sketch at 4096 rows, and broke even between 512 and 2048 (docs/performance.md).
 _WORTHWHILE = 4096
 
 

@@ -257,7 +257,9 @@ def bench(
     out: Annotated[Path, typer.Option(help="Directory for figures, page and pictures.")] = Path(
         "grace-bench"
     ),
-    quick: Annotated[bool, typer.Option("--quick", help="Two minutes instead of twenty.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few minutes instead of twenty.")
+    ] = False,
     threads: Annotated[
         int | None, typer.Option(help="For everything that is timed.", show_default="torch's")
     ] = None,

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..progress import counter
 from .output import FAILED, OK, USAGE, CommandError, number, print_json, quiet, screen, table
 
 PACKAGE = "grace_bench"
@@ -49,20 +49,6 @@ def package(module: str) -> Any:
         ) from error
 
 
-@contextlib.contextmanager
-def _bar(part: str) -> Iterator[Callable[[int, int], None]]:
-    """Show how far a part is; nothing where stderr is no terminal."""
-    from tqdm import tqdm
-
-    with tqdm(desc=part, unit="", leave=False, disable=None) as shown:
-
-        def advance(done: int, total: int) -> None:
-            shown.total = total
-            shown.update(done - shown.n)
-
-        yield advance
-
-
 def bench(
     out: Path,
     *,
@@ -89,7 +75,9 @@ def bench(
     found: list[Any] = []
     console = screen(stderr=as_json)
     with quiet():
-        for stem, run in suite.runs(settings, parts or list(suite.PARTS), _bar, shlex.join(told)):
+        for stem, run in suite.runs(
+            settings, parts or list(suite.PARTS), counter, shlex.join(told)
+        ):
             files += rows.write(run, out, stem)
             found.append((stem, run))
             files += _pictures(out / f"{stem}.csv", out)
