@@ -21,8 +21,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from grace_edit import GraceConfig, GraceEditor, store
-from grace_edit.codebook import Codebook
+from grace_edit import GraceConfig, GraceEditor
+from grace_edit.codebook import store
+from grace_edit.codebook.codebook import Codebook
 from torch import Tensor, nn
 
 from .gate import right_answers

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from grace_edit.adaptor import GraceAdaptor
-from grace_edit.attach import attach, find_layer
-from grace_edit.codebook import Codebook
+from grace_edit.adaptor.adaptor import GraceAdaptor
+from grace_edit.adaptor.attach import attach, find_layer
+from grace_edit.codebook.codebook import Codebook
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

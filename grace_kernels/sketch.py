@@ -210,6 +210,33 @@ class Sketch:
             torch.maximum(self.radius_bound, order.values[OUTLIERS], out=self.radius_bound)
         self.outliers.copy_(torch.where(order.values[:OUTLIERS] > -math.inf, rows[kept], -1))
 
+    def retake_radii_(self, radii: Tensor) -> bool:
+        """Take the bound of all radii anew, which `update_radii_` only raises; say if it fell.
+
+        An interruption leaves a sketch that is out of use. Waits for the device.
+
+        Args:
+            radii: `[C]` float32, all of them.
+
+        Raises:
+            ValueError: as `update_radii_`.
+        """
+        before = self.radius_bound.item()
+        on = self._active
+        self.active = False
+        self.radius_bound.fill_(-math.inf)
+        self.outliers.fill_(-1)
+        self.update_radii_(radii, 0, len(radii))
+        self.active = on
+        return bool(self.radius_bound.item() < before)
+
+    def unreachable(self, rows: Tensor) -> Tensor:
+        """Say which of `rows` `[N]` int64 have keys that the scales do not reach, `[N]` bool.
+
+        A lookup scores such a key always.
+        """
+        return self.head[rows // BLOCK, 1, rows % BLOCK] == UNKNOWN
+
     def resized(self, capacity: int) -> Sketch:
         """Return a copy for a codebook of `capacity` rows, covering as many of them as this one."""
         out = Sketch(capacity, self.centre.shape[0], self.dtype, self.centre.device)

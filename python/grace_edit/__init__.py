@@ -3,16 +3,16 @@
 `GraceEditor` makes edits, `load` serves saved ones. The operators are in `grace_kernels`.
 """
 
-from .adaptor import GraceAdaptor
-from .attach import detach
-from .codebook import Codebook
+from .adaptor.adaptor import GraceAdaptor
+from .adaptor.attach import detach
+from .adaptor.positions import QueryPlan
+from .codebook.codebook import Codebook
+from .codebook.records import CapacityError, EditResult, UndoError
+from .codebook.store import StoreError
 from .config import GraceConfig
+from .editing.verification import Misfire
 from .editor import Explanation, GraceEditor
-from .positions import QueryPlan
-from .records import CapacityError, EditResult, UndoError
 from .serving import load
-from .store import StoreError
-from .verifying import Misfire
 
 __all__ = [
     "CapacityError",

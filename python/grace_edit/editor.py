@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,18 @@ from torch import Tensor, nn
 
 import grace_kernels
 
-from . import attach as attaching
-from . import rekeying, serving, sketching
-from .adaptor import Captured, GraceAdaptor, check_fits
-from .codebook import Codebook
+from . import rekeying, serving
+from .adaptor import attach as attaching
+from .adaptor.adaptor import Captured, GraceAdaptor, check_fits
+from .adaptor.positions import QueryPlan
+from .codebook.codebook import Codebook
+from .codebook.records import Edit, EditResult, Proposal
 from .config import GraceConfig
-from .positions import QueryPlan
-from .probe import measure_drift
+from .editing.drift import measure_drift
+from .editing.training import Fit, fit_value
+from .editing.verification import Misfire, find_misfires, find_unproven, target_of
+from .families.tasks import MOST_ROWS, Task, task_for
 from .progress import bar
-from .records import Edit, EditResult, Plan
-from .tasks import MOST_ROWS, Task, task_for
-from .training import Fit, fit_value
-from .verifying import Misfire, find_misfires, find_unproven, target_of
 
 log = logging.getLogger("grace_edit")
 
@@ -195,32 +195,32 @@ class GraceEditor:
         masked = self.config.policy == "paper" and self.task.name == "causal"
         label = [-100] * len(ids) + target if masked else target
         query = seen.queries[0]
-        plan = book.plan(query, label, prompt=ids)
-        if plan.case in ("expand", "absorb"):
+        proposal = book.propose(query, label, prompt=ids)
+        if proposal.case in ("expand", "absorb"):
             if self.config.policy == "paper":
-                proven = self._produces(ids, target, book.values[plan.slot])
+                proven = self._produces(ids, target, book.values[proposal.slot])
                 note = "" if proven else "the shared value does not produce the target"
-                return self._commit(plan, None, None, note)
-            shared = self._share(plan, ids, target)
+                return self._commit(proposal, None, None, note)
+            shared = self._share(proposal, ids, target)
             if shared is not None:
-                return self._commit(plan, *shared)
-            plan = book.plan(query, label, prompt=ids, own_entry=True)
+                return self._commit(proposal, *shared)
+            proposal = book.propose(query, label, prompt=ids, own_entry=True)
         if value is not None and self._produces(ids, target, value):
-            return self._commit(plan, value, None)
+            return self._commit(proposal, value, None)
         fit = self._fit([ids], [target], self._first_value(seen.outputs[0]))
         if not fit.reached:
-            return _refused(plan, fit)
-        return self._commit(plan, fit.value, fit)
+            return _refused(proposal, fit)
+        return self._commit(proposal, fit.value, fit)
 
     def _share(
-        self, plan: Plan, ids: list[int], target: list[int]
+        self, proposal: Proposal, ids: list[int], target: list[int]
     ) -> tuple[Tensor | None, Fit | None] | None:
         """Find a value for the entry that also answers this edit; None if there is none."""
         book = self.codebook
-        stored = book.values[plan.slot]
+        stored = book.values[proposal.slot]
         if self._produces(ids, target, stored):
             return None, None
-        members = [book.edit(member) for member in plan.members]
+        members = [book.edit(member) for member in proposal.members]
         if any(edit.prompt is None for edit in members):
             return None
         prompts = [*(list(edit.prompt or ()) for edit in members), ids]
@@ -251,16 +251,19 @@ class GraceEditor:
         return torch.rand(own_output.shape, generator=source).to(own_output.device)
 
     def _commit(
-        self, plan: Plan, value: Tensor | None, fit: Fit | None, note: str = ""
+        self, proposal: Proposal, value: Tensor | None, fit: Fit | None, note: str = ""
     ) -> EditResult:
-        others = [i for i in plan.supersedes if self.codebook.edit(i).prompt != plan.prompt]
+        others = [i for i in proposal.supersedes if self.codebook.edit(i).prompt != proposal.prompt]
         if others:
             note = f"supersedes edits {others} of other prompts, answered by the same entry"
-        stats: dict[str, Any] = {"reason": note}
-        if fit is not None:
-            stats.update(loss_start=fit.loss_start, loss_end=fit.loss_end, steps=fit.steps)
         answers = self._answers if self.config.policy == "default" else None
-        return self.codebook.commit(plan, value, answers=answers, **stats)
+        result = replace(self.codebook.commit(proposal, value, answers=answers), reason=note)
+        if fit is not None:
+            result = replace(
+                result, loss_start=fit.loss_start, loss_end=fit.loss_end, steps=fit.steps
+            )
+        self.codebook.record(result)
+        return result
 
     def _answers(self, edit: Edit, slot: int) -> bool:
         if edit.prompt is None:
@@ -369,7 +372,7 @@ class GraceEditor:
             "version": book.version,
             "drift": book.drift,
             "fragile": [edit.id for edit in self._live() if edit.result.fragile],
-            "sketch": sketching.described(book),
+            "sketch": book.describe_sketch(),
             "backend": grace_kernels.build_info(),
             "attached": self._attached,
             "shadowed": attaching.shadowed(self.model),
@@ -487,15 +490,15 @@ class GraceEditor:
             )
 
 
-def _refused(plan: Plan, fit: Fit) -> EditResult:
+def _refused(proposal: Proposal, fit: Fit) -> EditResult:
     return EditResult(
         id=None,
-        case=plan.case,
+        case=proposal.case,
         slot=None,
-        neighbour=plan.neighbour,
-        distance=plan.distance,
-        radius_before=plan.radius_before,
-        radius_after=plan.radius_before,
+        neighbour=proposal.neighbour,
+        distance=proposal.distance,
+        radius_before=proposal.radius_before,
+        radius_after=proposal.radius_before,
         loss_start=fit.loss_start,
         loss_end=fit.loss_end,
         steps=fit.steps,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from .codebook.records import EditResult
+from .editing.verification import target_of
 from .progress import bar
-from .records import EditResult
-from .verifying import target_of
 
 if TYPE_CHECKING:
     from .editor import GraceEditor
@@ -32,7 +32,7 @@ def rekey(editor: GraceEditor, progress: bool) -> list[EditResult]:
         new = editor._new_codebook(old.capacity)
         with editor.adaptor.using(codebook=new):
             for edit in bar(edits, "rekeying", progress):
-                new._next_id = edit.id  # ids stay; they ascend, so none is given twice
+                new.number_from(edit.id)  # ids stay
                 value = old.values[edit.slot].to(new.values)
                 result = editor._edit(list(edit.prompt or ()), target_of(edit), value)
                 if not result.success:
@@ -41,10 +41,7 @@ def rekey(editor: GraceEditor, progress: bool) -> list[EditResult]:
     lost = sorted({edit.id for edit in edits} - set(new.ids))
     if lost:
         raise RuntimeError(f"edits {lost[:8]} have the queries of others on the model as it is now")
-    new._next_id = old._next_id
-    new.version = old.version + 1
-    new._undo.clear()
-    new._undo_end = "the editor was rekeyed"
+    new.succeed(old, "the editor was rekeyed")
     editor.adaptor.codebook = new
     log.info("rekey of %d edits", len(results))
     return results

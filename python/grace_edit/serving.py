@@ -36,13 +36,13 @@ from typing import Any
 
 from torch import nn
 
-from . import attach as attaching
-from . import store
-from .adaptor import GraceAdaptor
-from .codebook import Codebook
+from .adaptor import attach as attaching
+from .adaptor.adaptor import GraceAdaptor
+from .adaptor.fingerprint import fingerprint
+from .codebook import store
+from .codebook.codebook import Codebook
+from .codebook.store import StoreError
 from .config import GraceConfig
-from .fingerprint import fingerprint
-from .store import StoreError
 
 
 @dataclass

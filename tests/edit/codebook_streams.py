@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import torch
-from grace_edit.codebook import Codebook
+from grace_edit.codebook.codebook import Codebook
 from torch import Tensor
 
 VALUE_DIM = 2

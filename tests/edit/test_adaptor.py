@@ -7,9 +7,10 @@ import warnings
 
 import pytest
 import torch
-from grace_edit import Codebook, GraceEditor, QueryPlan, forwards
-from grace_edit.adaptor import Generation, GraceAdaptor, Kept
-from grace_edit.positions import KeptPlan, plan_queries
+from grace_edit import Codebook, GraceEditor, QueryPlan
+from grace_edit.adaptor import forwards
+from grace_edit.adaptor.adaptor import Generation, GraceAdaptor, Kept
+from grace_edit.adaptor.positions import KeptPlan, plan_queries
 from tiny_models import CAUSAL, MASK, CountGrace, generated, logits_of, padded, run_of
 
 PROMPT, TARGET = run_of(10, 4), run_of(30, 3)

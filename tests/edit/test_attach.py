@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from grace_edit import GraceConfig, GraceEditor
-from grace_edit.attach import find_layer, shadowed
+from grace_edit.adaptor.attach import find_layer, shadowed
 from tiny_models import CAUSAL, LAYERS, generated, logits_of, run_of, same, state_of
 from torch import nn
 

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 from codebook_streams import Stream, bits, state
-from grace_edit.codebook import Codebook
-from grace_edit.records import CapacityError
+from grace_edit.codebook.codebook import Codebook
+from grace_edit.codebook.records import CapacityError
 from torch import Tensor
 
 
@@ -66,7 +66,7 @@ def test_an_update_supersedes_every_edit_the_entry_answered() -> None:
     book = Codebook(2, 2)
     for point in (vec(0, 0), vec(0.5, 0), vec(0, 0.5)):
         book.insert(point, [1], value(1))
-    plan = book.plan(vec(0, 0), [2])
+    plan = book.propose(vec(0, 0), [2])
     assert (plan.case, plan.supersedes, plan.members) == ("update", (0, 1, 2), ())
     book.commit(plan, value(2))
     assert book.ids == [3]
@@ -115,7 +115,7 @@ def test_a_plan_changes_nothing_and_goes_stale_with_the_next_change() -> None:
     book = Codebook(2, 2)
     book.insert(vec(0, 0), [1], value(1))
     before, version = state(book), book.version
-    plan = book.plan(vec(0.5, 0), [2])
+    plan = book.propose(vec(0.5, 0), [2])
     assert (plan.case, plan.slot, plan.new_radius) == ("split", -1, 0.25)
     assert (state(book), book.version) == (before, version)
     book.insert(vec(9, 9), [1], value(1))
@@ -127,7 +127,7 @@ def test_an_entry_of_its_own_ends_half_way_to_the_nearest_other_label() -> None:
     book = Codebook(2, 2)
     book.insert(vec(0, 0), [1], value(1))
     book.insert(vec(1.6, 0), [2], value(2))
-    own = book.plan(vec(0.5, 0), [1], own_entry=True)
+    own = book.propose(vec(0.5, 0), [1], own_entry=True)
     assert (own.case, own.radius_after) == ("add", own.radius_before)
     assert own.new_radius == pytest.approx(0.55)
     book.commit(own, value(3))
@@ -138,8 +138,8 @@ def test_an_entry_of_its_own_ends_half_way_to_the_nearest_other_label() -> None:
 def test_at_distance_zero_an_entry_of_its_own_takes_the_entry_over() -> None:
     book = Codebook(2, 2)
     for point, prompt in ((vec(0, 0), [1]), (vec(0.5, 0), [2])):
-        book.commit(book.plan(point, [1], prompt), value(1), answers=lambda edit, slot: True)
-    plan = book.plan(vec(0, 0), [1], [1], own_entry=True)
+        book.commit(book.propose(point, [1], prompt), value(1), answers=lambda edit, slot: True)
+    plan = book.propose(vec(0, 0), [1], [1], own_entry=True)
     assert (plan.case, plan.members) == ("update", (1,))
     book.commit(plan, value(2), answers=lambda edit, slot: False)
     assert torch.equal(book.values[book.edit(2).slot], value(2))
@@ -393,7 +393,7 @@ def test_a_bad_edit_is_refused_by_the_name_of_its_argument(
 def test_a_new_entry_needs_a_value() -> None:
     book = Codebook(2, 2)
     with pytest.raises(ValueError, match="value must be a tensor for the case add, got None"):
-        book.commit(book.plan(vec(0, 0), [1]), None)
+        book.commit(book.propose(vec(0, 0), [1]), None)
 
 
 def test_an_unknown_id_is_a_key_error() -> None:

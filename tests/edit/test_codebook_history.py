@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from codebook_streams import VALUE_DIM, Stream, bits, entries, fed_anew, state
-from grace_edit.codebook import Codebook
-from grace_edit.records import UndoError
+from grace_edit.codebook.codebook import Codebook
+from grace_edit.codebook.records import UndoError
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -265,7 +265,7 @@ class AnyOrder(RuleBasedStateMachine):
     def insert(self, x: float, y: float, label: int, prompt: int | None, own: bool) -> None:
         self.past.append(state(self.book))
         prompts = None if prompt is None else [prompt]
-        plan = self.book.plan(vec(x, y), [label], prompts, own_entry=own and x > 0.5)
+        plan = self.book.propose(vec(x, y), [label], prompts, own_entry=own and x > 0.5)
         result = self.book.commit(plan, value(x + 10) if plan.slot < 0 or y > 0 else value(y))
         assert result.slot is not None
         assert self.book.edit_of_slot(result.slot).label == (label,)

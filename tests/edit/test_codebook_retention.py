@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from codebook_streams import Stream, bits, entries, state
-from grace_edit.codebook import Codebook
-from grace_edit.records import Edit
+from grace_edit.codebook.codebook import Codebook
+from grace_edit.codebook.records import Edit
 from torch import Tensor
 
 
@@ -119,10 +120,10 @@ def test_a_moved_edit_stays_where_its_model_agrees_and_else_keeps_its_value() ->
             asked.append((edit.id, slot, edit.label))  # noqa: B023
             return agrees
 
-        book.commit(book.plan(vec(0, 0), [1]), value(1), answers=answers)
-        book.commit(book.plan(vec(1.4, 0), [1]), None, answers=answers)  # expands entry 0
+        book.commit(book.propose(vec(0, 0), [1]), value(1), answers=answers)
+        book.commit(book.propose(vec(1.4, 0), [1]), None, answers=answers)  # expands entry 0
         assert asked == []
-        plan = book.plan(vec(2.2, 0), [1], own_entry=True)
+        plan = book.propose(vec(2.2, 0), [1], own_entry=True)
         book.commit(plan, value(2), answers=answers)  # nearer to edit 1, same label
         assert asked == [(1, 1, (1,))]
         slot = book.edit(1).slot
@@ -151,10 +152,10 @@ def test_a_value_that_is_known_to_answer_an_edit_is_not_tried_again() -> None:
         raise AssertionError("the value is known to answer")
 
     for point in (vec(0, 0), vec(1.0, 0), vec(1.2, 0)):
-        plan = book.plan(point, [1])
+        plan = book.propose(point, [1])
         book.commit(plan, value(1) if plan.slot < 0 else None, answers=answers)
     # Uncovers edits 1 and 2; the entry that edit 1 gets has the value that answered both.
-    assert book.commit(book.plan(vec(0, -1.2), [2]), value(2), answers=answers).case == "split"
+    assert book.commit(book.propose(vec(0, -1.2), [2]), value(2), answers=answers).case == "split"
     assert [book.members(slot) for slot in range(3)] == [(0,), (3,), (1, 2)]
     book.check()
 
@@ -165,10 +166,13 @@ def test_a_value_trained_for_all_members_replaces_the_old_one() -> None:
     def answers(edit: Edit, slot: int) -> bool:
         raise AssertionError("every member was verified")
 
-    book.commit(book.plan(vec(0, 0), [1]), value(1), answers=answers)
-    plan = book.plan(vec(0.5, 0), [1])
+    book.commit(book.propose(vec(0, 0), [1]), value(1), answers=answers)
+    plan = book.propose(vec(0.5, 0), [1])
     assert (plan.case, plan.members) == ("absorb", (0,))
-    result = book.commit(plan, value(2), answers=answers, loss_start=3.0, loss_end=0.5, steps=4)
+    with book.transaction():
+        result = book.commit(plan, value(2), answers=answers)
+        book.record(replace(result, loss_start=3.0, loss_end=0.5, steps=4))
+    result = book.edit(result.id).result
     assert (result.loss_start, result.loss_end, result.steps) == (3.0, 0.5, 4)
     assert torch.equal(book.values[0], value(2))
     assert book.entries == 1
@@ -184,10 +188,10 @@ def test_deleting_gives_a_member_its_own_entry_where_the_value_was_not_verified(
     def yes(edit: Edit, slot: int) -> bool:
         return True
 
-    book.commit(book.plan(vec(0, 0), [1]), value(1), answers=yes)
+    book.commit(book.propose(vec(0, 0), [1]), value(1), answers=yes)
     # The value of entry 0 does not answer this one, so the editor gave it an entry of its own.
-    book.commit(book.plan(vec(0.6, 0), [1], own_entry=True), value(2), answers=yes)
-    book.commit(book.plan(vec(0.9, 0), [1]), None, answers=yes)  # absorbed by entry 1
+    book.commit(book.propose(vec(0.6, 0), [1], own_entry=True), value(2), answers=yes)
+    book.commit(book.propose(vec(0.9, 0), [1]), None, answers=yes)  # absorbed by entry 1
     assert book.members(1) == (1, 2)
     book.delete(1)
     # Now edit 2 would be absorbed by entry 0, whose value nobody tried on it.
@@ -200,7 +204,7 @@ def test_deleting_gives_a_member_its_own_entry_where_the_value_was_not_verified(
 def test_without_a_model_an_equal_label_is_enough_when_an_edit_is_deleted() -> None:
     book = Codebook(2, 2)
     book.insert(vec(0, 0), [1], value(1))
-    book.commit(book.plan(vec(0.6, 0), [1], own_entry=True), value(2))
+    book.commit(book.propose(vec(0.6, 0), [1], own_entry=True), value(2))
     book.insert(vec(0.9, 0), [1], value(3))
     book.delete(1)
     assert book.members(0) == (0, 2)
@@ -226,7 +230,7 @@ def test_an_exception_out_of_the_model_takes_everything_back_to_the_bit(
     for _ in range(150):
         query, label, given, prompt = stream.next()
         # Entries of their own within a ball of the same label draw its members away.
-        plan = book.plan(query, label, prompt, own_entry=stream.random.random() < 0.4)
+        plan = book.propose(query, label, prompt, own_entry=stream.random.random() < 0.4)
         given = given if plan.slot < 0 or plan.case == "update" else None
         before, version, next_id = state(book), book.version, book._next_id
         try:

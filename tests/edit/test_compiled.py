@@ -12,9 +12,10 @@ from contextlib import contextmanager
 import grace_edit
 import pytest
 import torch
-from grace_edit import Codebook, QueryPlan, sketching
-from grace_edit.adaptor import GraceAdaptor
-from grace_edit.positions import plan_queries
+from grace_edit import Codebook, QueryPlan
+from grace_edit.adaptor.adaptor import GraceAdaptor
+from grace_edit.adaptor.positions import plan_queries
+from grace_edit.codebook import sketch_upkeep as sketching
 from tiny_models import generated, padded, run_of, watching
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters

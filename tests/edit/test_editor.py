@@ -11,8 +11,8 @@ import torch
 import transformers
 from grace_edit import CapacityError, GraceConfig, GraceEditor, UndoError
 from grace_edit import editor as editor_module
-from grace_edit.tasks import task_for
-from grace_edit.training import Fit
+from grace_edit.editing.training import Fit
+from grace_edit.families.tasks import task_for
 from tiny_models import book_of, generated, logits_of, run_of, same, state_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast

@@ -8,7 +8,7 @@ import pytest
 import torch
 from grace_edit import GraceConfig, GraceEditor, UndoError
 from grace_edit import editor as editor_module
-from grace_edit.training import Fit
+from grace_edit.editing.training import Fit
 from tiny_models import (
     CAUSAL,
     EOS,
@@ -173,7 +173,7 @@ class Words:
 
 def test_with_a_tokenizer_prompts_targets_and_answers_are_text(trained, monkeypatch):
     monkeypatch.setattr(
-        "grace_edit.probe._SENTENCES", tuple("w1 w2 w3 w4"[: 3 * n + 2] for n in range(4))
+        "grace_edit.editing.drift._SENTENCES", tuple("w1 w2 w3 w4"[: 3 * n + 2] for n in range(4))
     )
     editor = GraceEditor(trained("gpt2"), Words(), GraceConfig(layer=LAYERS["gpt2"]))
     assert editor.edit("w10 w11 w12", " w30 w31").success

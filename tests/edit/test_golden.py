@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from grace_edit.codebook import Codebook
+from grace_edit.codebook.codebook import Codebook
 from safetensors import safe_open
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -7,8 +7,8 @@ import random
 
 import pytest
 import torch
-from grace_edit.policy import add_up, decide, decide_paper, fp32, label_key, own_radius
-from grace_edit.records import Decision
+from grace_edit.codebook.policy import add_up, decide, decide_paper, fp32, label_key, own_radius
+from grace_edit.codebook.records import Decision
 
 
 def above(number: float) -> float:

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 import torch
-from grace_edit import positions
-from grace_edit.positions import plan_latched, plan_queries, pooled_mean
+from grace_edit.adaptor import positions
+from grace_edit.adaptor.positions import plan_latched, plan_queries, pooled_mean
 
 # Three sequences of 5, 3 and 1 tokens, padded to 5 columns on each side.
 RIGHT = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]], dtype=torch.bool)

@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 import torch
 from codebook_streams import VALUE_DIM, Stream, bits, state
-from grace_edit import Codebook, GraceEditor, QueryPlan, progress, sketching, store
-from grace_edit.adaptor import GraceAdaptor
-from grace_edit.store import CONFIG, TENSORS, StoreError
+from grace_edit import Codebook, GraceEditor, QueryPlan, progress
+from grace_edit.adaptor.adaptor import GraceAdaptor
+from grace_edit.codebook import sketch_upkeep as sketching
+from grace_edit.codebook import store
+from grace_edit.codebook.store import CONFIG, TENSORS, StoreError
 from safetensors.torch import load_file, save_file
 from tiny_models import run_of
 from torch import Tensor
@@ -219,7 +221,7 @@ def test_growth_amid_a_change_does_not_take_a_sketch_into_use_that_was_not_told_
         seen.append((int(book.sketch.covered), sum(map(len, book._upkeep.stale.values()))))
 
     resize, book._resize = book._resize, looked  # type: ignore[method-assign]
-    plan = book.plan(near, [999])
+    plan = book.propose(near, [999])
     assert plan.case == "split"
     book.commit(plan, torch.zeros(VALUE_DIM), answers=answers)
     assert seen == [(0, 1)]

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 from codebook_streams import VALUE_DIM, Stream, bits, entries, state
-from grace_edit import store
-from grace_edit.codebook import Codebook
-from grace_edit.records import UndoError
-from grace_edit.store import CONFIG, EDITS, TENSORS, StoreError
+from grace_edit.codebook import store
+from grace_edit.codebook.codebook import Codebook
+from grace_edit.codebook.records import UndoError
+from grace_edit.codebook.store import CONFIG, EDITS, TENSORS, StoreError
 from safetensors.torch import load_file, save_file
 
 NAMES = (CONFIG, TENSORS, EDITS)
@@ -47,7 +47,7 @@ def _busy_book(seed: int, imported: bool, dtype: torch.dtype) -> Codebook:
         )
     for number in range(80):
         query, label, value, prompt = stream.next()
-        plan = book.plan(query.to(dtype), label, prompt)
+        plan = book.propose(query.to(dtype), label, prompt)
         given = None if plan.case in ("expand", "absorb") else value
         checked = number % 3 == 0
         book.commit(plan, given, answers=(lambda edit, slot: slot % 2 == 0) if checked else None)

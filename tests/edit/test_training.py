@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from grace_edit import GraceConfig, GraceEditor
-from grace_edit.training import fit_value
+from grace_edit.editing.training import fit_value
 from tiny_models import LAYERS, run_of, same, state_of
 
 PROMPT, TARGET = run_of(10, 4), run_of(30, 3)

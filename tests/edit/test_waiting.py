@@ -12,11 +12,12 @@ from collections import Counter
 import grace_edit
 import pytest
 import torch
-from grace_edit import Codebook, GraceConfig, GraceEditor, QueryPlan, forwards
-from grace_edit.adaptor import Generation, GraceAdaptor
-from grace_edit.forwards import _may_look
-from grace_edit.positions import plan_queries
-from grace_edit.records import CapacityError
+from grace_edit import Codebook, GraceConfig, GraceEditor, QueryPlan
+from grace_edit.adaptor import forwards
+from grace_edit.adaptor.adaptor import Generation, GraceAdaptor
+from grace_edit.adaptor.forwards import _may_look
+from grace_edit.adaptor.positions import plan_queries
+from grace_edit.codebook.records import CapacityError
 from tiny_models import LAYERS, CountGrace, build, padded, run_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import attach as attaching
+from ..adaptor import attach as attaching
+from ..codebook.records import EditResult
 from ..config import GraceConfig
 from ..editor import GraceEditor
-from ..records import EditResult
-from ..tasks import Task
+from ..families.tasks import Task
 from .models import Loaded, SavedEdits, attach_edits, load_model, read_edits_of
 from .output import (
     CONFLICT,

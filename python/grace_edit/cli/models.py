@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from .. import store
-from ..codebook import Codebook
+from ..codebook import store
+from ..codebook.codebook import Codebook
+from ..codebook.store import StoreError
 from ..editor import GraceEditor
-from ..store import StoreError
 from .output import CONFLICT, NOT_FOUND, USAGE, CommandError, progress, quiet
 
 AUTO_CLASSES = {

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..store import StoreError
+from ..codebook.store import StoreError
 
 OK = 0
 FAILED = 1

@@ -7,8 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from .. import sketching
-from ..tasks import Task
+from ..families.tasks import Task
 from .models import SavedEdits, Words, attach_edits, load_model, read_edits_of
 from .output import (
     OK,
@@ -168,7 +167,7 @@ def codebook(directory: Path, *, as_json: bool) -> int:
         "deleted": states["deleted"],
         "radii": summary,
         "cases": dict(Counter(str(row["case"]) for row in rows)),
-        "sketch": sketching.described(book),
+        "sketch": book.describe_sketch(),
         "table": rows,
     }
     if as_json:

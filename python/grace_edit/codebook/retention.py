@@ -17,8 +17,8 @@ from torch import Tensor
 from grace_kernels import nearest
 
 from . import policy as rules
-from .records import Edit, EditResult, Entry, Label, Plan
-from .rows import Rows, digest
+from .records import Edit, EditResult, Entry, Label, Proposal
+from .storage import Rows, digest
 
 Answers = Callable[[Edit, int], bool]
 
@@ -30,7 +30,7 @@ class Retention(Rows):
     radius: float
     drift: float
 
-    def _apply(self, plan: Plan, edit: Edit, value: Tensor | None) -> set[int]:
+    def _apply(self, plan: Proposal, edit: Edit, value: Tensor | None) -> set[int]:
         """Carry a plan out for `edit`; return the live edits that may have lost their answer."""
         affected: set[int] = set()
         for earlier in plan.supersedes:

@@ -109,7 +109,7 @@ class Entry:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Proposal:
     """What an edit would do to the codebook as it is at `version`; nothing has been done yet.
 
     `query` `[D]` is the one that will be stored: that of the edit it supersedes, if there is one.

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import sketching
+from . import sketch_upkeep as sketching
 from .policy import PAPER
-from .rows import digest, same_bits
+from .storage import digest, same_bits
 
 if TYPE_CHECKING:
     from .codebook import Codebook

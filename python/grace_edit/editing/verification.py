@@ -10,10 +10,10 @@ from torch import Tensor
 
 import grace_kernels
 
-from .adaptor import GraceAdaptor, check_fits
-from .progress import bar
-from .records import Edit
-from .tasks import MOST_ROWS, Task
+from ..adaptor.adaptor import GraceAdaptor, check_fits
+from ..codebook.records import Edit
+from ..families.tasks import MOST_ROWS, Task
+from ..progress import bar
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The codebook: entries that answer queries, the edits they answer for, and every change to them.
 
 An edit is made in two steps, so that a model can be asked in between and none is needed here:
-`plan` decides and changes nothing, `commit` does it as one transaction. `insert` is both. After
+`propose` decides and changes nothing, `commit` does it as one transaction. `insert` is both. After
 every change of the default policy the query of every live edit hits an entry of that edit's label.
 
 The method is that of Hartvigsen et al., "Aging with GRACE" (NeurIPS 2023, arXiv 2211.11031).
@@ -12,15 +12,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from grace_kernels import lookup
 
-from . import audit, importing, planning, replay, sketching
+from . import audit, importing, planning, replay
 from . import policy as rules
-from .records import Edit, EditResult, Label, Plan
+from . import sketch_upkeep as sketching
+from .records import Edit, EditResult, Label, Proposal
 from .retention import Answers, Retention
 
 _KEY_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -41,7 +43,7 @@ class Codebook(Retention):
     `sketch` is a `grace_kernels.Sketch` of the keys, with which lookups read fewer of them, or None
     where the capacity is too small for one to pay. It is kept true by every change and answers
     nothing by itself. Fitting it to a large codebook takes seconds, within the change that makes it
-    worthwhile; see `grace_edit.sketching`.
+    worthwhile; see `grace_edit.codebook.sketch_upkeep`.
 
     One thread may change a codebook while others serve from it: each of `commit`, `delete` and
     `undo` is a single step to an uncompiled lookup, which waits for its end. A compiled model or a
@@ -200,14 +202,14 @@ class Codebook(Retention):
 
     # ------------------------------------------------------------------ making an edit
 
-    def plan(
+    def propose(
         self,
         query: Tensor,
         label: Sequence[int] | Tensor,
         prompt: Sequence[int] | None = None,
         *,
         own_entry: bool = False,
-    ) -> Plan:
+    ) -> Proposal:
         """Decide what an edit would do; nothing changes.
 
         A live edit with the same prompt, or else with the same query (0 and -0 being the same), is
@@ -225,83 +227,76 @@ class Codebook(Retention):
                 could not satisfy. At distance 0 the entry there takes the edit's value.
 
         Returns:
-            The plan, good for `commit` until the next change.
+            The proposal, good for `commit` until the next change.
 
         Raises:
             TypeError, ValueError: an argument is of a wrong type, shape, dtype or value.
         """
-        return planning.plan(self, query, label, prompt, own_entry)
+        return planning.propose(self, query, label, prompt, own_entry)
 
     def commit(
         self,
-        plan: Plan,
+        proposal: Proposal,
         value: Tensor | None,
         *,
         answers: Answers | None = None,
-        loss_start: float | None = None,
-        loss_end: float | None = None,
-        steps: int = 0,
-        reason: str = "",
     ) -> EditResult:
-        """Do what `plan` says, then give every live edit that lost its label an entry of its own.
+        """Do what `proposal` says, then give each live edit that lost its label its own entry.
 
         Args:
-            plan: made by `plan` since the last change.
+            proposal: made by `propose` since the last change.
             value: `[V]`, cast to the dtype of the values. It must answer the new edit and, where
-                the case is expand or absorb, every one of `plan.members` (trained together); it
+                the case is expand or absorb, every one of `proposal.members` (trained together); it
                 then replaces the entry's. None leaves that value, which must answer the new edit.
             answers: called with an edit and a slot, where the entry that answers a live edit has
                 changed to one of the same label whose value was not seen to answer it; False gives
                 that edit an entry of its own with the value that answered it before. It may look at
                 the codebook, not change it. None: for edits made with None an equal label is
                 enough, others get an entry of their own.
-            loss_start, loss_end, steps, reason: for the result.
 
         Returns:
             The result, with a new id.
 
         Raises:
-            ValueError: the plan is stale, or `value` is missing, misshapen or not finite.
+            ValueError: the proposal is stale, or `value` is missing, misshapen or not finite.
             CapacityError: the codebook is frozen and full.
             Any exception, also of `answers`, leaves the codebook as it was, to the bit.
         """
-        if plan.version != self.version:
+        if proposal.version != self.version:
             raise ValueError(
-                f"plan must be of the codebook's version {self.version}, got {plan.version}"
+                f"proposal must be of the codebook's version {self.version}, got {proposal.version}"
             )
         if value is not None:
             value = planning.check_value(self, value)
-        elif plan.slot < 0 or plan.case == "update":
-            raise ValueError(f"value must be a tensor for the case {plan.case}, got None")
+        elif proposal.slot < 0 or proposal.case == "update":
+            raise ValueError(f"value must be a tensor for the case {proposal.case}, got None")
         with self.lock, self.transaction():
-            held = self._entry(plan.slot)
+            held = self._entry(proposal.slot)
             stamp = held.stamp if held is not None and value is None else self._next_stamp
             new = Edit(
                 id=self._next_id,
-                label=plan.label,
-                prompt=plan.prompt,
-                row=self._new_query_row(plan.query, self._next_id),
+                label=proposal.label,
+                prompt=proposal.prompt,
+                row=self._new_query_row(proposal.query, self._next_id),
                 slot=-1,
                 stamp=stamp,
                 verified=None if answers is None else frozenset({stamp}),
-                result=EditResult(None, plan.case, None, plan.neighbour, plan.distance, None, None),
+                result=EditResult(
+                    None, proposal.case, None, proposal.neighbour, proposal.distance, None, None
+                ),
             )
-            affected = self._apply(plan, new, value)
-            fragile = self._repair(affected, answers, new.id) or plan.fragile
+            affected = self._apply(proposal, new, value)
+            fragile = self._repair(affected, answers, new.id) or proposal.fragile
             new = self._edit(new.id)
             result = EditResult(
                 id=new.id,
-                case=plan.case,
+                case=proposal.case,
                 slot=new.slot,
-                neighbour=plan.neighbour,
-                distance=plan.distance,
-                radius_before=plan.radius_before,
-                radius_after=plan.radius_after,
-                loss_start=loss_start,
-                loss_end=loss_end,
-                steps=steps,
+                neighbour=proposal.neighbour,
+                distance=proposal.distance,
+                radius_before=proposal.radius_before,
+                radius_after=proposal.radius_after,
                 fragile=fragile,
-                reason=reason,
             )
             self._put("_edits", new.id, replace(new, result=result))
             self._prune_pool()
@@ -311,6 +306,20 @@ class Codebook(Retention):
             self._next_stamp += value is not None
         return result
 
+    def record(self, result: EditResult) -> None:
+        """Keep a result in the history in place of the one that `commit` returned for this edit.
+
+        For what only the caller knows of an edit: losses, steps, reason. Part of the same step of
+        undo when called in the transaction of the `commit`; `version` stays.
+
+        Raises:
+            KeyError: the id is unknown.
+        """
+        if result.id is None:
+            raise KeyError("id must be that of an edit in the history, got None")
+        with self.lock, self.transaction():
+            self._put("_edits", result.id, replace(self._edit(result.id), result=result))
+
     def insert(
         self,
         query: Tensor,
@@ -318,17 +327,17 @@ class Codebook(Retention):
         value: Tensor,
         prompt: Sequence[int] | None = None,
     ) -> EditResult:
-        """Make an edit whose value is given, without a model: `plan`, then `commit`.
+        """Make an edit whose value is given, without a model: `propose`, then `commit`.
 
         An edit that is expanded or absorbed into an entry with other members is answered by that
         entry's value; `value` is not used then, as nothing says that it would answer the others.
 
-        Args and raises: as `plan` and `commit`; `value` must be a tensor.
+        Args and raises: as `propose` and `commit`; `value` must be a tensor.
         """
         value = planning.check_value(self, value)
-        plan = self.plan(query, label, prompt)
-        shared = plan.case in ("expand", "absorb") and bool(plan.members)
-        return self.commit(plan, None if shared else value)
+        proposal = self.propose(query, label, prompt)
+        shared = proposal.case in ("expand", "absorb") and bool(proposal.members)
+        return self.commit(proposal, None if shared else value)
 
     # ------------------------------------------------------------------ taking back
 
@@ -421,6 +430,39 @@ class Codebook(Retention):
             sketch = None if self.sketch is None else self.sketch.to(device)
             vars(self).update(moved, sketch=sketch)
         return self
+
+    def number_from(self, id: int) -> None:
+        """Give the next edit this id, the one after it the next, and so on.
+
+        Raises:
+            ValueError: the id has been given already, or a later one.
+        """
+        if id < self._next_id:
+            raise ValueError(f"id must be at least {self._next_id}, got {id}")
+        self._next_id = id
+
+    def succeed(self, old: Codebook, reason: str) -> None:
+        """Take the place of another codebook: go on with its ids and its `version`.
+
+        Nothing that was done before can be undone.
+
+        Args:
+            old: the codebook that this one replaces.
+            reason: what happened, for the error of `undo`: "the editor was rekeyed".
+        """
+        self._next_id = max(self._next_id, old._next_id)
+        self.version = old.version + 1
+        self._undo.clear()
+        self._undo_end = reason
+
+    def describe_sketch(self) -> dict[str, Any] | None:
+        """Return the state of the sketch for a person, None where there is none.
+
+        `rows` in use that lookups use it for, `active`, `bytes`; of `queries` since the fit, the
+        shares of pairs that were `scored` one by one and `scanned` as without a sketch, None before
+        the first.
+        """
+        return sketching.described(self)
 
     def check(self) -> None:
         """Verify everything a codebook promises, the retention of every live edit first of all.

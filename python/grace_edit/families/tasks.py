@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adaptor import Captured, GraceAdaptor
-from .forwards import plan_prompts
+from ..adaptor.adaptor import Captured, GraceAdaptor
+from ..adaptor.forwards import plan_prompts
 
 MOST_ROWS = 32
 """Prompts run in one forward at most, which bounds the memory of `verify` and `rekey`."""

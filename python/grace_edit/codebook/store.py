@@ -26,10 +26,10 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as render_tensors
 from torch import Tensor
 
-from . import sketching
+from . import sketch_upkeep as sketching
 from .codebook import Codebook
 from .records import Edit, EditResult, Entry
-from .rows import digest
+from .storage import digest
 
 FORMAT = 1
 CONFIG = "grace_config.json"

@@ -6,8 +6,8 @@ import torch
 
 import grace_kernels
 
-from .adaptor import Captured, GraceAdaptor
-from .tasks import MaskedTask, Task
+from ..adaptor.adaptor import Captured, GraceAdaptor
+from ..families.tasks import MaskedTask, Task
 
 _SENTENCES = (
     "The committee met on Tuesday",

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .adaptor import GraceAdaptor
-from .tasks import Task
+from ..adaptor.adaptor import GraceAdaptor
+from ..families.tasks import Task
 
 
 @dataclass

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import sketching
+from . import sketch_upkeep as sketching
 from .records import CapacityError, Edit, Entry, Label, UndoError
 
 

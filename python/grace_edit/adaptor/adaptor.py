@@ -14,7 +14,7 @@ from torch import Tensor
 
 import grace_kernels
 
-from .codebook import Codebook
+from ..codebook.codebook import Codebook
 from .positions import KeptPlan, QueryPlan, pooled_mean
 
 
@@ -108,7 +108,7 @@ class GraceAdaptor:
     """Look the queries of a forward up and replace rows of the layer's output.
 
     Holds no weights. `forward`s read it and never change the codebook; only the editor writes.
-    The adaptor is set into the wrapped layer by `grace_edit.attach.attach`. `enabled`, `plan` and
+    The adaptor is set into the wrapped layer by `grace_edit.adaptor.attach`. `enabled`, `plan` and
     what else a call is about belong to the thread that sets them.
 
     Args:

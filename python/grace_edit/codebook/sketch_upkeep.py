@@ -33,12 +33,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from grace_kernels.sketch import BLOCK, UNKNOWN, Sketch, worthwhile
+from grace_kernels.sketch import Sketch, worthwhile
 
-from .progress import counter
+from ..progress import counter
 
 if TYPE_CHECKING:
-    from .rows import Rows
+    from .storage import Rows
 
 log = logging.getLogger("grace_edit")
 
@@ -176,14 +176,9 @@ def _tightened(book: Rows) -> bool:
     sketch, upkeep = book.sketch, book._upkeep
     assert sketch is not None
     with book.lock:
-        before = sketch.radius_bound.item()
-        sketch.active = False
         rows, upkeep.rows = upkeep.rows, 0  # an interruption leaves it to be fitted anew
-        sketch.radius_bound.fill_(-torch.inf)
-        sketch.outliers.fill_(-1)
-        sketch.update_radii_(book.radii, 0, len(book.radii))
-        less = sketch.radius_bound.item() < before
-        upkeep.rows, sketch.active = rows, True
+        less = sketch.retake_radii_(book.radii)
+        upkeep.rows = rows
         if less:
             sketch.counters.zero_()
     return less
@@ -195,8 +190,7 @@ def _unknown(book: Rows) -> Tensor:
     assert sketch is not None
     rows = [row for row in book._upkeep.fresh if row < min(sketch.rows, len(book.radii))]
     at = torch.tensor(rows, dtype=torch.int64, device=sketch.head.device)
-    unknown = sketch.head[at // BLOCK, 1, at % BLOCK] == UNKNOWN
-    return (unknown & (book.radii[at] != -torch.inf)).sum()[None]
+    return (sketch.unreachable(at) & (book.radii[at] != -torch.inf)).sum()[None]
 
 
 def _runs(rows: Iterable[int], book: Rows) -> Iterator[tuple[int, int]]:

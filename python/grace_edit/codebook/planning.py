@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 
 from . import policy as rules
-from .records import Decision, Label, Plan
-from .rows import digest
+from .records import Decision, Label, Proposal
+from .storage import digest
 
 if TYPE_CHECKING:
     from .codebook import Codebook
 
 
-def plan(
+def propose(
     book: Codebook,
     query: Tensor,
     label: Sequence[int] | Tensor,
     prompt: Sequence[int] | None,
     own_entry: bool,
-) -> Plan:
-    """Plan an edit; see `Codebook.plan`."""
+) -> Proposal:
+    """Propose an edit; see `Codebook.propose`."""
     query = check_query(book, query)
     ids = check_ids("label", label)
     prompt_ids = None if prompt is None else check_ids("prompt", prompt)
@@ -65,7 +65,7 @@ def plan(
         if decision.case == "update" and not same:
             replaced.update(entry.members)
         members = tuple(m for m in entry.members if m not in replaced)
-    return Plan(
+    return Proposal(
         query=query.detach().clone(),
         label=ids,
         prompt=prompt_ids,

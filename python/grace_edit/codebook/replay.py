@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from . import sketching
+from . import sketch_upkeep as sketching
 from .policy import PAPER
 from .records import Edit, Entry
-from .rows import digest
+from .storage import digest
 
 if TYPE_CHECKING:
     from .codebook import Codebook
@@ -153,7 +153,7 @@ def _name(book: Codebook, slot: int) -> int | bytes:
 
 def _again(book: Codebook, edit: Edit) -> None:
     query = book._stored_query(edit)
-    plan = book.plan(query, edit.label, edit.prompt)
+    plan = book.propose(query, edit.label, edit.prompt)
     value, stamp = None, edit.stamp
     if plan.case in ("expand", "absorb"):
         entry = book._entry(plan.slot)
@@ -161,7 +161,7 @@ def _again(book: Codebook, edit: Edit) -> None:
         if edit.verified is None or entry.stamp in edit.verified:
             stamp = entry.stamp
         else:
-            plan = book.plan(query, edit.label, edit.prompt, own_entry=True)
+            plan = book.propose(query, edit.label, edit.prompt, own_entry=True)
     if stamp == edit.stamp and plan.case not in ("expand", "absorb"):
         value = book._value_of(edit)
     affected = book._apply(plan, replace(edit, stamp=stamp), value)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import sketching
+from . import sketch_upkeep as sketching
 from .policy import PAPER
 
 if TYPE_CHECKING:

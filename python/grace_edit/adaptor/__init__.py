@@ -1,0 +1,1 @@
+"""What stands round a layer: it asks the codebook and replaces the rows that an entry answers."""
