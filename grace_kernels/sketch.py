@@ -43,6 +43,7 @@ UNKNOWN = 127  # code of a bound that does not exist
 _SAMPLE = 8192  # keys that directions are taken from
 _ELEMENTS = 1 << 23  # of keys held in float64 at a time
 _STATE = ("centre", "directions", "scales", "head", "tail", "covered", "radius_bound", "outliers")
+_COUNTS = ("queries", "pairs", "scored", "scanned")
 # Rows. A lookup of one query on a CPU took 0.15 (D = 4096, float32) to 0.61 (D = 384, bfloat16) of
 # the time without a sketch at 4096 rows, and broke even between 512 and 2048 (docs/performance.md).
 _WORTHWHILE = 4096
@@ -237,6 +238,61 @@ class Sketch:
         """
         return self.head[rows // BLOCK, 1, rows % BLOCK] == UNKNOWN
 
+    def take_stock(self, rows: list[int], radii: Tensor) -> tuple[dict[str, int], int]:
+        """Return `counts()`, and how many live ones of `rows` `unreachable` is true of.
+
+        Both in one wait for the device. Rows that have no codes are left out.
+
+        Args:
+            rows: of which it is asked.
+            radii: `[C]` float32, all of them.
+        """
+        coded = [row for row in rows if row < min(self.rows, len(radii))]
+        at = torch.tensor(coded, dtype=torch.int64, device=self.head.device)
+        live = radii[at] != -math.inf
+        out_of_reach = (self.unreachable(at) & live).sum()
+        *counts, unreachable = torch.cat([self.counters, out_of_reach[None]]).tolist()
+        return dict(zip(_COUNTS, counts, strict=True)), unreachable
+
+    def reset_counts_(self) -> None:
+        """Let lookups count anew."""
+        self.counters.zero_()
+
+    @classmethod
+    def restored(
+        cls, state: dict[str, Tensor], keys: Tensor, radii: Tensor, count: int, sample: int
+    ) -> Sketch:
+        """Make the sketch that `state` describes, said to be of these keys and radii.
+
+        All radii and about `sample` of the keys are compared with it, and waited for.
+
+        Args:
+            state: as `from_state` takes it.
+            keys: `[C, D]`, on a CPU; C is its capacity.
+            radii: `[C]` float32.
+            count: rows in use, which it must cover.
+            sample: how many keys to compare.
+
+        Raises:
+            KeyError: a tensor is missing.
+            ValueError: as `from_state`, or it is the sketch of another codebook.
+        """
+        centre, outliers = state["centre"], state["outliers"]
+        if centre.shape != keys.shape[1:]:
+            raise ValueError(
+                f"centre must have {keys.shape[1]} columns like keys, got {list(centre.shape)}"
+            )
+        if not bool(((outliers >= -1) & (outliers < len(radii))).all()):
+            raise ValueError(f"outliers must lie in [-1, {len(radii)}), got {outliers.tolist()}")
+        sketch = cls.from_state(state, len(radii), keys.dtype)
+        if sketch.rows < count:
+            raise ValueError(f"covered must be at least {count}, got {sketch.rows}")
+        compared = torch.arange(0, sketch.rows, max(1, sketch.rows // sample))
+        wrong = sketch.faults(keys, radii, compared)
+        if wrong:
+            raise ValueError(f"sketch must be of these keys and radii, got wrong rows {wrong[:8]}")
+        return sketch
+
     def resized(self, capacity: int) -> Sketch:
         """Return a copy for a codebook of `capacity` rows, covering as many of them as this one."""
         out = Sketch(capacity, self.centre.shape[0], self.dtype, self.centre.device)
@@ -282,8 +338,7 @@ class Sketch:
 
     def counts(self) -> dict[str, int]:
         """Return what lookups have counted since the fit, by name; waits for the device."""
-        names = ("queries", "pairs", "scored", "scanned")
-        return dict(zip(names, self.counters.tolist(), strict=True))
+        return dict(zip(_COUNTS, self.counters.tolist(), strict=True))
 
     def faults(self, keys: Tensor, radii: Tensor, rows: Tensor | None = None) -> list[int]:
         """Return the rows, ascending, that this sketch is wrong about; [] unless it was misled.

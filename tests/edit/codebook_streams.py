@@ -19,23 +19,26 @@ def bits(tensor: Tensor) -> bytes:
 
 def state(book: Codebook) -> dict[str, Any]:
     """Return everything a codebook holds to the bit, `version` and the numbering apart."""
-    rows = book._query_count
+    storage = book.storage
+    slots, queries = storage.slots, storage.queries
+    asked = queries.count
     return {
         "capacity": book.capacity,
         "keys": bits(book.keys),
         "values": bits(book.values),
         "radii": bits(book.radii),
         "count": int(book.count),
-        "label_ids": bits(book._label_ids),
-        "queries": bits(book._queries[:rows]),
-        "answers": (bits(book._answer_slot[:rows]), bits(book._answer_distance[:rows])),
+        "label_ids": bits(slots.label_ids),
+        "queries": (bits(queries.vectors[:asked]), bits(queries.owners[:asked])),
+        "answers": (bits(queries.slots[:asked]), bits(queries.distances[:asked])),
         "history": book.history,
         "ids": book.ids,
         "labels": book.labels,
         "members": [book.members(slot) for slot in range(int(book.count))],
-        "records": (book._entries.copy(), book._edits.copy(), set(book._holes), book.edits),
-        "index": (book._by_prompt.copy(), book._by_query.copy()),
-        "pool": {stamp: bits(value) for stamp, value in book._pool.items()},
+        "records": (storage.entry_records.copy(), storage.edit_records.copy()),
+        "free": (slots.free, book.edits),
+        "index": (storage.by_prompt.copy(), storage.by_query.copy()),
+        "retired": {id: bits(value) for id, value in storage.retired_values.items()},
     }
 
 

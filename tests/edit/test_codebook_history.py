@@ -82,7 +82,7 @@ def test_deleting_every_edit_in_any_order_leaves_nothing() -> None:
     assert not book.keys.any()
     assert not book.values.any()
     assert bool((book.radii == -math.inf).all())
-    assert not book._pool
+    assert not book.storage.retired_values
     assert len(book.history) == 40  # deleted, not purged
     book.check()
 
@@ -165,7 +165,9 @@ def test_undo_goes_back_step_by_step_to_the_bit() -> None:
         assert state(book) == before
         versions.append(book.version)
     assert all(b > a for a, b in pairwise(versions))
-    with pytest.raises(UndoError, match="got none since the codebook was made"):
+    with pytest.raises(
+        UndoError, match="cannot undo: nothing has changed since the codebook was made"
+    ):
         book.undo()
     book.check()
 
@@ -181,9 +183,9 @@ def test_a_purge_erases_the_edit_and_ends_the_undo() -> None:
     with pytest.raises(KeyError):
         book.edit(1)
     assert [edit.id for edit in book.history] == [0]
-    for tensor in (book._queries, book.keys, book.values):
+    for tensor in (book.storage.queries.vectors, book.keys, book.values):
         assert not bool((tensor >= 5).any())
-    with pytest.raises(UndoError, match="got none since a purge"):
+    with pytest.raises(UndoError, match="cannot undo: nothing has changed since a purge"):
         book.undo()
     book.insert(vec(9, 9), [1], value(1))
     book.undo()
@@ -237,7 +239,7 @@ def test_a_failing_part_of_a_transaction_takes_back_only_itself() -> None:
         with pytest.raises(KeyboardInterrupt):
             interrupted(book, lambda: book.insert(*stream.next()))
         assert state(book) == middle
-        with pytest.raises(UndoError, match="must not be called inside a transaction"):
+        with pytest.raises(UndoError, match="cannot undo inside a transaction"):
             book.undo()
     assert state(book) == middle
     book.undo()

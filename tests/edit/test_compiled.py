@@ -396,7 +396,7 @@ def test_edits_that_fit_a_sketch_refit_it_and_put_it_out_of_use_compile_nothing(
         assert ask() == [TARGET[0], TARGET[0]]
         covered.append(int(sketch.covered))
     assert covered == [0, 0, 8, 12, 17, 0]
-    assert book._upkeep.rows == 16
+    assert book.storage.slots.sketch_upkeep.since_fit.slots == 16
     assert book.sketch is sketch
     assert graphs.operators() == [["pruned_adapt_"]]
     assert graphs.moved() == []

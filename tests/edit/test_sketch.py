@@ -40,9 +40,13 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sketching, "worthwhile", lambda rows, dim, size: rows >= WORTH)
 
 
+def since_fit(book: Codebook) -> sketching.SinceFit:
+    return book.storage.slots.sketch_upkeep.since_fit
+
+
 def pruned(book: Codebook, query: Tensor) -> tuple[Tensor, Tensor, int]:
     """Look queries up among the keys that the sketch cannot exclude; count those as well."""
-    sketch, rows = book.sketch, book._row_count
+    sketch, rows = book.sketch, book.storage.slots.in_use
     assert sketch is not None
     covered = min(int(sketch.covered), rows)
     bounds = torch.full((len(query), rows), -math.inf, dtype=torch.float64)
@@ -88,7 +92,7 @@ def agree(book: Codebook, seed: int = 0) -> int:
         return 0
     *found, read = pruned(book, query)
     assert [bits(t) for t in found] == [bits(t) for t in plain]
-    if book._upkeep.rows and not any(book._upkeep.stale.values()):
+    if since_fit(book).slots and book.storage.slots.sketch_upkeep.up_to_date:
         assert book.sketch.faults(book.keys, book.radii) == []
     else:
         assert not book.sketch.active
@@ -107,11 +111,11 @@ def spread_out(count: int, dim: int = 16, seed: int = 0, **how: Any) -> Codebook
 
 def add(book: Codebook, count: int, scale: float = 1.0) -> None:
     """Insert entries of the kind that `spread_out` imports."""
-    draw = torch.Generator().manual_seed(1 + book._next_id)
+    draw = torch.Generator().manual_seed(1 + book.storage.next_id)
     for _ in range(count):
         key = 2 * torch.rand(book.keys.shape[1], generator=draw) - 1
         key[0] *= 30
-        book.insert(key * scale, [book._next_id], torch.zeros(VALUE_DIM))
+        book.insert(key * scale, [book.storage.next_id], torch.zeros(VALUE_DIM))
 
 
 # ---------------------------------------------------------------------- true after every change
@@ -156,7 +160,7 @@ def test_the_sketch_stays_true_whatever_is_done_to_a_codebook(
             book.insert(query, label, value, prompt)
         elif kind in ("delete", "purge") and book.ids:
             book.delete(choose.choice(book.ids), purge=kind == "purge")
-        elif kind == "undo" and book._undo:
+        elif kind == "undo" and book.storage.journal.steps:
             book.undo()
         elif kind in ("fail", "batch"):
             before = state(book)
@@ -218,29 +222,31 @@ def test_growth_amid_a_change_does_not_take_a_sketch_into_use_that_was_not_told_
     def looked(capacity: int) -> None:
         resize(capacity)
         assert book.sketch is not None
-        seen.append((int(book.sketch.covered), sum(map(len, book._upkeep.stale.values()))))
+        seen.append((int(book.sketch.covered), slots.sketch_upkeep.up_to_date))
 
-    resize, book._resize = book._resize, looked  # type: ignore[method-assign]
+    slots = book.storage.slots
+    resize, slots._resize = slots._resize, looked  # type: ignore[method-assign]
     plan = book.propose(near, [999])
     assert plan.case == "split"
     book.commit(plan, torch.zeros(VALUE_DIM), answers=answers)
-    assert seen == [(0, 1)]
+    assert seen == [(0, False)]
     assert int(book.sketch.covered) == WORTH + 1  # type: ignore[union-attr]
     agree(book)
 
 
 def test_a_lookup_amid_a_change_is_not_misled_and_the_sketch_is_back_at_its_end() -> None:
     book = spread_out(WORTH)
+    slots = book.storage.slots
     with book.lock, book.transaction():
         key = book.keys[5].clone()
-        book._write("keys", 5, torch.full_like(key, 7.0))
-        book._write("radii", 6, 9.0)
+        slots.write_key(5, torch.full_like(key, 7.0))
+        slots.write_radius(6, 9.0)
         assert not book.sketch.active  # type: ignore[union-attr]
         agree(book)
         assert book.lookup(torch.full_like(key, 7.1)[None])[0].tolist() == [5]
         with suppress(KeyboardInterrupt), book.transaction():
-            book._write("keys", 5, key)
-            book._write("keys", 8, key + 1)
+            slots.write_key(5, key)
+            slots.write_key(8, key + 1)
             raise KeyboardInterrupt
         assert book.sketch.active  # type: ignore[union-attr]
         agree(book)
@@ -259,7 +265,7 @@ def test_an_interruption_while_the_sketch_is_told_misleads_nobody(
     book = spread_out(WORTH, capacity=4 * WORTH)
     add(book, WORTH - 1 if where == "refit" and how == "insert" else 20)
     if where == "refit" and how != "insert":
-        book._upkeep.unknown = 1000  # fitted anew at the next change
+        since_fit(book).unknown = 1000  # fitted anew at the next change
     real, calls = getattr(Sketch, where), 0
 
     def interrupted(self: Sketch, *args: Any, **kwargs: Any) -> None:
@@ -299,7 +305,7 @@ def test_changes_and_fits_within_the_capacity_write_into_the_same_memory() -> No
         book.delete(id)
     for _ in range(10):
         book.undo()
-    assert book._upkeep.rows == 2 * WORTH
+    assert since_fit(book).slots == 2 * WORTH
     assert [tensor.data_ptr() for tensor in book.sketch.tensors()] == before
     agree(book)
 
@@ -397,7 +403,7 @@ def test_threads_are_served_rightly_while_another_one_edits() -> None:
         for thread in threads:
             thread.join()
     assert wrong == []
-    assert book._upkeep.rows == 4 * WORTH
+    assert since_fit(book).slots == 4 * WORTH
     agree(book)
 
 
@@ -445,7 +451,7 @@ def test_it_is_fitted_when_enough_rows_are_used_and_whenever_they_have_doubled(
     add(book, 4 * WORTH + 10)
     assert seen == [WORTH, 2 * WORTH, 4 * WORTH]
     assert book.sketch is not None
-    assert (book.sketch.rows, book._upkeep.written) == (4 * WORTH + 10, 10)
+    assert (book.sketch.rows, since_fit(book).written) == (4 * WORTH + 10, 10)
     book.delete(book.ids[0])
     assert len(seen) == 3
 
@@ -456,12 +462,12 @@ def test_it_is_fitted_anew_where_new_keys_are_out_of_the_reach_of_its_scales(
     book = spread_out(250, capacity=512)
     seen = fits(monkeypatch)
     add(book, 20)
-    assert (seen, book._upkeep.unknown) == ([], 0)
+    assert (seen, since_fit(book).unknown) == ([], 0)
     add(book, 2, scale=100.0)
-    assert (seen, book._upkeep.unknown) == ([], 2)  # 2 of 272 in use
+    assert (seen, since_fit(book).unknown) == ([], 2)  # 2 of 272 in use
     assert agree(book) >= 2 * 12
     add(book, 1, scale=100.0)  # 3 of 273
-    assert (seen, book._upkeep.unknown) == ([273], 0)
+    assert (seen, since_fit(book).unknown) == ([273], 0)
     codes = book.sketch.head[:, 1].flatten()[:273]  # type: ignore[union-attr]
     assert not (codes == UNKNOWN).any()
     agree(book)
@@ -498,7 +504,7 @@ def test_where_lookups_gained_nothing_and_nothing_is_new_it_goes_out_of_use_unti
     assert sketch.active  # nothing is decided in a lookup
     add(book, 1)
     assert (sketch.active, int(sketch.covered), seen) == (False, 0, [])
-    status = sketching.described(book)
+    status = book.describe_sketch()
     assert status is not None
     assert (status["rows"], status["active"]) == (0, False)
     agree(book)
@@ -524,7 +530,7 @@ def test_lookups_that_the_sketch_does_not_help_are_counted_and_put_it_out_of_use
         radii = torch.full((200,), radius)
         book = Codebook.from_tensors(keys, values, radii, labels, capacity=256)
         book.lookup(torch.randn(300, 16, generator=draw))
-        status = sketching.described(book)
+        status = book.describe_sketch()
         assert status is not None
         assert status["queries"] == 300
         assert (status["scanned"] > 0.9) == (radius > 1)
@@ -542,7 +548,7 @@ def test_radii_that_were_large_once_do_not_put_it_out_of_use(
     assert sketch is not None
     with book.transaction():
         for row in range(40):
-            book._write("radii", row, 1e4)
+            book.storage.slots.write_radius(row, 1e4)
     assert float(sketch.radius_bound) == 1e4
     book.undo()
     assert float(sketch.radius_bound) == 1e4
@@ -614,15 +620,15 @@ def test_a_loaded_codebook_has_the_sketch_that_was_saved_and_its_past(
     assert seen == []
     assert same(loaded.sketch, book.sketch)
     assert loaded.sketch.active == book.sketch.active != hopeless
-    assert loaded._upkeep == book._upkeep
-    assert loaded._upkeep.unknown == 1
+    assert since_fit(loaded) == since_fit(book)
+    assert since_fit(loaded).unknown == 1
     agree(loaded)
     loaded.check()
     for more in (3, 12):  # then there are enough of them for what was hopeless to be fitted
         for each in (book, loaded):
             add(each, more)
         assert same(loaded.sketch, book.sketch)
-        assert loaded._upkeep == book._upkeep
+        assert since_fit(loaded) == since_fit(book)
     assert loaded.sketch.active
     assert len(seen) == 2 * hopeless
 
@@ -639,7 +645,7 @@ def test_a_file_without_a_sketch_loads_and_one_is_fitted(tmp_path: Path) -> None
     loaded, _ = store.load(tmp_path)
     assert loaded.sketch is not None
     assert loaded.sketch.active
-    assert loaded._upkeep.rows == book._row_count
+    assert since_fit(loaded).slots == book.storage.slots.in_use
     agree(loaded)
     loaded.check()
 
@@ -755,12 +761,12 @@ def test_an_audit_finds_what_a_sketch_was_not_told_of() -> None:
     assert sketch.faults(book.keys, book.radii) == [7]
     book.keys[11] = spread_out(100).keys[11]
     assert sketch.faults(book.keys, book.radii) == [7]  # 11 has no bound that could be wrong
-    with pytest.raises(AssertionError, match=r"the sketch is wrong about rows \[7\]"):
+    with pytest.raises(AssertionError, match=r"the sketch is wrong about slots \[7\]"):
         book.check()
     sketch.extend(book.keys, 7, 12)
     book.check()
     sketch.covered.fill_(3)
-    with pytest.raises(AssertionError, match="the sketch covers 3 rows"):
+    with pytest.raises(AssertionError, match="the sketch covers 3 slots"):
         book.check()
 
 

@@ -61,20 +61,16 @@ def _busy_book(seed: int, imported: bool, dtype: torch.dtype) -> Codebook:
 def comparable(book: Codebook) -> dict[str, Any]:
     """Return the state, with stored queries by edit: where they lie is nobody's business."""
     seen = state(book)
+    storage, asked = book.storage, [edit for edit in book.history if edit.query_index >= 0]
     seen["queries"] = {edit.id: bits(book.query_of(edit.id)) for edit in book.history}
-    seen["answers"] = {
-        edit.id: (int(book._answer_slot[edit.row]), float(book._answer_distance[edit.row]))
-        for edit in book.history
-        if edit.row >= 0
-    }
-    plain = [{**vars(edit), "row": edit.row >= 0} for edit in book.history]
+    seen["answers"] = {edit.id: storage.queries.answer(edit.query_index) for edit in asked}
+    plain = [{**vars(edit), "query_index": edit in asked} for edit in book.history]
     seen["history"] = plain
-    seen["records"] = (seen["records"][0], seen["records"][2:], set(book._edits))
-    names = list(book._label_numbers)
-    numbers = book._label_ids.tolist()
-    seen["label_ids"] = [None if n < 0 else names[n] for n in numbers]
+    seen["records"] = (seen["records"][0], set(storage.edit_records))
+    names = {storage.label_number(label): label for label in book.labels if label is not None}
+    seen["label_ids"] = [names.get(number) for number in storage.slots.label_ids.tolist()]
     seen["settings"] = (book.radius, book.drift, book.max_radius, book.policy, book.version)
-    seen["numbering"] = (book._next_id, book._next_stamp)
+    seen["numbering"] = (storage.next_id, storage.next_value_id)
     return seen
 
 
@@ -122,7 +118,9 @@ def test_an_empty_codebook_and_one_with_odd_settings_are_saved_too(tmp_path: Pat
 def test_what_was_done_before_saving_cannot_be_undone_after_loading(tmp_path: Path) -> None:
     store.save(busy_book(), tmp_path, {})
     loaded, _ = store.load(tmp_path)
-    with pytest.raises(UndoError, match="got none since it was loaded"):
+    with pytest.raises(
+        UndoError, match="cannot undo: nothing has changed since the codebook was loaded"
+    ):
         loaded.undo()
     before = state(loaded)
     loaded.insert(torch.ones(3), [1], torch.zeros(2))
@@ -362,7 +360,7 @@ def test_a_configuration_that_is_not_json_is_refused_before_anything_is_written(
 def test_saving_inside_a_transaction_is_refused(tmp_path: Path) -> None:
     book = busy_book()
     with book.transaction():
-        with pytest.raises(ValueError, match="codebook must not be inside a transaction"):
+        with pytest.raises(ValueError, match="cannot save inside a transaction"):
             store.save(book, tmp_path, {})
 
 

@@ -9,36 +9,36 @@ The method is that of Hartvigsen et al., "Aging with GRACE" (NeurIPS 2023, arXiv
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grace_kernels import lookup
+from grace_kernels import Sketch
 
-from . import audit, importing, planning, replay
+from . import audit, importing, planning, replay, retention
 from . import policy as rules
-from . import sketch_upkeep as sketching
 from .records import Edit, EditResult, Label, Proposal
-from .retention import Answers, Retention
+from .retention import Answers
+from .settings import Settings
+from .storage import Storage
 
-_KEY_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-
-class Codebook(Retention):
+class Codebook:
     """Keys, values and radii with the edits they answer for.
 
     Tensors that a lookup reads, all on one device: `keys [C, D]`, `values [C, V]`, `radii [C]`
-    float32 (-inf: dead) and `count`, an int64 scalar: rows `0..count-1` are in use, dead ones among
-    them included. Every change within the capacity C is written into these same tensors, so a
+    float32 (-inf: dead) and `count`, an int64 scalar: slots `0..count-1` are in use, dead ones
+    among them included. Every change within the capacity C is written into these same tensors, so a
     compiled model or a captured graph reads it at its next run. C doubles when it is exceeded,
     which (like taking that back) replaces the tensors and, on CUDA, warns that captured graphs must
-    be captured again; while `frozen` is True it raises CapacityError instead. Dead rows are reused,
-    the lowest first, and hold zeros. `version` goes up with every change, undoing included, and
-    never down.
+    be captured again; while `frozen` is True it raises CapacityError instead. Dead slots are
+    reused, the lowest first, and hold zeros. `version` goes up with every change, undoing included,
+    and never down.
 
     `sketch` is a `grace_kernels.Sketch` of the keys, with which lookups read fewer of them, or None
     where the capacity is too small for one to pay. It is kept true by every change and answers
@@ -54,7 +54,7 @@ class Codebook(Retention):
         key_dim, value_dim: D and V.
         radius: of a new entry, the method's one hyperparameter; in the units of the keys.
         policy: "default", or "paper" for the decisions of the code published with the paper.
-        capacity: rows to start with.
+        capacity: slots to start with.
         dtype: of keys and queries: float32, float16 or bfloat16.
         value_dtype: of values; None means `dtype`.
         drift: how far the query of one prompt moves between batches.
@@ -79,70 +79,108 @@ class Codebook(Retention):
         max_radius: float | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        for name, number in (
-            ("key_dim", key_dim),
-            ("value_dim", value_dim),
-            ("capacity", capacity),
-        ):
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
-        if not (math.isfinite(radius) and radius > 0):
-            raise ValueError(f"radius must be positive and finite, got {radius}")
-        if not (math.isfinite(drift) and drift >= 0):
-            raise ValueError(f"drift must be finite and not negative, got {drift}")
-        if max_radius is not None and not max_radius > 0:
-            raise ValueError(f"max_radius must be positive, got {max_radius}")
-        if policy not in rules.POLICIES:
-            raise ValueError(f"policy must be one of {', '.join(rules.POLICIES)}, got {policy}")
-        if dtype not in _KEY_DTYPES:
-            raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
-        value_dtype = value_dtype or dtype
-        if not value_dtype.is_floating_point:
-            raise ValueError(f"value_dtype must be a floating point type, got {value_dtype}")
-        super().__init__(key_dim, value_dim, capacity, dtype, value_dtype, device)
-        self.policy = policy
-        self.radius = rules.fp32(radius)
-        self.drift = rules.fp32(drift)
-        self.max_radius = rules.fp32(3.0 * self.radius if max_radius is None else max_radius)
+        settings = Settings.checked(policy, radius, drift, max_radius)
+        sizes = (key_dim, value_dim, capacity)
+        self.storage = Storage(*sizes, dtype, value_dtype or dtype, device, settings)
 
-    # ------------------------------------------------------------------ reading
+    @property
+    def keys(self) -> Tensor:
+        """`[C, D]`, a key per slot."""
+        return self.storage.slots.keys
+
+    @property
+    def values(self) -> Tensor:
+        """`[C, V]`, a value per slot."""
+        return self.storage.slots.values
+
+    @property
+    def radii(self) -> Tensor:
+        """`[C]` float32, a radius per slot; -inf: dead."""
+        return self.storage.slots.radii
+
+    @property
+    def count(self) -> Tensor:
+        """Number of slots in use, an int64 scalar beside the keys."""
+        return self.storage.slots.count
+
+    @property
+    def sketch(self) -> Sketch | None:
+        """The sketch of the keys, None where the capacity is too small for one."""
+        return self.storage.slots.sketch
 
     @property
     def capacity(self) -> int:
-        """Number of rows allocated."""
-        return len(self.radii)
+        """Number of slots allocated."""
+        return self.storage.slots.capacity
 
     @property
     def device(self) -> torch.device:
         """Where the tensors are."""
-        return self.radii.device
+        return self.storage.slots.device
+
+    @property
+    def frozen(self) -> bool:
+        """Whether growing is refused, so that captured graphs keep their memory."""
+        return self.storage.slots.frozen
+
+    @frozen.setter
+    def frozen(self, value: bool) -> None:
+        self.storage.slots.frozen = value
+
+    @property
+    def lock(self) -> RLock:
+        """Held while slots change; to be held while they are read in another thread."""
+        return self.storage.lock
+
+    @property
+    def version(self) -> int:
+        """A number that goes up with every change, undoing included."""
+        return self.storage.version
+
+    @property
+    def policy(self) -> str:
+        """The policy that decides."""
+        return self.storage.settings.policy
+
+    @property
+    def radius(self) -> float:
+        """The radius of a new entry."""
+        return self.storage.settings.radius
+
+    @property
+    def drift(self) -> float:
+        """How far the query of one prompt moves between batches."""
+        return self.storage.settings.drift
+
+    @property
+    def max_radius(self) -> float:
+        """The radius to which an entry may grow."""
+        return self.storage.settings.max_radius
 
     @property
     def entries(self) -> int:
         """Number of live entries."""
-        return self._row_count - len(self._holes)
+        return self.storage.slots.live
 
     @property
     def edits(self) -> int:
         """Number of live edits."""
-        return self._live_edits
+        return self.storage.live_edits
 
     @property
     def ids(self) -> list[int]:
         """The ids of the live edits, ascending."""
-        imported = [i for i in range(len(self._imported_labels)) if i not in self._edits]
-        return sorted(imported + [e.id for e in self._edits.values() if e is not None and e.live])
+        return self.storage.live_ids()
 
     @property
     def history(self) -> list[Edit]:
         """Every edit that was not purged, superseded and deleted ones included, by id."""
-        numbers = sorted({*range(len(self._imported_labels)), *self._edits})
-        return [self._edit(i) for i in numbers if self._edits.get(i, True) is not None]
+        return self.storage.history()
 
     @property
     def labels(self) -> list[Label | None]:
-        """The label of each row in use; None for a dead one."""
-        entries = (self._entry(slot) for slot in range(self._row_count))
+        """The label of each slot in use; None for a dead one."""
+        entries = map(self.storage.entry, range(self.storage.slots.in_use))
         return [None if entry is None else entry.label for entry in entries]
 
     def edit(self, id: int) -> Edit:
@@ -151,7 +189,7 @@ class Codebook(Retention):
         Raises:
             KeyError: there is none, or it was purged.
         """
-        return self._edit(id)
+        return self.storage.edit(id)
 
     def query_of(self, id: int) -> Tensor:
         """Return a copy, `[D]` on the host, of the stored query of an edit of the history.
@@ -159,48 +197,38 @@ class Codebook(Retention):
         Raises:
             KeyError: the id is unknown.
         """
-        return self._stored_query(self._edit(id)).detach().cpu().clone()
+        query = self.storage.query_of(self.storage.edit(id))
+        return query.detach().cpu().clone()
 
     def members(self, slot: int) -> tuple[int, ...]:
-        """Return the ids of the edits that a row answers for, ascending; none for a dead row."""
-        entry = self._entry(slot)
+        """Return the ids of the edits that a slot answers for, ascending; none for a dead one."""
+        entry = self.storage.entry(slot)
         return () if entry is None else entry.members
 
     def edit_of_slot(self, slot: int) -> Edit:
-        """Return the edit whose query is the key of a live row.
+        """Return the edit whose query is the key of a live slot.
 
         Raises:
-            KeyError: the row is dead or not in use.
+            KeyError: the slot is dead or not in use.
         """
-        entry = self._entry(slot)
+        entry = self.storage.entry(slot)
         if entry is None:
             raise KeyError(f"slot must hold a live entry, got {slot}")
-        return self._edit(entry.owner)
+        return self.storage.edit(entry.owner)
 
     def lookup(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Find the entry that answers each query: `[B, D]` -> (`[B]` int64, `[B]` float32).
 
         A miss is index -1 and distance +inf. See `grace_kernels.lookup`.
         """
-        with self.lock:
-            return lookup(query, self.keys, self.radii, self._row_count, sketch=self.sketch)
+        return self.storage.lookup(query)
 
     def nearest_two(self, query: Tensor) -> list[tuple[int, float]]:
         """Return slot and distance of the nearest entry to `[D]` and of the runner-up.
 
         Whatever their radii; fewer than two where there are fewer entries.
         """
-        query = planning.check_query(self, query)
-        found: list[tuple[int, float]] = []
-        radii = self.radii[: self._row_count].clone()
-        for _ in range(2):
-            slot, distance = self._nearest(query, radii)
-            if slot >= 0:
-                found.append((slot, distance))
-                radii[slot] = -math.inf
-        return found
-
-    # ------------------------------------------------------------------ making an edit
+        return self.storage.slots.nearest_two(planning.check_query(query, self.keys))
 
     def propose(
         self,
@@ -232,7 +260,7 @@ class Codebook(Retention):
         Raises:
             TypeError, ValueError: an argument is of a wrong type, shape, dtype or value.
         """
-        return planning.propose(self, query, label, prompt, own_entry)
+        return planning.propose(self.storage, query, label, prompt, own_entry)
 
     def commit(
         self,
@@ -262,49 +290,27 @@ class Codebook(Retention):
             CapacityError: the codebook is frozen and full.
             Any exception, also of `answers`, leaves the codebook as it was, to the bit.
         """
-        if proposal.version != self.version:
+        storage = self.storage
+        if proposal.version != storage.version:
             raise ValueError(
-                f"proposal must be of the codebook's version {self.version}, got {proposal.version}"
+                f"cannot commit: the codebook has changed since the proposal was made (version "
+                f"{proposal.version}, now {storage.version}); propose the edit again"
             )
         if value is not None:
-            value = planning.check_value(self, value)
+            value = planning.check_value(value, storage.slots.values)
         elif proposal.slot < 0 or proposal.case == "update":
             raise ValueError(f"value must be a tensor for the case {proposal.case}, got None")
-        with self.lock, self.transaction():
-            held = self._entry(proposal.slot)
-            stamp = held.stamp if held is not None and value is None else self._next_stamp
-            new = Edit(
-                id=self._next_id,
-                label=proposal.label,
-                prompt=proposal.prompt,
-                row=self._new_query_row(proposal.query, self._next_id),
-                slot=-1,
-                stamp=stamp,
-                verified=None if answers is None else frozenset({stamp}),
-                result=EditResult(
-                    None, proposal.case, None, proposal.neighbour, proposal.distance, None, None
-                ),
-            )
-            affected = self._apply(proposal, new, value)
-            fragile = self._repair(affected, answers, new.id) or proposal.fragile
-            new = self._edit(new.id)
-            result = EditResult(
-                id=new.id,
-                case=proposal.case,
-                slot=new.slot,
-                neighbour=proposal.neighbour,
-                distance=proposal.distance,
-                radius_before=proposal.radius_before,
-                radius_after=proposal.radius_after,
-                fragile=fragile,
-            )
-            self._put("_edits", new.id, replace(new, result=result))
-            self._prune_pool()
-            self._bump()
-            sketching.settle(self)
-            self._next_id += 1
-            self._next_stamp += value is not None
-        return result
+        with storage.lock, storage.transaction():
+            return retention.commit(storage, proposal, value, answers)
+
+    def transaction(self) -> AbstractContextManager[None]:
+        """Group what is done inside into one step of undo, all of it or nothing.
+
+        Any exception, KeyboardInterrupt included, restores everything to the bit (`version`, which
+        only goes up, and the numbering of ids apart) and is raised on. Transactions nest: an inner
+        one that fails takes back its own part only.
+        """
+        return self.storage.transaction()
 
     def record(self, result: EditResult) -> None:
         """Keep a result in the history in place of the one that `commit` returned for this edit.
@@ -317,8 +323,9 @@ class Codebook(Retention):
         """
         if result.id is None:
             raise KeyError("id must be that of an edit in the history, got None")
-        with self.lock, self.transaction():
-            self._put("_edits", result.id, replace(self._edit(result.id), result=result))
+        storage = self.storage
+        with storage.lock, storage.transaction():
+            storage.put_edit(replace(storage.edit(result.id), result=result))
 
     def insert(
         self,
@@ -334,22 +341,20 @@ class Codebook(Retention):
 
         Args and raises: as `propose` and `commit`; `value` must be a tensor.
         """
-        value = planning.check_value(self, value)
+        value = planning.check_value(value, self.values)
         proposal = self.propose(query, label, prompt)
         shared = proposal.case in ("expand", "absorb") and bool(proposal.members)
         return self.commit(proposal, None if shared else value)
-
-    # ------------------------------------------------------------------ taking back
 
     def delete(self, id: int, purge: bool = False) -> None:
         """Take an edit back, as if it had never been made.
 
         The decisions over the remaining history are taken again in order, with the stored queries
         and without a model: keys, radii, labels and members become what a new codebook fed the
-        remaining edits would have, up to the order of the rows. Edits that this one superseded come
-        back. An entry takes the value that answers its edit now; a member for which that value was
-        not verified gets an entry of its own. Freed rows are zeroed. Costs about as much as making
-        all the edits again without training.
+        remaining edits would have, up to the order of the slots. Edits that this one superseded
+        come back. An entry takes the value that answers its edit now; a member for which that value
+        was not verified gets an entry of its own. Freed slots are zeroed. Costs about as much as
+        making all the edits again without training.
 
         Args:
             id: of a live or superseded edit; with `purge` also of one deleted before.
@@ -358,10 +363,19 @@ class Codebook(Retention):
         Raises:
             KeyError: the id is unknown.
         """
-        with self.lock:
-            replay.delete(self, id, purge)
+        with self.storage.lock:
+            replay.delete(self.storage, id, purge)
 
-    # ------------------------------------------------------------------ whole codebooks
+    def undo(self) -> None:
+        """Take the last operation or transaction back, to the bit; may be called again and again.
+
+        Only `version` goes up instead, and the ids that were given out stay used.
+
+        Raises:
+            UndoError: there is nothing to undo: nothing was done, or what was done lies before a
+                purge or before loading. Or a transaction is open.
+        """
+        self.storage.undo()
 
     @classmethod
     def from_tensors(
@@ -377,10 +391,10 @@ class Codebook(Retention):
         drift: float = 0.0,
         max_radius: float | None = None,
     ) -> Codebook:
-        """Return a codebook of given entries, millions at once; row i is edit i.
+        """Return a codebook of given entries, millions at once; row i becomes slot i and edit i.
 
-        Later edits and deletions find these rows as they are given: no decision made them, so none
-        is replayed for them.
+        Later edits and deletions find these entries as they are given: no decision made them, so
+        none is replayed for them.
 
         Args:
             keys: `[N, D]` float32, float16 or bfloat16, finite and, by default policy, distinct.
@@ -388,35 +402,26 @@ class Codebook(Retention):
             radii: `[N]` float32; by default policy not negative, so that each key answers itself.
             labels: N labels.
             radius, policy, drift, max_radius: as for a new codebook.
-            capacity: rows to allocate; None means N.
+            capacity: slots to allocate; None means N.
 
         Raises:
             ValueError: a shape, dtype or value is not as said.
         """
-        count = len(keys)
-        if keys.ndim != 2 or values.ndim != 2 or radii.ndim != 1:
-            shapes = [list(t.shape) for t in (keys, values, radii)]
-            raise ValueError(f"keys, values and radii must be [N, D], [N, V] and [N], got {shapes}")
-        if not len(values) == len(radii) == len(labels) == count:
-            sizes = f"{count}, {len(values)}, {len(radii)} and {len(labels)}"
-            raise ValueError(f"keys, values, radii and labels must agree in length, got {sizes}")
-        if radii.dtype != torch.float32:
-            raise ValueError(f"radii must be float32, got {radii.dtype}")
-        if capacity is not None and capacity < count:
-            raise ValueError(f"capacity must be at least {count}, got {capacity}")
+        importing.check_shapes(keys, values, radii, labels, capacity)
         book = cls(
             keys.shape[1],
             values.shape[1],
             radius=radius,
             policy=policy,
-            capacity=max(1, count) if capacity is None else capacity,
+            capacity=max(1, len(keys)) if capacity is None else capacity,
             dtype=keys.dtype,
             value_dtype=values.dtype,
             drift=drift,
             max_radius=max_radius,
             device=keys.device,
         )
-        importing.fill(book, keys.detach(), values.detach(), radii.detach(), labels)
+        tensors = (keys.detach(), values.detach(), radii.detach())
+        importing.fill(book.storage, *tensors, labels)
         return book
 
     def to(self, device: torch.device | str) -> Codebook:
@@ -424,11 +429,8 @@ class Codebook(Retention):
 
         Stored queries stay on the host. Dtypes never change.
         """
-        names = ("keys", "values", "radii", "count", "_label_ids")
-        with self.lock, torch.inference_mode(False):
-            moved = {name: getattr(self, name).to(device) for name in names}
-            sketch = None if self.sketch is None else self.sketch.to(device)
-            vars(self).update(moved, sketch=sketch)
+        with self.storage.lock:
+            self.storage.slots.move_to(device)
         return self
 
     def number_from(self, id: int) -> None:
@@ -437,9 +439,9 @@ class Codebook(Retention):
         Raises:
             ValueError: the id has been given already, or a later one.
         """
-        if id < self._next_id:
-            raise ValueError(f"id must be at least {self._next_id}, got {id}")
-        self._next_id = id
+        if id < self.storage.next_id:
+            raise ValueError(f"id must be at least {self.storage.next_id}, got {id}")
+        self.storage.next_id = id
 
     def succeed(self, old: Codebook, reason: str) -> None:
         """Take the place of another codebook: go on with its ids and its `version`.
@@ -450,19 +452,19 @@ class Codebook(Retention):
             old: the codebook that this one replaces.
             reason: what happened, for the error of `undo`: "the editor was rekeyed".
         """
-        self._next_id = max(self._next_id, old._next_id)
-        self.version = old.version + 1
-        self._undo.clear()
-        self._undo_end = reason
+        storage = self.storage
+        storage.next_id = max(storage.next_id, old.storage.next_id)
+        storage.version = old.version + 1
+        storage.journal.forget(reason)
 
     def describe_sketch(self) -> dict[str, Any] | None:
         """Return the state of the sketch for a person, None where there is none.
 
-        `rows` in use that lookups use it for, `active`, `bytes`; of `queries` since the fit, the
-        shares of pairs that were `scored` one by one and `scanned` as without a sketch, None before
-        the first.
+        `rows`: slots in use that lookups use it for; `active`; `bytes`; of `queries` since the fit,
+        the shares of pairs that were `scored` one by one and `scanned` as without a sketch, None
+        before the first.
         """
-        return sketching.described(self)
+        return self.storage.slots.sketch_upkeep.describe(self.storage.slots.in_use)
 
     def check(self) -> None:
         """Verify everything a codebook promises, the retention of every live edit first of all.
@@ -472,4 +474,4 @@ class Codebook(Retention):
         Raises:
             AssertionError: naming what does not hold.
         """
-        audit.check(self)
+        audit.check(self.storage)

@@ -1,31 +1,50 @@
-"""Filling a new codebook from tensors, without a record per row."""
+"""Filling a new codebook from tensors, without a record per entry."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import sketch_upkeep as sketching
-from .policy import PAPER
-
-if TYPE_CHECKING:
-    from .codebook import Codebook
+from .storage import Imported, Storage
 
 _CHUNK = 1 << 23  # elements hashed at a time
 
 
-def fill(
-    book: Codebook, keys: Tensor, values: Tensor, radii: Tensor, labels: Sequence[Sequence[int]]
+def check_shapes(
+    keys: Tensor,
+    values: Tensor,
+    radii: Tensor,
+    labels: Sequence[Sequence[int]],
+    capacity: int | None,
 ) -> None:
-    """Make row i of the tensors entry and edit i of an empty codebook; nothing is decided."""
+    """Raise ValueError unless the arguments of `Codebook.from_tensors` belong together."""
     count = len(keys)
+    if keys.ndim != 2 or values.ndim != 2 or radii.ndim != 1:
+        shapes = [list(t.shape) for t in (keys, values, radii)]
+        raise ValueError(f"keys, values and radii must be [N, D], [N, V] and [N], got {shapes}")
+    if not len(values) == len(radii) == len(labels) == count:
+        sizes = f"{count}, {len(values)}, {len(radii)} and {len(labels)}"
+        raise ValueError(f"keys, values, radii and labels must agree in length, got {sizes}")
+    if radii.dtype != torch.float32:
+        raise ValueError(f"radii must be float32, got {radii.dtype}")
+    if capacity is not None and capacity < count:
+        raise ValueError(f"capacity must be at least {count}, got {capacity}")
+
+
+def fill(
+    storage: Storage,
+    keys: Tensor,
+    values: Tensor,
+    radii: Tensor,
+    labels: Sequence[Sequence[int]],
+) -> None:
+    """Make row i of the tensors slot and edit i of an empty codebook; nothing is decided."""
     for name, tensor in (("keys", keys), ("values", values)):
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name} must be finite, got NaN or infinity")
-    if book.policy != PAPER:
+    if not storage.settings.paper:
         if not (radii >= 0).all():
             worst = radii[~(radii >= 0)][0].item()
             raise ValueError(f"radii must not be negative or NaN, got {worst}")
@@ -35,19 +54,12 @@ def fill(
     ids = [tuple(label) for label in labels]
     if not all(ids):
         raise ValueError(f"labels must hold at least one id each, got none at [{ids.index(())}]")
-    book.keys[:count] = keys
-    book.values[:count] = values
-    book.radii[:count] = radii
-    book._imported_radii = radii.detach().cpu().clone()
-    book._imported_labels = ids
-    if count:
-        numbers = [book._label_number(label) for label in ids]
-        book._label_ids[:count] = torch.tensor(numbers, device=book.device)
-    book._row_count = book._live_edits = book._next_id = book._next_stamp = count
-    book.count.fill_(count)
-    book.version = 1
-    book._undo_end = "the rows were imported"
-    sketching.settle(book)
+    storage.slots.fill(keys, values, radii)
+    storage.fill(Imported(ids, radii.cpu().clone()), {}, {}, {})
+    storage.next_id = storage.next_value_id = len(ids)
+    storage.version = 1
+    storage.journal.forget("the entries were imported")
+    storage.slots.maintain_sketch()
 
 
 def equal_rows(keys: Tensor) -> tuple[int, int] | None:

@@ -4,61 +4,55 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import policy as rules
 from .records import Decision, Label, Proposal
-from .storage import digest
-
-if TYPE_CHECKING:
-    from .codebook import Codebook
+from .storage import Storage
 
 
 def propose(
-    book: Codebook,
+    storage: Storage,
     query: Tensor,
     label: Sequence[int] | Tensor,
     prompt: Sequence[int] | None,
     own_entry: bool,
 ) -> Proposal:
     """Propose an edit; see `Codebook.propose`."""
-    query = check_query(book, query)
+    settings, slots = storage.settings, storage.slots
+    query = check_query(query, slots.keys)
     ids = check_ids("label", label)
     prompt_ids = None if prompt is None else check_ids("prompt", prompt)
-    paper = book.policy == rules.PAPER
 
     replaced: set[int] = set()
-    if not paper:
-        earlier = None if prompt_ids is None else book._by_prompt.get(prompt_ids)
-        if earlier is None:
-            earlier = book._by_query.get(digest(query))
+    if not settings.paper:
+        earlier = storage.earlier_edit(prompt_ids, query)
         if earlier is not None:
             replaced.add(earlier)
-            query = book._stored_query(book._edit(earlier))
+            query = storage.query_of(storage.edit(earlier))
 
-    slot, distance = book._nearest(query)
-    entry = book._entry(slot)
-    radius = None if entry is None else book.radii[slot].item()
-    same = entry is not None and book._label_key(entry.label) == book._label_key(ids)
-    if paper:
-        decision = rules.decide_paper(distance, radius, same, radius=book.radius)
+    slot, distance = slots.nearest(query)
+    entry = storage.entry(slot)
+    radius = None if entry is None else slots.radii[slot].item()
+    same = entry is not None and settings.label_key(entry.label) == settings.label_key(ids)
+    if settings.paper:
+        decision = rules.decide_paper(distance, radius, same, radius=settings.radius)
     else:
         if entry is not None and distance == 0.0:
             replaced.add(entry.owner)
-            query = book._stored_query(book._edit(entry.owner))
+            query = storage.query_of(storage.edit(entry.owner))
         decision = rules.decide(
             distance,
             radius,
             same,
-            radius=book.radius,
-            drift=book.drift,
-            max_radius=book.max_radius,
+            radius=settings.radius,
+            drift=settings.drift,
+            max_radius=settings.max_radius,
         )
         if own_entry:
-            decision = _decide_own(book, decision, query, ids, distance, radius)
+            decision = _decide_own(storage, decision, query, ids, distance, radius)
 
     members: tuple[int, ...] = ()
     if entry is not None and decision.new_radius is None:
@@ -80,12 +74,12 @@ def propose(
         supersedes=tuple(sorted(replaced)),
         fragile=decision.fragile,
         own_entry=own_entry,
-        version=book.version,
+        version=storage.version,
     )
 
 
 def _decide_own(
-    book: Codebook,
+    storage: Storage,
     decision: Decision,
     query: Tensor,
     label: Label,
@@ -97,36 +91,40 @@ def _decide_own(
         return decision
     if distance == 0.0:
         return replace(decision, case="update")
-    radius = book._own_radius(query, label)
-    return Decision("add", neighbour_radius, radius, fragile=radius < book.drift)
+    away = storage.distance_to_other_label(query, label)
+    radius = rules.own_radius(away, radius=storage.settings.radius)
+    return Decision("add", neighbour_radius, radius, fragile=radius < storage.settings.drift)
 
 
-def check_query(book: Codebook, query: Tensor) -> Tensor:
+def check_query(query: Tensor, keys: Tensor) -> Tensor:
+    """Return a query that can be looked up among `keys`, or raise by the name of `query`."""
     if not isinstance(query, Tensor):
         raise TypeError(f"query must be a tensor, got {type(query).__name__}")
-    dim = book.keys.shape[1]
+    dim = keys.shape[1]
     if query.shape != (dim,):
         raise ValueError(f"query must have shape [{dim}], got {list(query.shape)}")
-    if query.dtype != book.keys.dtype:
-        raise ValueError(f"query must have the keys' dtype {book.keys.dtype}, got {query.dtype}")
+    if query.dtype != keys.dtype:
+        raise ValueError(f"query must have the keys' dtype {keys.dtype}, got {query.dtype}")
     if not torch.isfinite(query).all():
         raise ValueError("query must be finite, got NaN or infinity")
     return query.detach()
 
 
-def check_value(book: Codebook, value: Tensor) -> Tensor:
+def check_value(value: Tensor, values: Tensor) -> Tensor:
+    """Return a value as it is stored among `values`, or raise by the name of `value`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"value must be a tensor, got {type(value).__name__}")
-    dim = book.values.shape[1]
+    dim = values.shape[1]
     if value.shape != (dim,):
         raise ValueError(f"value must have shape [{dim}], got {list(value.shape)}")
-    value = value.detach().to(book.values.dtype)
+    value = value.detach().to(values.dtype)
     if not torch.isfinite(value).all():
         raise ValueError(f"value must be finite in {value.dtype}, got NaN or infinity")
     return value
 
 
 def check_ids(name: str, ids: Sequence[int] | Tensor) -> Label:
+    """Return ids as plain numbers, or raise by `name`."""
     if isinstance(ids, Tensor):
         ids = ids.flatten().tolist()
     checked = tuple(int(i) for i in ids)

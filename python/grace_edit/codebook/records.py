@@ -1,4 +1,4 @@
-"""What the codebook says about its edits: plain, frozen records, and its errors."""
+"""What a codebook says about its edits and entries: plain, frozen records, and its errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Label = tuple[int, ...]
 
 
 class CapacityError(RuntimeError):
-    """A frozen codebook has no row left: growing it would leave captured graphs on old memory."""
+    """A frozen codebook is full: growing it would leave captured graphs on old memory."""
 
 
 class UndoError(RuntimeError):
@@ -72,18 +72,18 @@ class Edit:
     """One edit of the history.
 
     `state`: "live", "superseded" (by the edit `superseded_by`, whose deletion may bring it back) or
-    "deleted". `slot` is the entry that answers it (-1 unless live). `row` says where its query is
-    stored (-1: an imported row, whose query is its key). `stamp` names the value that answers it,
-    or last did; `verified` the values that were seen to answer it (None: it was made without a
-    model, an equal label is enough).
+    "deleted". `slot` is the entry that answers it (-1 unless live). `query_index` says where its
+    query is stored (-1: it was imported, its query is the key in the slot of its own number).
+    `value_id` names the value that answers it, or last did; `verified` the values that were seen to
+    answer it (None: it was made without a model, an equal label is enough).
     """
 
     id: int
     label: Label
     prompt: Label | None
-    row: int
+    query_index: int
     slot: int
-    stamp: int
+    value_id: int
     verified: frozenset[int] | None
     result: EditResult
     state: Literal["live", "superseded", "deleted"] = "live"
@@ -97,13 +97,14 @@ class Edit:
 
 @dataclass(frozen=True)
 class Entry:
-    """The host's side of one live row: label, value's stamp, edit whose query is its key, members.
+    """The host's side of a live slot.
 
-    Members are the edits that the entry answers, in ascending order of id.
+    `value_id` names its value, `owner` the edit whose query is its key. `members` are the edits
+    that it answers, in ascending order of id.
     """
 
     label: Label
-    stamp: int
+    value_id: int
     owner: int
     members: tuple[int, ...]
 

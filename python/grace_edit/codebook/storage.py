@@ -1,45 +1,67 @@
-"""The codebook's storage: tensors, host records, and a journal that can take every change back.
+"""The codebook's storage: slots, stored queries and records, and changes that can be taken back.
 
-Everything that changes does so through `Rows`, which first saves what it is about to change, once
-per transaction and only the row concerned. A transaction that ends with an exception is rolled
-back to the bit; one that ends well becomes one step of undo.
+Nothing is decided here. Each method that writes does one thing that those who decide need (give a
+slot an entry, make an edit live, ...) and notes in the journal what it overwrites. A transaction
+that ends with an exception is rolled back to the bit; one that ends well becomes a step of undo.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import threading
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import sketch_upkeep as sketching
-from .records import CapacityError, Edit, Entry, Label, UndoError
+from .journal import Journal
+from .queries import Queries
+from .records import Edit, EditResult, Entry, Label
+from .settings import Settings
+from .slots import Slots
+from .tensors import digest
 
 
 class _Absent:
-    """What a journal notes for a record that was not there; the class itself survives a copy."""
+    """What the journal notes for a record that was not there; the class itself survives a copy."""
 
 
-_ABSENT: Any = _Absent
-_VECTORS = ("keys", "values", "_queries")
-_SCALARS = ("radii", "_label_ids", "_query_owner")
-_NUMBERS = ("_row_count", "_query_count", "_live_edits", "_purged")
-_Journal = dict[tuple[str, Any], Any]  # (table, key) -> what was there when the journal opened
+_NUMBERS = ("live_edits", "purged")
 
 
-class Rows:
-    """Capacity-allocated rows and the records that belong to them; no decisions.
+@dataclass
+class Imported:
+    """Entries that were given as tensors. They cost no record until something happens to them.
 
-    Rows `0..count-1` are in use. A dead one among them has radius -inf and holds zeros, as do the
-    rows from `count` on. Queries are kept on the host, one row per edit that was not imported.
+    Slot i, value i and edit i belong together, with label i and, at first, radius i.
+    """
 
-    `lock` is held while rows change and must be held while they are read in another thread.
+    labels: list[Label] = field(default_factory=list)
+    radii: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+
+class Storage:
+    """Everything a codebook holds. Read what is public here; write by the methods.
+
+    Writing needs an open `transaction`, and the `lock` where other threads read; only filling an
+    empty codebook (`fill` here, in `slots` and in `queries`) needs neither.
+
+    Attributes:
+        settings, slots, queries, imported, journal: see their classes.
+        lock: held while slots change; must be held while they are read in another thread.
+        version: goes up with every change, and never down.
+        entry_records: by slot, of each entry about which there is more to say than "as imported";
+            None: an imported slot that is dead.
+        edit_records: by id, of each edit about which there is more to say; None: it was purged.
+        retired_values: `[V]` on the host by value id: values that the history needs and no slot
+            holds.
+        by_prompt, by_query: ids of live edits that were not imported, by prompt and by `digest`.
+        live_edits: how many there are.
+        purged: whether an edit was purged within the open transaction.
+        next_id, next_value_id: never go down; neither is used twice.
     """
 
     def __init__(
@@ -50,49 +72,26 @@ class Rows:
         dtype: torch.dtype,
         value_dtype: torch.dtype,
         device: torch.device | str,
+        settings: Settings,
     ) -> None:
-        self.keys = torch.zeros(capacity, key_dim, dtype=dtype, device=device)
-        self.values = torch.zeros(capacity, value_dim, dtype=value_dtype, device=device)
-        self.radii = torch.full((capacity,), -math.inf, device=device)
-        self.count = torch.zeros((), dtype=torch.int64, device=device)
+        self.settings = settings
+        self.journal = Journal()
+        self.slots = Slots(key_dim, value_dim, capacity, dtype, value_dtype, device, self.journal)
+        self.queries = Queries(key_dim, dtype, self.journal)
+        self.imported = Imported()
         self.lock = threading.RLock()
         self.version = 0
-        self.frozen = False
-        self.sketch = sketching.made(self.keys)
-        self._upkeep = sketching.Upkeep()
-
-        self._label_ids = torch.full((capacity,), -1, dtype=torch.int64, device=device)
-        self._queries = torch.zeros(0, key_dim, dtype=dtype)
-        # What answers each stored query now, [Q]; slot -1 at -inf for an edit that is not live, so
-        # that no new key is ever nearer to it.
-        self._answer_slot = torch.zeros(0, dtype=torch.int64)
-        self._answer_distance = torch.zeros(0)
-        self._query_owner = torch.zeros(0, dtype=torch.int64)
-
-        # Imported rows need no record until something happens to them: row i, value i and edit i
-        # belong together, with label i of `_imported_labels`; absence below means "as imported".
-        self._imported_labels: list[Label] = []
-        self._imported_radii = torch.zeros(0)
-        self._entries: dict[int, Entry | None] = {}
-        self._edits: dict[int, Edit | None] = {}
-        self._holes: dict[int, None] = {}  # dead rows below count
-        self._pool: dict[int, Tensor] = {}  # values that edits refer to and no row holds, by stamp
-        self._by_prompt: dict[Label, int] = {}  # live edits
-        self._by_query: dict[bytes, int] = {}
-        self._row_count = 0
-        self._query_count = 0
-        self._live_edits = 0
-
-        # Never taken back: ids and stamps are not used twice, labels keep their numbers.
-        self._next_id = 0
-        self._next_stamp = 0
-        self._label_numbers: dict[Any, int] = {}
-
-        self._open: list[_Journal] = []
-        self._undo: list[_Journal] = []
-        self._undo_end = ""  # why nothing earlier than `_undo` can be undone
-        self._purged = 0  # a purge is part of the open transaction
-        self._changed = False  # version went up within it
+        self.entry_records: dict[int, Entry | None] = {}
+        self.edit_records: dict[int, Edit | None] = {}
+        self.retired_values: dict[int, Tensor] = {}
+        self.by_prompt: dict[Label, int] = {}
+        self.by_query: dict[bytes, int] = {}
+        self.live_edits = 0
+        self.purged = False
+        self.next_id = 0
+        self.next_value_id = 0
+        self._label_numbers: dict[Label | float, int] = {}  # never taken back either
+        self._changed = False  # version went up within the open transaction
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: item for name, item in vars(self).items() if name != "lock"}
@@ -100,252 +99,286 @@ class Rows:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, lock=threading.RLock())
 
-    # ------------------------------------------------------------------ transactions
+    def held(self, table: str, key: Any) -> Any:
+        """Return what a place holds; see `journal.Part`."""
+        return getattr(self, table) if table in _NUMBERS else getattr(self, table).get(key, _Absent)
+
+    def put_back(self, table: str, key: Any, old: Any) -> None:
+        """Let a place hold what it held; see `journal.Part`."""
+        if table in _NUMBERS:
+            setattr(self, table, old)
+        elif old is _Absent:
+            getattr(self, table).pop(key, None)
+        else:
+            getattr(self, table)[key] = old
+
+    def _put(self, table: str, key: Any, record: Any) -> None:
+        self.journal.note(self, table, key)
+        getattr(self, table)[key] = record
+
+    def _drop(self, table: str, key: Any) -> None:
+        self.journal.note(self, table, key)
+        getattr(self, table).pop(key, None)
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Group what is done inside into one step of undo, all of it or nothing.
-
-        Any exception, KeyboardInterrupt included, restores everything to the bit (`version`, which
-        only goes up, and the numbering of ids apart) and is raised on. Transactions nest: an inner
-        one that fails takes back its own part only.
-        """
-        self._open.append({})
+        """Make what is done inside one step of undo, all of it or nothing; may be nested."""
+        self.journal.begin()
         try:
             yield
-            sketching.tell(self)
+            with self.lock:
+                self.slots.tell_sketch()
         except BaseException:
             with self.lock:
-                self._restore(self._open.pop())
-                if not self._open:
+                self.journal.roll_back()
+                if not self.journal.is_open:
                     if self._changed:  # somebody may have seen a version in between
                         self.version += 1
                     self._changed = False
-                sketching.tell(self)
+                self.slots.tell_sketch()
             raise
-        journal = self._open.pop()
-        if self._open:
-            for place, old in journal.items():
-                self._open[-1].setdefault(place, old)
-            return
-        if journal:
-            self._undo.append(journal)
-        if self._purged:
-            self._undo.clear()
-            self._undo_end = "a purge"
-        self._purged, self._changed = 0, False
+        self.journal.end()
+        if not self.journal.is_open:
+            if self.purged:
+                self.journal.forget("a purge")
+            self.purged = self._changed = False
 
-    def undo(self) -> None:
-        """Take the last operation or transaction back, to the bit; may be called again and again.
-
-        Only `version` goes up instead, and the ids that were given out stay used.
-
-        Raises:
-            UndoError: there is nothing to undo: nothing was done, or what was done lies before a
-                purge or before loading. Or a transaction is open.
-        """
-        if self._open:
-            raise UndoError("undo must not be called inside a transaction, got an open one")
-        if not self._undo:
-            after = self._undo_end or "the codebook was made"
-            raise UndoError(f"undo must follow a change, got none since {after}")
-        journal = self._undo[-1]
-        if ("_capacity", None) in journal and not self.frozen:
-            self._warn_of_new_memory(journal["_capacity", None])
-        with self.lock:
-            self._restore(self._undo.pop())
-            self.version += 1
-            sketching.settle(self)
-
-    def _bump(self) -> None:
+    def end_change(self) -> None:
+        """Do what ends every change: drop values nobody needs, count it, maintain the sketch."""
+        self._drop_values()
         self.version += 1
         self._changed = True
+        self.slots.maintain_sketch()
 
-    def _save(self, table: str, key: Any = None) -> None:
-        """Remember what `table` holds at `key` before it changes, the first time in a journal."""
-        journal = self._open[-1]
-        if (table, key) not in journal:
-            journal[table, key] = self._read(table, key)
+    def undo(self) -> None:
+        """Take the last step back; only `version`, ids and value ids go on.
 
-    def _read(self, table: str, key: Any) -> Any:
-        if table in _VECTORS:
-            row = getattr(self, table)[key]
-            return row.clone() if row.view(torch.uint8).any() else None  # None: zeros
-        if table in _SCALARS:
-            return getattr(self, table)[key].item()
-        if table == "_answers":
-            return self._answer_slot[key].item(), self._answer_distance[key].item()
-        if table == "_capacity":
-            return len(self.radii)
-        if table in _NUMBERS:
-            return getattr(self, table)
-        return getattr(self, table).get(key, _ABSENT)
+        Raises:
+            UndoError: there is none, or a transaction is open.
+        """
+        self.journal.require_step()
+        capacity = self.journal.before_last(self.slots, "capacity")
+        if capacity is not None and not self.slots.frozen:
+            self.slots.warn_of_new_memory(capacity)
+        with self.lock:
+            self.journal.undo()
+            self.version += 1
+            self.slots.maintain_sketch()
 
-    def _restore(self, journal: _Journal) -> None:
-        # Backwards: rows beyond the old capacity are written before the tensors shrink.
-        for (table, key), old in reversed(journal.items()):
-            if table in _VECTORS or table in _SCALARS:
-                self._set_row(table, key, 0 if old is None else old)
-            elif table == "_answers":
-                self._answer_slot[key], self._answer_distance[key] = old
-            elif table == "_capacity":
-                if not self.frozen:  # captured graphs must keep their memory
-                    self._resize(old)
-            elif table in _NUMBERS:
-                setattr(self, table, old)
-                if table == "_row_count":
-                    self.count.fill_(old)
-            elif old is _ABSENT:
-                getattr(self, table).pop(key, None)
-            else:
-                getattr(self, table)[key] = old
+    def fill(
+        self,
+        imported: Imported,
+        edits: dict[int, Edit | None],
+        entries: dict[int, Entry | None],
+        retired_values: dict[int, Tensor],
+    ) -> None:
+        """Let these be the records of an empty codebook whose slots and queries were filled."""
+        self.imported, self.retired_values = imported, retired_values
+        self.edit_records, self.entry_records = edits, entries
+        count = len(imported.labels)
+        self.live_edits = count - sum(id < count for id in edits)
+        for edit in edits.values():
+            if edit is None or not edit.live:
+                continue
+            self.live_edits += 1
+            if edit.query_index >= 0:
+                self.by_query[digest(self.query_of(edit))] = edit.id
+                if edit.prompt is not None:
+                    self.by_prompt[edit.prompt] = edit.id
+        labels: dict[int, Label | None] = dict(enumerate(imported.labels))
+        labels |= {slot: None if entry is None else entry.label for slot, entry in entries.items()}
+        each = map(labels.get, range(self.slots.in_use))
+        self.slots.fill_labels([-1 if x is None else self.label_number(x) for x in each])
 
-    # ------------------------------------------------------------------ writing
-
-    def _put(self, table: str, key: Any, item: Any = _ABSENT) -> None:
-        """Set a host record, or remove it."""
-        self._save(table, key)
-        if item is _ABSENT:
-            getattr(self, table).pop(key, None)
-        else:
-            getattr(self, table)[key] = item
-
-    def _set_number(self, name: str, number: int) -> None:
-        self._save(name)
-        setattr(self, name, number)
-        if name == "_row_count":
-            self.count.fill_(number)
-
-    def _write(self, table: str, row: int, data: Tensor | float) -> None:
-        """Write one row of a tensor; a vector that holds these bits already is left alone."""
-        target = getattr(self, table)
-        if isinstance(data, Tensor):
-            data = data.to(target.device)
-            if same_bits(target[row], data):
-                return
-        self._save(table, row)
-        self._set_row(table, row, data)
-
-    def _set_row(self, table: str, row: int, data: Tensor | float) -> None:
-        # The one place where a row of a codebook in use is written.
-        sketching.touch(self, table, row)
-        getattr(self, table)[row] = data
-
-    def _write_answer(self, row: int, slot: int, distance: float) -> None:
-        self._save("_answers", row)
-        self._answer_slot[row], self._answer_distance[row] = slot, distance
-
-    def _new_slot(self) -> int:
-        """Take the lowest dead row, else a new one."""
-        if self._holes:
-            slot = min(self._holes)
-            self._put("_holes", slot)
-            return slot
-        slot = self._row_count
-        if slot == len(self.radii):
-            if self.frozen:
-                raise CapacityError(
-                    f"capacity must exceed the {slot} rows in use while the codebook is frozen, "
-                    f"got {slot}; thaw it, or attach with a larger capacity"
-                )
-            self._warn_of_new_memory(2 * slot)
-            self._save("_capacity")
-            self._resize(2 * slot)
-        self._set_number("_row_count", slot + 1)
-        return slot
-
-    def _warn_of_new_memory(self, capacity: int) -> None:
-        if self.radii.is_cuda:
-            warnings.warn(
-                f"the codebook moves from {len(self.radii)} rows into new memory for {capacity}: "
-                "CUDA graphs captured before must be captured again",
-                stacklevel=3,
-            )
-
-    def _resize(self, capacity: int) -> None:
-        fills = {"keys": 0, "values": 0, "radii": -math.inf, "_label_ids": -1}
-        grown = {name: resized(getattr(self, name), capacity, fill) for name, fill in fills.items()}
-        sketch, upkeep = sketching.resized(self, grown["keys"])
-        # All made before the first is replaced.
-        vars(self).update(grown, sketch=sketch, _upkeep=upkeep)
-
-    def _new_query_row(self, query: Tensor, edit_id: int) -> int:
-        row = self._query_count
-        if row == len(self._queries):
-            capacity = max(64, 2 * row)
-            for name in ("_queries", "_answer_slot", "_answer_distance", "_query_owner"):
-                setattr(self, name, resized(getattr(self, name), capacity, 0))
-        self._set_number("_query_count", row + 1)
-        self._write("_queries", row, query)
-        self._write("_query_owner", row, edit_id)
-        self._write_answer(row, -1, -math.inf)
-        return row
-
-    def _write_entry(self, slot: int, entry: Entry, value: Tensor | None, number: int) -> None:
-        """Make or change the record of a row, with a new value if one is given."""
-        if value is not None:
-            self._retire_value(slot)
-            self._write("values", slot, value)
-        self._write("_label_ids", slot, number)
-        self._put("_entries", slot, entry)
-
-    def _retire_value(self, slot: int) -> None:
-        """Keep a value that is about to be overwritten; `_prune_pool` drops it if nobody cares."""
-        entry = self._entry(slot)
-        if entry is not None and entry.stamp not in self._pool:
-            self._put("_pool", entry.stamp, self.values[slot].cpu().clone())
-
-    def _prune_pool(self) -> None:
-        """Drop the values that no edit refers to or that a row holds."""
-        if not self._pool:
-            return
-        held = {entry.stamp for entry in self._entries.values() if entry is not None}
-        wanted = {edit.stamp for edit in self._edits.values() if edit is not None} - held
-        for stamp in list(self._pool):
-            untouched = stamp < len(self._imported_labels) and stamp not in self._entries
-            if stamp not in wanted or untouched:
-                self._put("_pool", stamp)
-
-    # ------------------------------------------------------------------ reading
-
-    def _entry(self, slot: int) -> Entry | None:
-        if slot in self._entries:
-            return self._entries[slot]
-        if 0 <= slot < len(self._imported_labels):
-            return Entry(self._imported_labels[slot], slot, slot, (slot,))
+    def entry(self, slot: int) -> Entry | None:
+        """Return the entry of a slot, None where there is none."""
+        if slot in self.entry_records:
+            return self.entry_records[slot]
+        if 0 <= slot < len(self.imported.labels):
+            return Entry(self.imported.labels[slot], slot, slot, (slot,))
         return None
 
-    def _value_of(self, edit: Edit) -> Tensor:
-        """Return `[V]` the value that answers an edit, or last did."""
-        if edit.stamp in self._pool:
-            return self._pool[edit.stamp]
-        # An imported value sits in the row of its own number until it is overwritten.
-        for slot in (edit.slot, edit.stamp):
-            entry = self._entry(slot)
-            if entry is not None and entry.stamp == edit.stamp:
-                return self.values[slot]
-        raise KeyError(f"value {edit.stamp} of edit {edit.id} is not stored")
+    def live_entry(self, slot: int) -> Entry:
+        """Return the entry of a slot that is known to hold one."""
+        entry = self.entry(slot)
+        assert entry is not None, slot
+        return entry
 
-    def _stored_query(self, edit: Edit) -> Tensor:
-        """Return `[D]` the query of an edit of the history."""
-        return self.keys[edit.id] if edit.row < 0 else self._queries[edit.row]
+    def is_imported(self, slot: int) -> bool:
+        """Say whether a slot belongs to an imported edit that was not deleted."""
+        if slot >= len(self.imported.labels):
+            return False
+        edit = self.edit_records.get(slot, self)
+        return edit is self or (isinstance(edit, Edit) and edit.state != "deleted")
 
+    def place_entry(
+        self, entry: Entry, key: Tensor, value: Tensor, radius: float, slot: int | None = None
+    ) -> int:
+        """Put an entry into a free slot, the lowest unless one is named; return which.
 
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Say whether two vectors of one dtype are equal to the bit (-0 is not 0, a NaN is itself)."""
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+        Raises:
+            CapacityError: the codebook is frozen and full.
+        """
+        slot = self.slots.take(slot)
+        self.slots.write_key(slot, key)
+        self.slots.write_value(slot, value)
+        self.put_entry(slot, entry)
+        self.slots.write_radius(slot, radius)  # last: it makes the slot live
+        return slot
 
+    def put_entry(self, slot: int, entry: Entry, value: Tensor | None = None) -> None:
+        """Change the entry of a slot, together with its value if one is given."""
+        if value is not None:
+            self.retire_value(slot)
+            self.slots.write_value(slot, value)
+        self.slots.write_label(slot, self.label_number(entry.label))
+        self._put("entry_records", slot, entry)
 
-def digest(query: Tensor) -> bytes:
-    """Return a hash of a query's numbers; -0 and 0, between which the distance is 0, are one."""
-    plain = (query.detach().cpu() + 0.0).contiguous().view(torch.uint8)
-    return hashlib.blake2b(plain.numpy().tobytes(), digest_size=16).digest()
+    def vacate(self, slot: int) -> None:
+        """Take the entry out of a slot, which is free then; key and value stay for now."""
+        self.slots.release(slot)
+        if slot < len(self.imported.labels):
+            self._put("entry_records", slot, None)
+        else:
+            self._drop("entry_records", slot)
 
+    def edit(self, id: int) -> Edit:
+        """Return an edit of the history.
 
-def resized(tensor: Tensor, rows: int, fill: float) -> Tensor:
-    """Return a copy of `tensor` with `rows` rows, new ones filled with `fill`."""
-    with torch.inference_mode(False):  # or nobody could write to it outside of that mode
-        out = tensor.new_full((rows, *tensor.shape[1:]), fill)
-        kept = min(rows, len(tensor))
-        out[:kept] = tensor[:kept]
-    return out
+        Raises:
+            KeyError: there is none with this id, or it was purged.
+        """
+        edit = self.edit_records.get(id)
+        if edit is not None:
+            return edit
+        if id in self.edit_records or not 0 <= id < len(self.imported.labels):
+            raise KeyError(f"id must be that of an edit in the history, got {id}")
+        radius = self.imported.radii[id].item()
+        result = EditResult(id, "import", id, -1, math.inf, None, radius)
+        return Edit(id, self.imported.labels[id], None, -1, id, id, None, result)
+
+    def history(self) -> list[Edit]:
+        """Return every edit that was not purged, by id."""
+        ids = sorted({*range(len(self.imported.labels)), *self.edit_records})
+        return [self.edit(id) for id in ids if self.edit_records.get(id, self) is not None]
+
+    def live_ids(self) -> list[int]:
+        """Return the ids of the live edits, ascending."""
+        imported = [i for i in range(len(self.imported.labels)) if i not in self.edit_records]
+        return sorted(imported + [e.id for e in self.edit_records.values() if e and e.live])
+
+    def query_of(self, edit: Edit) -> Tensor:
+        """Return the stored query `[D]` of an edit of the history, of the host or a slot's key."""
+        if edit.query_index < 0:
+            return self.slots.keys[edit.id]
+        return self.queries.vectors[edit.query_index]
+
+    def earlier_edit(self, prompt: Label | None, query: Tensor) -> int | None:
+        """Return the live edit, imported ones apart, with this prompt, or else with this query."""
+        earlier = None if prompt is None else self.by_prompt.get(prompt)
+        return self.by_query.get(digest(query)) if earlier is None else earlier
+
+    def put_edit(self, edit: Edit) -> None:
+        """Make or change the record of an edit."""
+        self._put("edit_records", edit.id, edit)
+
+    def make_live(self, edit: Edit, query: Tensor, slot: int, distance: float) -> None:
+        """Let an edit be live, with this stored query and what answers it."""
+        self.queries.set_answer(edit.query_index, slot, distance)
+        if edit.prompt is not None:
+            self._put("by_prompt", edit.prompt, edit.id)
+        self._put("by_query", digest(query), edit.id)
+        self.put_edit(replace(edit, slot=slot))
+        self._put_number("live_edits", self.live_edits + 1)
+
+    def supersede(self, id: int, by: int) -> None:
+        """Let a live edit be superseded by another: no entry answers for it any more."""
+        edit = self.edit(id)
+        self.leave_entry(edit)
+        self.put_edit(replace(edit, state="superseded", slot=-1, superseded_by=by))
+        if edit.query_index >= 0:
+            self.queries.clear_answer(edit.query_index)
+        if edit.prompt is not None and self.by_prompt.get(edit.prompt) == id:
+            self._drop("by_prompt", edit.prompt)
+        query = digest(self.query_of(edit))
+        if self.by_query.get(query) == id:
+            self._drop("by_query", query)
+        self._put_number("live_edits", self.live_edits - 1)
+
+    def leave_entry(self, edit: Edit) -> None:
+        """Take an edit out of the members of the entry that answers it."""
+        entry = self.entry(edit.slot)
+        if entry is not None and edit.id in entry.members:
+            members = tuple(id for id in entry.members if id != edit.id)
+            self._put("entry_records", edit.slot, replace(entry, members=members))
+
+    def join_entry(self, edit: Edit, slot: int) -> None:
+        """Add an edit to the members of an entry."""
+        entry = self.live_entry(slot)
+        members = tuple(sorted({*entry.members, edit.id}))
+        self._put("entry_records", slot, replace(entry, members=members))
+
+    def clear_live(self) -> None:
+        """Forget which edits are live, imported ones apart, and what answers them."""
+        for index in range(self.queries.count):
+            self.queries.clear_answer(index)
+        for table in ("by_prompt", "by_query"):
+            for key in list(getattr(self, table)):
+                self._drop(table, key)
+        imported = len(self.imported.labels)
+        gone = sum(id < imported and not self.is_imported(id) for id in self.edit_records)
+        self._put_number("live_edits", imported - gone)
+
+    def purge(self, edit: Edit) -> None:
+        """Erase a deleted edit and its query; the end of the transaction ends the undo there."""
+        self.queries.erase(edit.query_index)
+        self._put("edit_records", edit.id, None)
+        self._put_number("purged", True)
+
+    def _put_number(self, name: str, number: int) -> None:
+        self.journal.note(self, name)
+        setattr(self, name, number)
+
+    def value_of(self, edit: Edit) -> Tensor:
+        """Return the value `[V]` that answers an edit, or last did."""
+        if edit.value_id in self.retired_values:
+            return self.retired_values[edit.value_id]
+        # An imported value sits in the slot of its own number until it is overwritten.
+        for slot in (edit.slot, edit.value_id):
+            entry = self.entry(slot)
+            if entry is not None and entry.value_id == edit.value_id:
+                return self.slots.values[slot]
+        raise KeyError(f"value {edit.value_id} of edit {edit.id} is not stored")
+
+    def retire_value(self, slot: int) -> None:
+        """Keep the value of a slot that is about to lose it; `end_change` drops it if unneeded."""
+        entry = self.entry(slot)
+        if entry is not None and entry.value_id not in self.retired_values:
+            self._put("retired_values", entry.value_id, self.slots.values[slot].cpu().clone())
+
+    def _drop_values(self) -> None:
+        """Drop the retired values that no edit refers to or that a slot holds."""
+        if not self.retired_values:
+            return
+        held = {e.value_id for e in self.entry_records.values() if e is not None}
+        wanted = {e.value_id for e in self.edit_records.values() if e is not None} - held
+        for id in list(self.retired_values):
+            untouched = id < len(self.imported.labels) and id not in self.entry_records
+            if id not in wanted or untouched:
+                self._drop("retired_values", id)
+
+    def label_number(self, label: Label) -> int:
+        """Return the number that stands for a label on the device; labels keep theirs."""
+        return self._label_numbers.setdefault(
+            self.settings.label_key(label), len(self._label_numbers)
+        )
+
+    def distance_to_other_label(self, query: Tensor, label: Label) -> float:
+        """Return the distance from `[D]` to the nearest entry of another label; +inf for none."""
+        number = self._label_numbers.get(self.settings.label_key(label), -1)
+        return self.slots.nearest_of_other_label(query, number)
+
+    def lookup(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """Find the entries that answer `[B, D]`, as in serving."""
+        with self.lock:
+            return self.slots.lookup(query)

@@ -16,27 +16,21 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as render_tensors
-from torch import Tensor
 
-from . import sketch_upkeep as sketching
+from . import snapshot
 from .codebook import Codebook
-from .records import Edit, EditResult, Entry
-from .storage import digest
 
 FORMAT = 1
 CONFIG = "grace_config.json"
 TENSORS = "codebook.safetensors"
 EDITS = "edits.jsonl"
 _NEW = ".new"
-_FLOATS = ("distance", "radius_before", "radius_after", "loss_start", "loss_end")
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float16, torch.bfloat16)}
 _DTYPES["float64"] = torch.float64
 
@@ -60,32 +54,15 @@ def save(codebook: Codebook, directory: str | Path, config: dict[str, Any]) -> N
         TypeError, ValueError: `config` is not JSON. Nothing is written.
         OSError: as the file system says.
     """
-    if codebook._open:
-        raise ValueError("codebook must not be inside a transaction, got an open one")
+    storage = codebook.storage
+    if storage.journal.is_open:
+        raise ValueError("cannot save inside a transaction: end it first")
     directory = Path(directory)
-    rows = {edit.id: row for row, edit in enumerate(e for e in codebook.history if e.row >= 0)}
-    files = {
-        TENSORS: render_tensors(_tensors(codebook, rows)),
-        EDITS: "".join(_line(record) for record in _records(codebook, rows)).encode(),
-    }
+    tensors, records = snapshot.content_of(storage)
+    files = {TENSORS: render_tensors(tensors), EDITS: records.encode()}
     described: dict[str, Any] = {
         "format": FORMAT,
-        "codebook": {
-            "key_dim": codebook.keys.shape[1],
-            "value_dim": codebook.values.shape[1],
-            "dtype": str(codebook.keys.dtype).removeprefix("torch."),
-            "value_dtype": str(codebook.values.dtype).removeprefix("torch."),
-            "policy": codebook.policy,
-            "radius": codebook.radius,
-            "drift": codebook.drift,
-            "max_radius": codebook.max_radius if math.isfinite(codebook.max_radius) else None,
-            "capacity": codebook.capacity,
-            "rows": codebook._row_count,
-            "imported": len(codebook._imported_labels),
-            "version": codebook.version,
-            "next_id": codebook._next_id,
-            "next_stamp": codebook._next_stamp,
-        },
+        "codebook": snapshot.settings_of(storage),
         "config": config,
         "files": {name: _sha256(content) for name, content in files.items()},
     }
@@ -124,86 +101,15 @@ def load(
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{directory / CONFIG}: bad settings ({error!r})") from error
     try:
-        _fill_tensors(book, tensors, described["codebook"])
-        sketching.restore(book, tensors)
+        snapshot.fill_tensors(book.storage, tensors, described["codebook"])
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{directory / TENSORS}: bad tensors ({error!r})") from error
     try:
-        _fill_records(book, files[EDITS], tensors)
+        snapshot.fill_records(book.storage, files[EDITS].decode(), tensors)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise StoreError(f"{directory / EDITS}: bad record ({error!r})") from error
-    sketching.settle(book.to(device))
+    book.to(device).storage.slots.maintain_sketch()
     return book, described["config"]
-
-
-# ---------------------------------------------------------------------- what is written
-
-
-def _tensors(book: Codebook, rows: dict[int, int]) -> dict[str, Tensor]:
-    count = book._row_count
-    edits = [book.edit(id) for id in rows]
-    at = torch.tensor([edit.row for edit in edits], dtype=torch.int64)
-    stamps = sorted(book._pool)
-    pool = [book._pool[stamp].cpu() for stamp in stamps]
-    flat = [id for label in book._imported_labels for id in label]
-    tensors = {
-        "keys": book.keys[:count],
-        "values": book.values[:count],
-        "radii": book.radii[:count],
-        "queries": book._queries[at],
-        "distances": book._answer_distance[at],
-        "pool": torch.stack(pool) if pool else book.values[:0],
-        "pool_stamps": torch.tensor(stamps, dtype=torch.int64),
-        "imported_radii": book._imported_radii,
-        "imported_labels": torch.tensor(flat, dtype=torch.int64),
-        "imported_lengths": torch.tensor([len(x) for x in book._imported_labels]).long(),
-        **sketching.saved(book),
-    }
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _records(book: Codebook, rows: dict[int, int]) -> Iterator[dict[str, Any]]:
-    """Describe every edit and every entry about which there is more to say than "as imported"."""
-    for id, edit in sorted(book._edits.items()):
-        if edit is None:
-            yield {"purged": id}
-            continue
-        yield {
-            "edit": id,
-            "state": edit.state,
-            "superseded_by": edit.superseded_by,
-            "label": edit.label,
-            "prompt": edit.prompt,
-            "query": rows.get(id, -1),
-            "slot": edit.slot,
-            "value": edit.stamp,
-            "verified": None if edit.verified is None else sorted(edit.verified),
-            "result": {name: _plain(item) for name, item in asdict(edit.result).items()},
-        }
-    for slot, held in sorted(book._entries.items()):
-        if held is None:
-            yield {"dead": slot}
-            continue
-        yield {
-            "entry": slot,
-            "label": held.label,
-            "value": held.stamp,
-            "owner": held.owner,
-            "members": held.members,
-        }
-
-
-def _plain(item: Any) -> Any:
-    """Return what JSON can hold: a number that is not finite becomes its name."""
-    return str(item) if isinstance(item, float) and not math.isfinite(item) else item
-
-
-def _number(name: str, item: Any) -> Any:
-    return float(item) if name in _FLOATS and isinstance(item, str) else item
-
-
-def _line(record: dict[str, Any]) -> str:
-    return json.dumps(record, separators=(",", ":"), allow_nan=False) + "\n"
 
 
 def _render(described: dict[str, Any]) -> bytes:
@@ -245,9 +151,6 @@ def _sync(directory: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-# ---------------------------------------------------------------------- what is read
 
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -320,108 +223,8 @@ def _empty(settings: dict[str, Any]) -> Codebook:
     )
     if not 0 <= settings["rows"] <= settings["capacity"]:
         raise ValueError(f"rows must lie in [0, {settings['capacity']}], got {settings['rows']}")
-    book.version = settings["version"]
-    book._next_id, book._next_stamp = settings["next_id"], settings["next_stamp"]
-    book._undo_end = "it was loaded"
+    storage = book.storage
+    storage.version = settings["version"]
+    storage.next_id, storage.next_value_id = settings["next_id"], settings["next_stamp"]
+    storage.journal.forget("the codebook was loaded")
     return book
-
-
-def _fill_tensors(book: Codebook, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
-    rows, imported = settings["rows"], settings["imported"]
-    key_dim, value_dim = book.keys.shape[1], book.values.shape[1]
-    edits, pool = len(tensors["queries"]), len(tensors["pool_stamps"])
-    expected: dict[str, tuple[torch.dtype, list[int]]] = {
-        "keys": (book.keys.dtype, [rows, key_dim]),
-        "values": (book.values.dtype, [rows, value_dim]),
-        "radii": (torch.float32, [rows]),
-        "queries": (book.keys.dtype, [edits, key_dim]),
-        "distances": (torch.float32, [edits]),
-        "pool": (book.values.dtype, [pool, value_dim]),
-        "pool_stamps": (torch.int64, [pool]),
-        "imported_radii": (torch.float32, [imported]),
-        "imported_labels": (torch.int64, [int(tensors["imported_lengths"].sum())]),
-        "imported_lengths": (torch.int64, [imported]),
-    }
-    for name, (dtype, shape) in expected.items():
-        got = tensors[name]
-        if got.dtype != dtype or list(got.shape) != shape:
-            raise ValueError(f"{name} must be {dtype} {shape}, got {got.dtype} {list(got.shape)}")
-    book.keys[:rows], book.values[:rows] = tensors["keys"], tensors["values"]
-    book.radii[:rows] = tensors["radii"]
-    book._row_count = rows
-    book.count.fill_(rows)
-    book._imported_radii = tensors["imported_radii"].clone()
-    flat, start = tensors["imported_labels"].tolist(), 0
-    for length in tensors["imported_lengths"].tolist():
-        book._imported_labels.append(tuple(flat[start : start + length]))
-        start += length
-    for stamp, value in zip(tensors["pool_stamps"].tolist(), tensors["pool"], strict=True):
-        book._pool[stamp] = value.clone()
-
-
-def _fill_records(book: Codebook, content: bytes, tensors: dict[str, Tensor]) -> None:
-    with book.transaction():
-        for line in content.decode().splitlines():
-            record = json.loads(line)
-            if "edit" in record:
-                _fill_edit(book, record, tensors)
-            elif "entry" in record:
-                book._entries[record["entry"]] = Entry(
-                    tuple(record["label"]),
-                    record["value"],
-                    record["owner"],
-                    tuple(record["members"]),
-                )
-            elif "dead" in record:
-                book._entries[record["dead"]] = None
-            else:
-                book._edits[record["purged"]] = None
-    book._undo.clear()
-    imported = range(len(book._imported_labels))
-    book._live_edits = sum(i not in book._edits for i in imported)
-    book._live_edits += sum(edit is not None and edit.live for edit in book._edits.values())
-    numbers = []
-    for slot, radius in enumerate(tensors["radii"].tolist()):
-        entry = book._entry(slot)
-        if (entry is None) != (radius == -math.inf):
-            raise ValueError(f"row {slot} is dead in one file and live in the other")
-        if entry is None:
-            book._holes[slot] = None
-        numbers.append(-1 if entry is None else book._label_number(entry.label))
-    book._label_ids[: book._row_count] = torch.tensor(numbers, dtype=torch.int64)
-    if book._query_count != len(tensors["queries"]):
-        raise ValueError(f"{len(tensors['queries'])} queries for {book._query_count} edits")
-    # Rows and edits without a record of their own are as imported: row i answers for edit i.
-    members = {(m, slot) for slot, entry in book._entries.items() if entry for m in entry.members}
-    live = {(e.id, e.slot) for e in book._edits.values() if e and e.live}
-    members |= {(i, slot) for i, slot in live if i == slot in imported and i not in book._entries}
-    live |= {(i, i) for i in book._entries if i in imported and i not in book._edits}
-    if members != live:
-        raise ValueError("the members of the rows are not the live edits")
-
-
-def _fill_edit(book: Codebook, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    id, at = record["edit"], record["query"]
-    prompt = None if record["prompt"] is None else tuple(record["prompt"])
-    row = -1
-    if at >= 0:
-        row = book._new_query_row(tensors["queries"][at], id)
-        book._answer_slot[row] = record["slot"]
-        book._answer_distance[row] = tensors["distances"][at]
-    edit = Edit(
-        id=id,
-        label=tuple(record["label"]),
-        prompt=prompt,
-        row=row,
-        slot=record["slot"],
-        stamp=record["value"],
-        verified=None if record["verified"] is None else frozenset(record["verified"]),
-        result=EditResult(**{name: _number(name, x) for name, x in record["result"].items()}),
-        state=record["state"],
-        superseded_by=record["superseded_by"],
-    )
-    book._edits[id] = edit
-    if edit.live and row >= 0:
-        if prompt is not None:
-            book._by_prompt[prompt] = id
-        book._by_query[digest(tensors["queries"][at])] = id

@@ -1,0 +1,101 @@
+"""Taking changes back: what each place held before it changed.
+
+The parts of the storage (slots, queries, records) are made of places, each named by a table and a
+key: ("radii", 7), ("edits", 12), ("in_use", None). Before a part changes one of its places it calls
+`Journal.note`, which keeps what the place holds, once per transaction. So a change costs memory and
+time for what it touches, however large the codebook is.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from .records import UndoError
+
+
+class Part(Protocol):
+    """A part of the storage whose changes can be taken back."""
+
+    def held(self, table: str, key: Any) -> Any:
+        """Return what a place holds, in a form that stays as it is when the place changes."""
+
+    def put_back(self, table: str, key: Any, old: Any) -> None:
+        """Let a place hold again what `held` returned for it."""
+
+
+_Step = dict[tuple[Part, str, Any], Any]  # in the order of the first change of each place
+
+
+class Journal:
+    """The open transactions, the innermost last, and the steps of undo, the latest last."""
+
+    def __init__(self) -> None:
+        self._open: list[_Step] = []
+        self._steps: list[_Step] = []
+        self._beginning = "the codebook was made"
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a transaction is open."""
+        return bool(self._open)
+
+    @property
+    def steps(self) -> int:
+        """How many times `undo` may be called."""
+        return len(self._steps)
+
+    def note(self, part: Part, table: str, key: Any = None) -> None:
+        """Keep what a place holds; to be called before it changes, within a transaction."""
+        place = (part, table, key)
+        if place not in self._open[-1]:
+            self._open[-1][place] = part.held(table, key)
+
+    def begin(self) -> None:
+        """Open a transaction."""
+        self._open.append({})
+
+    def end(self) -> None:
+        """Close the innermost transaction: it becomes a part of the outer one, or a step of undo.
+
+        One in which nothing changed is no step.
+        """
+        step = self._open.pop()
+        if self._open:
+            for place, old in step.items():
+                self._open[-1].setdefault(place, old)
+        elif step:
+            self._steps.append(step)
+
+    def roll_back(self) -> None:
+        """Close the innermost transaction and take back what was changed in it."""
+        _put_back(self._open.pop())
+
+    def require_step(self) -> None:
+        """Raise UndoError unless there is something to undo and no transaction is open."""
+        if self._open:
+            raise UndoError("cannot undo inside a transaction: end it first")
+        if not self._steps:
+            raise UndoError(f"cannot undo: nothing has changed since {self._beginning}")
+
+    def before_last(self, part: Part, table: str, key: Any = None) -> Any:
+        """Return what `undo` would put back in a place; None where it leaves that as it is."""
+        return self._steps[-1].get((part, table, key))
+
+    def undo(self) -> None:
+        """Take the last step back."""
+        _put_back(self._steps.pop())
+
+    def forget(self, event: str) -> None:
+        """Let nothing that was done before now be undone, for the reason of `event`.
+
+        Args:
+            event: what the error says then, after "nothing has changed since".
+        """
+        self._steps.clear()
+        self._beginning = event
+
+
+def _put_back(step: _Step) -> None:
+    # Backwards: slots beyond the old capacity are written before the tensors shrink.
+    for (part, table, key), old in reversed(step.items()):
+        part.put_back(table, key, old)

@@ -1,0 +1,126 @@
+"""The queries that edits were made with, and what answers each of them now."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grace_kernels import nearest
+
+from .journal import Journal
+from .tensors import resized, same_bits
+
+_TENSORS = ("vectors", "owners", "slots", "distances")
+
+
+class Queries:
+    """Stored queries, on the host; one per edit that was not imported, at its `query_index`.
+
+    Attributes:
+        count: how many there are; the tensors may have room for more.
+        vectors: `[Q, D]`, the queries.
+        owners: `[Q]` int64, ids of their edits; -1 for a purged one.
+        slots, distances: `[Q]` int64 and float32, the entry that answers each query and how far
+            its key is; slot -1 at -inf where the edit is not live, so that no key is ever nearer.
+    """
+
+    def __init__(self, key_dim: int, dtype: torch.dtype, journal: Journal) -> None:
+        self.count = 0
+        self.vectors = torch.zeros(0, key_dim, dtype=dtype)
+        self.owners = torch.zeros(0, dtype=torch.int64)
+        self.slots = torch.zeros(0, dtype=torch.int64)
+        self.distances = torch.zeros(0)
+        self._journal = journal
+
+    def held(self, table: str, key: Any) -> Any:
+        """Return what a place holds; see `journal.Part`."""
+        if table == "vectors":
+            query = self.vectors[key]
+            return query.clone() if query.view(torch.uint8).any() else None  # None: zeros
+        if table == "answers":
+            return self.answer(key)
+        return self.count if table == "count" else self.owners[key].item()
+
+    def put_back(self, table: str, key: Any, old: Any) -> None:
+        """Let a place hold what it held; see `journal.Part`."""
+        if table == "vectors":
+            self.vectors[key] = 0 if old is None else old
+        elif table == "answers":
+            self.slots[key], self.distances[key] = old
+        elif table == "count":
+            self.count = old
+        else:
+            self.owners[key] = old
+
+    def add(self, query: Tensor, edit_id: int) -> int:
+        """Store the query of an edit, which nothing answers yet; return its index."""
+        index = self.count
+        if index == len(self.owners):
+            for name in _TENSORS:
+                setattr(self, name, resized(getattr(self, name), max(64, 2 * index), 0))
+        self._journal.note(self, "count")
+        self.count = index + 1
+        self.write(index, query)
+        self._own(index, edit_id)
+        self.clear_answer(index)
+        return index
+
+    def fill(self, vectors: Tensor, owners: list[int], slots: list[int], distances: Tensor) -> None:
+        """Let there be these, where there were none, without a note in the journal."""
+        self.count = len(owners)
+        self.vectors, self.distances = vectors.clone(), distances.clone()
+        self.owners = torch.tensor(owners, dtype=torch.int64)
+        self.slots = torch.tensor(slots, dtype=torch.int64)
+
+    def write(self, index: int, query: Tensor) -> None:
+        """Store another query `[D]`, of any device, in the place of one."""
+        query = query.to(self.vectors.device)
+        if not same_bits(self.vectors[index], query):
+            self._journal.note(self, "vectors", index)
+            self.vectors[index] = query
+
+    def erase(self, index: int) -> None:
+        """Forget a query and whose it was; the index is not used again."""
+        self.write(index, torch.zeros_like(self.vectors[index]))
+        self._own(index, -1)
+
+    def _own(self, index: int, edit_id: int) -> None:
+        self._journal.note(self, "owners", index)
+        self.owners[index] = edit_id
+
+    def answer(self, index: int) -> tuple[int, float]:
+        """Return the slot that answers a query and the distance of its key."""
+        return int(self.slots[index]), self.distances[index].item()
+
+    def set_answer(self, index: int, slot: int, distance: float) -> None:
+        """Note what answers a query now."""
+        self._journal.note(self, "answers", index)
+        self.slots[index], self.distances[index] = slot, distance
+
+    def clear_answer(self, index: int) -> None:
+        """Note that nothing answers a query: its edit is not live."""
+        self.set_answer(index, -1, -math.inf)
+
+    def answered(self) -> tuple[Tensor, Tensor]:
+        """Return the queries `[N, D]` of the live edits and the slots `[N]` that answer them."""
+        live = (self.slots[: self.count] >= 0).nonzero()[:, 0]
+        return self.vectors[live], self.slots[live]
+
+    def draw(self, key: Tensor, slot: int) -> list[int]:
+        """Note that a new key `[D]` in `slot` answers each query to which it is the nearest.
+
+        Of two keys at the same distance the one in the lower slot is. Returns the edits concerned.
+        """
+        if self.count == 0:
+            return []
+        one = torch.full((1,), math.inf)
+        distance = nearest(self.vectors[: self.count], key[None].cpu(), one)[1]
+        held, was = self.slots[: self.count], self.distances[: self.count]
+        nearer = (distance < was) | ((distance == was) & (slot < held))
+        drawn = nearer.nonzero()[:, 0].tolist()
+        for index in drawn:
+            self.set_answer(index, slot, distance[index].item())
+        return [int(self.owners[index]) for index in drawn]

@@ -1,0 +1,219 @@
+"""A codebook as settings, tensors and records that can be written to files, and back.
+
+The names in them are those of the first release and stay: `rows` are slots in use, `value` and
+`stamp` name a value id, `pool` the retired values. Records are one JSON object per edit or entry
+about which there is more to say than "as imported"; `query` is the row of `queries` that an edit
+was made with, -1 for an imported one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .records import Edit, EditResult, Entry
+from .storage import Imported, Storage
+
+_FLOATS = ("distance", "radius_before", "radius_after", "loss_start", "loss_end")
+
+
+def settings_of(storage: Storage) -> dict[str, Any]:
+    """Return what is to be known of a codebook before its tensors are read."""
+    slots, settings = storage.slots, storage.settings
+    return {
+        "key_dim": slots.keys.shape[1],
+        "value_dim": slots.values.shape[1],
+        "dtype": str(slots.keys.dtype).removeprefix("torch."),
+        "value_dtype": str(slots.values.dtype).removeprefix("torch."),
+        "policy": settings.policy,
+        "radius": settings.radius,
+        "drift": settings.drift,
+        "max_radius": settings.max_radius if math.isfinite(settings.max_radius) else None,
+        "capacity": slots.capacity,
+        "rows": slots.in_use,
+        "imported": len(storage.imported.labels),
+        "version": storage.version,
+        "next_id": storage.next_id,
+        "next_stamp": storage.next_value_id,
+    }
+
+
+def content_of(storage: Storage) -> tuple[dict[str, Tensor], str]:
+    """Return the tensors and the lines of records of a codebook."""
+    asked = [edit for edit in storage.history() if edit.query_index >= 0]
+    rows = {edit.id: row for row, edit in enumerate(asked)}
+    at = torch.tensor([edit.query_index for edit in asked], dtype=torch.int64)
+    lines = (json.dumps(r, separators=(",", ":"), allow_nan=False) for r in _records(storage, rows))
+    return _tensors(storage, at), "".join(line + "\n" for line in lines)
+
+
+def _tensors(storage: Storage, at: Tensor) -> dict[str, Tensor]:
+    slots, queries, imported = storage.slots, storage.queries, storage.imported
+    slots.tell_sketch()
+    count = slots.in_use
+    retired = sorted(storage.retired_values)
+    values = [storage.retired_values[id].cpu() for id in retired]
+    flat = [id for label in imported.labels for id in label]
+    tensors = {
+        "keys": slots.keys[:count],
+        "values": slots.values[:count],
+        "radii": slots.radii[:count],
+        "queries": queries.vectors[at],
+        "distances": queries.distances[at],
+        "pool": torch.stack(values) if values else slots.values[:0],
+        "pool_stamps": torch.tensor(retired, dtype=torch.int64),
+        "imported_radii": imported.radii,
+        "imported_labels": torch.tensor(flat, dtype=torch.int64),
+        "imported_lengths": torch.tensor([len(x) for x in imported.labels]).long(),
+        **slots.sketch_upkeep.state(),
+    }
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _records(storage: Storage, rows: dict[int, int]) -> Iterator[dict[str, Any]]:
+    for id, edit in sorted(storage.edit_records.items()):
+        if edit is None:
+            yield {"purged": id}
+            continue
+        yield {
+            "edit": id,
+            "state": edit.state,
+            "superseded_by": edit.superseded_by,
+            "label": edit.label,
+            "prompt": edit.prompt,
+            "query": rows.get(id, -1),
+            "slot": edit.slot,
+            "value": edit.value_id,
+            "verified": None if edit.verified is None else sorted(edit.verified),
+            "result": {name: _plain(item) for name, item in asdict(edit.result).items()},
+        }
+    for slot, entry in sorted(storage.entry_records.items()):
+        if entry is None:
+            yield {"dead": slot}
+            continue
+        yield {
+            "entry": slot,
+            "label": entry.label,
+            "value": entry.value_id,
+            "owner": entry.owner,
+            "members": entry.members,
+        }
+
+
+def _plain(item: Any) -> Any:
+    """Return what JSON can hold: a number that is not finite becomes its name."""
+    return str(item) if isinstance(item, float) and not math.isfinite(item) else item
+
+
+def _number(name: str, item: Any) -> Any:
+    return float(item) if name in _FLOATS and isinstance(item, str) else item
+
+
+def fill_tensors(storage: Storage, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
+    """Fill the slots, and the sketch, of an empty codebook on a CPU.
+
+    Raises:
+        KeyError, TypeError, ValueError: a tensor is missing or not what the settings say.
+    """
+    slots = storage.slots
+    count, imported = settings["rows"], settings["imported"]
+    key_dim, value_dim = slots.keys.shape[1], slots.values.shape[1]
+    key_type, value_type = slots.keys.dtype, slots.values.dtype
+    edits, retired = len(tensors["queries"]), len(tensors["pool_stamps"])
+    expected: dict[str, tuple[torch.dtype, list[int]]] = {
+        "keys": (key_type, [count, key_dim]),
+        "values": (value_type, [count, value_dim]),
+        "radii": (torch.float32, [count]),
+        "queries": (key_type, [edits, key_dim]),
+        "distances": (torch.float32, [edits]),
+        "pool": (value_type, [retired, value_dim]),
+        "pool_stamps": (torch.int64, [retired]),
+        "imported_radii": (torch.float32, [imported]),
+        "imported_labels": (torch.int64, [int(tensors["imported_lengths"].sum())]),
+        "imported_lengths": (torch.int64, [imported]),
+    }
+    for name, (dtype, shape) in expected.items():
+        got = tensors[name]
+        if got.dtype != dtype or list(got.shape) != shape:
+            raise ValueError(f"{name} must be {dtype} {shape}, got {got.dtype} {list(got.shape)}")
+    slots.fill(tensors["keys"], tensors["values"], tensors["radii"])
+    slots.sketch_upkeep.restore(tensors, slots.keys, slots.radii, slots.in_use)
+
+
+def fill_records(storage: Storage, lines: str, tensors: dict[str, Tensor]) -> None:
+    """Fill queries and records of a codebook whose slots are filled.
+
+    Raises:
+        KeyError, TypeError, ValueError, IndexError, AttributeError: a record is not one, or does
+            not agree with the tensors.
+    """
+    edits: dict[int, Edit | None] = {}
+    entries: dict[int, Entry | None] = {}
+    for line in lines.splitlines():
+        record = json.loads(line)
+        if "edit" in record:
+            edits[record["edit"]] = _edit(record)
+        elif "entry" in record:
+            label, members = tuple(record["label"]), tuple(record["members"])
+            entry = Entry(label, record["value"], record["owner"], members)
+            entries[record["entry"]] = entry
+        elif "dead" in record:
+            entries[record["dead"]] = None
+        else:
+            edits[record["purged"]] = None
+
+    asked = [edit for edit in edits.values() if edit and edit.query_index >= 0]
+    asked.sort(key=lambda edit: edit.query_index)
+    if [edit.query_index for edit in asked] != list(range(len(tensors["queries"]))):
+        raise ValueError(f"{len(tensors['queries'])} queries for {len(asked)} edits, or not theirs")
+    owners, slots = [edit.id for edit in asked], [edit.slot for edit in asked]
+    storage.queries.fill(tensors["queries"], owners, slots, tensors["distances"])
+    retired = zip(tensors["pool_stamps"].tolist(), tensors["pool"], strict=True)
+    values = {id: value.clone() for id, value in retired}
+    storage.fill(_imported(tensors), edits, entries, values)
+    _check_agreement(storage, tensors["radii"])
+
+
+def _imported(tensors: dict[str, Tensor]) -> Imported:
+    flat, start = tensors["imported_labels"].tolist(), 0
+    labels = []
+    for length in tensors["imported_lengths"].tolist():
+        labels.append(tuple(flat[start : start + length]))
+        start += length
+    return Imported(labels, tensors["imported_radii"].clone())
+
+
+def _edit(record: dict[str, Any]) -> Edit:
+    return Edit(
+        id=record["edit"],
+        label=tuple(record["label"]),
+        prompt=None if record["prompt"] is None else tuple(record["prompt"]),
+        query_index=max(record["query"], -1),
+        slot=record["slot"],
+        value_id=record["value"],
+        verified=None if record["verified"] is None else frozenset(record["verified"]),
+        result=EditResult(**{name: _number(name, x) for name, x in record["result"].items()}),
+        state=record["state"],
+        superseded_by=record["superseded_by"],
+    )
+
+
+def _check_agreement(storage: Storage, radii: Tensor) -> None:
+    for slot, radius in enumerate(radii.tolist()):
+        if (storage.entry(slot) is None) != (radius == -math.inf):
+            raise ValueError(f"slot {slot} is dead in one file and live in the other")
+    # Slots and edits without a record of their own are as imported: slot i answers for edit i.
+    edits, entries = storage.edit_records, storage.entry_records
+    imported = range(len(storage.imported.labels))
+    members = {(m, slot) for slot, entry in entries.items() if entry for m in entry.members}
+    live = {(edit.id, edit.slot) for edit in edits.values() if edit and edit.live}
+    members |= {(i, slot) for i, slot in live if i == slot in imported and i not in entries}
+    live |= {(i, i) for i in entries if i in imported and i not in edits}
+    if members != live:
+        raise ValueError("the members of the entries are not the live edits")
