@@ -1,4 +1,4 @@
-"""The codebook's own behaviour: cases, supersession, rows, growth, imports, errors."""
+"""The codebook's own behaviour: cases, supersession, slots, growth, imports, errors."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ def test_an_update_supersedes_every_edit_the_entry_answered() -> None:
     book = Codebook(2, 2)
     for point in (vec(0, 0), vec(0.5, 0), vec(0, 0.5)):
         book.insert(point, [1], value(1))
-    plan = book.propose(vec(0, 0), [2])
-    assert (plan.case, plan.supersedes, plan.members) == ("update", (0, 1, 2), ())
-    book.commit(plan, value(2))
+    proposal = book.propose(vec(0, 0), [2])
+    assert (proposal.case, proposal.supersedes, proposal.members) == ("update", (0, 1, 2), ())
+    book.commit(proposal, value(2))
     assert book.ids == [3]
     assert book.members(0) == (3,)
     book.check()
@@ -111,18 +111,18 @@ def test_a_value_given_again_for_an_entry_nobody_shares_replaces_the_old_one() -
     book.check()
 
 
-def test_a_plan_changes_nothing_and_goes_stale_with_the_next_change() -> None:
+def test_a_proposal_changes_nothing_and_goes_stale_with_the_next_change() -> None:
     book = Codebook(2, 2)
     book.insert(vec(0, 0), [1], value(1))
     before, version = state(book), book.version
-    plan = book.propose(vec(0.5, 0), [2])
-    assert (plan.case, plan.slot, plan.new_radius) == ("split", -1, 0.25)
+    proposal = book.propose(vec(0.5, 0), [2])
+    assert (proposal.case, proposal.slot, proposal.new_radius) == ("split", -1, 0.25)
     assert (state(book), book.version) == (before, version)
     book.insert(vec(9, 9), [1], value(1))
     with pytest.raises(
         ValueError, match=rf"cannot commit: .*\(version {version}, now {version + 1}\)"
     ):
-        book.commit(plan, value(2))
+        book.commit(proposal, value(2))
 
 
 def test_an_entry_of_its_own_ends_half_way_to_the_nearest_other_label() -> None:
@@ -141,16 +141,16 @@ def test_at_distance_zero_an_entry_of_its_own_takes_the_entry_over() -> None:
     book = Codebook(2, 2)
     for point, prompt in ((vec(0, 0), [1]), (vec(0.5, 0), [2])):
         book.commit(book.propose(point, [1], prompt), value(1), answers=lambda edit, slot: True)
-    plan = book.propose(vec(0, 0), [1], [1], own_entry=True)
-    assert (plan.case, plan.members) == ("update", (1,))
-    book.commit(plan, value(2), answers=lambda edit, slot: False)
+    proposal = book.propose(vec(0, 0), [1], [1], own_entry=True)
+    assert (proposal.case, proposal.members) == ("update", (1,))
+    book.commit(proposal, value(2), answers=lambda edit, slot: False)
     assert torch.equal(book.values[book.edit(2).slot], value(2))
     assert torch.equal(book.values[book.edit(1).slot], value(1))  # kept the value it had
     assert book.ids == [1, 2]
     book.check()
 
 
-def test_a_dead_row_is_zeroed_and_the_lowest_one_is_used_again() -> None:
+def test_a_dead_slot_is_zeroed_and_the_lowest_one_is_used_again() -> None:
     book = Codebook(2, 2, capacity=4)
     for i in range(4):
         book.insert(vec(10.0 * i, 1), [i], value(i + 1))
@@ -166,7 +166,7 @@ def test_a_dead_row_is_zeroed_and_the_lowest_one_is_used_again() -> None:
     with pytest.raises(KeyError):
         book.edit_of_slot(1)
     new = book.insert(vec(50, 50), [5], value(5))
-    assert (new.id, new.slot) == (4, 1)  # the row comes back, the id does not
+    assert (new.id, new.slot) == (4, 1)  # the slot comes back, the id does not
     book.delete(3)
     assert int(book.count) == 2  # nothing is in use at the end
     book.check()
@@ -197,7 +197,7 @@ def test_a_frozen_codebook_refuses_to_grow_and_stays_as_it_was() -> None:
     with pytest.raises(CapacityError, match=r"cannot add an entry: .* frozen and all its 2 slots"):
         book.insert(vec(0, 9), [3], value(3))
     assert (state(book), book.version) == (before, version)
-    assert book.insert(vec(0.5, 0), [1], value(1)).id == 2  # needs no row; no id was lost
+    assert book.insert(vec(0.5, 0), [1], value(1)).id == 2  # needs no slot; no id was lost
     assert book.keys is keys
     book.frozen = False
     assert book.insert(vec(0, 9), [3], value(3)).slot == 2
@@ -258,7 +258,7 @@ def test_queries_closer_than_the_distance_can_tell_do_not_hang_the_repair() -> N
     book.check()
 
 
-def test_imported_rows_are_edits_and_entries_as_given() -> None:
+def test_imported_entries_are_edits_and_entries_as_given() -> None:
     source = torch.Generator().manual_seed(0)
     keys, values = torch.randn(50, 4, generator=source), torch.randn(50, 3, generator=source)
     radii = torch.rand(50, generator=source) / 8
@@ -276,7 +276,7 @@ def test_imported_rows_are_edits_and_entries_as_given() -> None:
     book.check()
 
 
-def test_imported_rows_are_edited_deleted_and_restored_like_others() -> None:
+def test_imported_entries_are_edited_deleted_and_restored_like_others() -> None:
     source = torch.Generator().manual_seed(0)
     keys = torch.randn(40, 3, generator=source)
     values, radii = torch.randn(40, 2, generator=source), torch.full((40,), 0.4)
@@ -338,7 +338,7 @@ def test_an_import_that_breaks_a_rule_is_refused(change: dict[str, object], mess
         Codebook.from_tensors(**arguments)  # type: ignore[arg-type]
 
 
-def test_many_rows_are_imported_without_a_record_each() -> None:
+def test_many_entries_are_imported_without_a_record_each() -> None:
     count = 200_000
     keys = torch.arange(count * 4, dtype=torch.float32).reshape(count, 4)
     labels = [[i % 7] for i in range(count)]
@@ -358,7 +358,7 @@ def test_many_rows_are_imported_without_a_record_each() -> None:
         pytest.param({"radius": math.inf}, "radius must be positive", id="infinite radius"),
         pytest.param({"drift": -1.0}, "drift must be", id="negative drift"),
         pytest.param({"max_radius": 0.0}, "max_radius must be", id="no radius allowed"),
-        pytest.param({"capacity": 0}, "capacity must be at least 1, got 0", id="no rows"),
+        pytest.param({"capacity": 0}, "capacity must be at least 1, got 0", id="no slots"),
         pytest.param({"policy": "mine"}, "policy must be one of", id="unknown policy"),
         pytest.param({"dtype": torch.float64}, "dtype must be", id="fp64 keys"),
         pytest.param({"value_dtype": torch.int64}, "value_dtype must be", id="int values"),

@@ -45,7 +45,7 @@ def test_deleting_equals_feeding_the_remaining_edits_to_a_new_codebook(
 ) -> None:
     book = Codebook(3, VALUE_DIM, policy=policy, capacity=4, drift=drift)
     stream = Stream(seed)
-    repeats = 0.15 if policy == "default" else 0.0  # the paper's ties depend on the order of rows
+    repeats = 0.15 if policy == "default" else 0.0  # the paper's ties depend on the order of slots
     for _ in range(80):
         book.insert(*stream.next(repeats))
     for number in range(14):
@@ -59,7 +59,7 @@ def test_deleting_equals_feeding_the_remaining_edits_to_a_new_codebook(
             book.check()
 
 
-def test_an_exact_tie_falls_as_in_a_new_codebook_although_rows_were_used_before() -> None:
+def test_an_exact_tie_falls_as_in_a_new_codebook_although_slots_were_used_before() -> None:
     book = Codebook(2, 2)
     for point, label in ((vec(0, 0), 0), (vec(-1, 0), 0), (vec(0, -0.5), 0), (vec(1, -1), 1)):
         book.insert(point, [label], value(label))
@@ -267,8 +267,10 @@ class AnyOrder(RuleBasedStateMachine):
     def insert(self, x: float, y: float, label: int, prompt: int | None, own: bool) -> None:
         self.past.append(state(self.book))
         prompts = None if prompt is None else [prompt]
-        plan = self.book.propose(vec(x, y), [label], prompts, own_entry=own and x > 0.5)
-        result = self.book.commit(plan, value(x + 10) if plan.slot < 0 or y > 0 else value(y))
+        proposal = self.book.propose(vec(x, y), [label], prompts, own_entry=own and x > 0.5)
+        result = self.book.commit(
+            proposal, value(x + 10) if proposal.slot < 0 or y > 0 else value(y)
+        )
         assert result.slot is not None
         assert self.book.edit_of_slot(result.slot).label == (label,)
 

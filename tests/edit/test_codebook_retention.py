@@ -131,8 +131,8 @@ def test_a_moved_edit_stays_where_its_model_agrees_and_else_keeps_its_value() ->
         book.commit(book.propose(vec(0, 0), [1]), value(1), answers=answers)
         book.commit(book.propose(vec(1.4, 0), [1]), None, answers=answers)  # expands entry 0
         assert asked == []
-        plan = book.propose(vec(2.2, 0), [1], own_entry=True)
-        book.commit(plan, value(2), answers=answers)  # nearer to edit 1, same label
+        proposal = book.propose(vec(2.2, 0), [1], own_entry=True)
+        book.commit(proposal, value(2), answers=answers)  # nearer to edit 1, same label
         assert asked == [(1, 1, (1,))]
         slot = book.edit(1).slot
         assert slot == (1 if agrees else 2)
@@ -141,7 +141,7 @@ def test_a_moved_edit_stays_where_its_model_agrees_and_else_keeps_its_value() ->
         book.check()
 
 
-def test_a_tie_with_a_new_entry_in_a_lower_row_is_noticed() -> None:
+def test_a_tie_with_a_new_entry_in_a_lower_slot_is_noticed() -> None:
     book = Codebook(2, 2)
     book.insert(vec(10, 10), [9], value(9))
     book.insert(vec(-1, 0), [1], value(1))
@@ -160,8 +160,8 @@ def test_a_value_that_is_known_to_answer_an_edit_is_not_tried_again() -> None:
         raise AssertionError("the value is known to answer")
 
     for point in (vec(0, 0), vec(1.0, 0), vec(1.2, 0)):
-        plan = book.propose(point, [1])
-        book.commit(plan, value(1) if plan.slot < 0 else None, answers=answers)
+        proposal = book.propose(point, [1])
+        book.commit(proposal, value(1) if proposal.slot < 0 else None, answers=answers)
     # Uncovers edits 1 and 2; the entry that edit 1 gets has the value that answered both.
     assert book.commit(book.propose(vec(0, -1.2), [2]), value(2), answers=answers).case == "split"
     assert [book.members(slot) for slot in range(3)] == [(0,), (3,), (1, 2)]
@@ -175,10 +175,10 @@ def test_a_value_trained_for_all_members_replaces_the_old_one() -> None:
         raise AssertionError("every member was verified")
 
     book.commit(book.propose(vec(0, 0), [1]), value(1), answers=answers)
-    plan = book.propose(vec(0.5, 0), [1])
-    assert (plan.case, plan.members) == ("absorb", (0,))
+    proposal = book.propose(vec(0.5, 0), [1])
+    assert (proposal.case, proposal.members) == ("absorb", (0,))
     with book.transaction():
-        result = book.commit(plan, value(2), answers=answers)
+        result = book.commit(proposal, value(2), answers=answers)
         book.record(replace(result, loss_start=3.0, loss_end=0.5, steps=4))
     result = book.edit(result.id).result
     assert (result.loss_start, result.loss_end, result.steps) == (3.0, 0.5, 4)
@@ -238,16 +238,16 @@ def test_an_exception_out_of_the_model_takes_everything_back_to_the_bit(
     for _ in range(150):
         query, label, given, prompt = stream.next()
         # Entries of their own within a ball of the same label draw its members away.
-        plan = book.propose(query, label, prompt, own_entry=stream.random.random() < 0.4)
-        given = given if plan.slot < 0 or plan.case == "update" else None
+        proposal = book.propose(query, label, prompt, own_entry=stream.random.random() < 0.4)
+        given = given if proposal.slot < 0 or proposal.case == "update" else None
         before, version, next_id = state(book), book.version, book.storage.next_id
         try:
-            book.commit(plan, given, answers=answers)
+            book.commit(proposal, given, answers=answers)
         except error:
             interrupted += 1
             assert state(book) == before
             assert (book.version, book.storage.next_id) == (version, next_id)
-            book.commit(plan, given, answers=lambda edit, slot: True)  # the plan is still good
+            book.commit(proposal, given, answers=lambda edit, slot: True)  # it is still good
         book.check()
     assert interrupted > 5
 

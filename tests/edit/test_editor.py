@@ -11,6 +11,7 @@ import torch
 import transformers
 from grace_edit import CapacityError, GraceConfig, GraceEditor, UndoError
 from grace_edit import editor as editor_module
+from grace_edit.codebook import retention
 from grace_edit.editing.training import Fit
 from grace_edit.families.tasks import task_for
 from tiny_models import book_of, generated, logits_of, run_of, same, state_of
@@ -304,9 +305,9 @@ def test_whatever_breaks_an_edit_leaves_model_and_codebook_as_they_were(
         "training": (task, "target_logits", 1),
         "second-step": (task, "target_logits", 2),
         "verification": (task, "produces", 1),
-        "commit": (codebook, "_apply", 1),
-        "repair": (codebook, "_repair", 1),
-        "after": (codebook, "_prune_pool", 1),
+        "commit": (retention, "carry_out", 1),
+        "repair": (retention, "repair", 1),
+        "after": (codebook.storage, "end_change", 1),
     }[point]
     breaking(owner, name, on_call)
     with pytest.raises(type(error)):

@@ -47,10 +47,12 @@ def _busy_book(seed: int, imported: bool, dtype: torch.dtype) -> Codebook:
         )
     for number in range(80):
         query, label, value, prompt = stream.next()
-        plan = book.propose(query.to(dtype), label, prompt)
-        given = None if plan.case in ("expand", "absorb") else value
+        proposal = book.propose(query.to(dtype), label, prompt)
+        given = None if proposal.case in ("expand", "absorb") else value
         checked = number % 3 == 0
-        book.commit(plan, given, answers=(lambda edit, slot: slot % 2 == 0) if checked else None)
+        book.commit(
+            proposal, given, answers=(lambda edit, slot: slot % 2 == 0) if checked else None
+        )
     book.delete(book.ids[3])
     book.delete(book.ids[10], purge=True)
     book.delete(book.ids[20])
@@ -255,8 +257,10 @@ def test_settings_that_make_no_codebook_are_refused(damaged: Path, key: str, val
         ),
         pytest.param(lambda t: t.update(radii=t["radii"].double()), id="radii in fp64"),
         pytest.param(lambda t: t.update(queries=t["queries"][:, :1]), id="narrow queries"),
-        pytest.param(lambda t: t.pop("pool"), id="no pool"),
-        pytest.param(lambda t: t.update(pool_stamps=t["pool_stamps"][:-1]), id="a stamp too few"),
+        pytest.param(lambda t: t.pop("pool"), id="no retired values"),
+        pytest.param(
+            lambda t: t.update(pool_stamps=t["pool_stamps"][:-1]), id="a value id too few"
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(
@@ -278,7 +282,10 @@ def test_tensors_that_do_not_fit_are_refused(
         pytest.param(lambda lines: [*lines, "{}"], id="no kind"),
         pytest.param(lambda lines: [*lines, "[]"], id="a list"),
         pytest.param(lambda lines: [s.replace('"label"', '"lapel"') for s in lines], id="no label"),
-        pytest.param(lambda lines: [s.replace('"query":', '"query":9') for s in lines], id="row"),
+        pytest.param(
+            lambda lines: [s.replace('"query":', '"query":9') for s in lines],
+            id="query of another edit",
+        ),
     ],
 )
 def test_records_that_do_not_fit_are_refused(

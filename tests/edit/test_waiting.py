@@ -187,10 +187,10 @@ def unreadable():
     def make(name, **config):
         editor = GraceEditor(build(name).eval(), None, GraceConfig(LAYERS[name], **config))
         editor.model.to("meta")
-        book = editor.codebook
+        slots = editor.codebook.storage.slots
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         for tensor in TENSORS:
-            setattr(book, tensor, mode.from_tensor(getattr(book, tensor)))
+            setattr(slots, tensor, mode.from_tensor(getattr(slots, tensor)))
         return editor, fake(editor.model, mode), mode
 
     return make
@@ -304,7 +304,7 @@ def test_a_codebook_on_another_device_is_refused_and_nothing_is_written(edited):
         editor.explain(PROMPT)
     # And the other way round: the codebook stays as it is, to the bit.
     for name, tensor in before.items():
-        setattr(book, name, tensor)
+        setattr(book.storage.slots, name, tensor)
     meta = torch.empty(1, 4, 48, device="meta")
     with adaptor.using(plan=plan), torch.no_grad():
         with pytest.raises(ValueError, match=r"codebook \(cpu\), got meta"):
