@@ -16,6 +16,7 @@ import grace_kernels
 
 from ..codebook.codebook import Codebook
 from .positions import KeptPlan, QueryPlan, pooled_mean
+from .torch_private import next_node_number, running_node_number, share_memory
 
 
 @dataclass
@@ -218,7 +219,7 @@ class GraceAdaptor:
 
     def remember(self, start: int, plan: QueryPlan | KeptPlan | None) -> None:
         """Note what a forward did whose first autograd node was to have the number `start`."""
-        end = torch.autograd._get_sequence_nr()
+        end = next_node_number()
         if end > start:
             version = self.codebook.version
             self.forwards.append(_Forward(start, end, plan, self.forced, version))
@@ -232,10 +233,9 @@ class GraceAdaptor:
         Raises:
             RuntimeError: that forward is not known, or the edits have changed since.
         """
-        node = torch._C._current_autograd_node()
-        if not self.forwards or node is None:
+        at = running_node_number()
+        if not self.forwards or at is None:
             return None
-        at = node._sequence_nr()
         found = [f for f in self.forwards if f.start <= at < f.end]
         # Threads count their nodes apart, so two of them can each have one of this number.
         if len({(id(f.plan), id(f.forced)) for f in found}) != 1:
@@ -290,7 +290,7 @@ class GraceAdaptor:
         if torch.compiler.is_compiling():
             rows = self._answer(rows, queries, query_row, plan, copy=True)
         else:
-            alias = torch._C._is_alias_of(rows, source)
+            alias = share_memory(rows, source)
             tracked = torch.is_grad_enabled() and hidden.requires_grad
             with self.codebook.lock:
                 rows = self._answer(rows, queries, query_row, plan, copy=tracked, alias=alias)

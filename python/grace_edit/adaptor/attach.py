@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .adaptor import Generation, GraceAdaptor
 from .forwards import plan_forward, plan_step, prompt_length, warn_later_turn, whole_prefill
+from .torch_private import next_node_number
 
 _WRAPPERS = re.compile(r"(^|\.)(base_model\.model|_orig_mod|module)(?=\.)")
 
@@ -173,8 +174,9 @@ def _rebuild(mixin: type, base: type) -> nn.Module:
 def core_of(model: nn.Module) -> nn.Module:
     """Return the model inside wrappers: those of `torch.compile`, PEFT and parallel training."""
     while True:
-        if isinstance(model._modules.get("_orig_mod"), nn.Module):
-            model = model._modules["_orig_mod"]
+        compiled = dict(model.named_children()).get("_orig_mod")
+        if compiled is not None:
+            model = compiled
         elif callable(getattr(model, "get_base_model", None)):
             model = model.get_base_model()
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -188,8 +190,18 @@ def is_attached(module: nn.Module) -> bool:
     return isinstance(module, (GraceLayer, GraceSeam)) and "grace" in module.__dict__
 
 
-def attach(model: nn.Module, layer: nn.Module, seam: nn.Module, adaptor: GraceAdaptor) -> None:
+def attach(
+    model: nn.Module,
+    layer: nn.Module,
+    seam: nn.Module,
+    adaptor: GraceAdaptor,
+    *,
+    generates: bool = True,
+) -> None:
     """Set `adaptor` into `layer`; `seam` (the model or its encoder) will plan its forwards.
+
+    Args:
+        generates: the seam is a model whose `generate` is to be edited.
 
     Raises:
         ValueError: the layer or the model carries an adaptor already.
@@ -202,7 +214,6 @@ def attach(model: nn.Module, layer: nn.Module, seam: nn.Module, adaptor: GraceAd
         raise ValueError(
             "model must not carry an adaptor already, got one that does; detach it first"
         )
-    generates = callable(getattr(seam, "prepare_inputs_for_generation", None))
     swaps: list[tuple[nn.Module, type]] = [
         (layer, GraceLayer),
         (seam, GraceGenerator if generates else GraceSeam),
@@ -294,7 +305,7 @@ def _planned_forward(seam: Any, forward: Any, args: Any, kwargs: Any) -> Any:
             )
     if torch.compiler.is_compiling():
         return _run_planned(adaptor, plan, before, forward, args, kwargs)
-    inside, start = adaptor.inside, torch.autograd._get_sequence_nr()
+    inside, start = adaptor.inside, next_node_number()
     adaptor.inside = True
     try:
         return _run_planned(adaptor, plan, before, forward, args, kwargs)
