@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..families import FAMILIES
+from ..terminal import screen
 from .output import (
     FAILED,
     INTERRUPTED,
@@ -21,7 +22,6 @@ from .output import (
     describe_error,
     print_json,
     quiet,
-    screen,
 )
 
 

@@ -13,6 +13,7 @@ from ..codebook.records import EditResult
 from ..config import GraceConfig
 from ..editor import GraceEditor
 from ..families import Family
+from ..terminal import facts, number, plain, progress, screen, table
 from .models import Loaded, SavedEdits, attach_edits, load_model, read_edits_of
 from .output import (
     CONFLICT,
@@ -22,14 +23,8 @@ from .output import (
     USAGE,
     CommandError,
     complain,
-    facts,
-    number,
-    plain,
     print_json,
-    progress,
     quiet,
-    screen,
-    table,
 )
 
 

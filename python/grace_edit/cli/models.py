@@ -15,7 +15,8 @@ from ..codebook.codebook import Codebook
 from ..codebook.store import StoreError
 from ..editor import GraceEditor
 from ..families import FAMILIES, Family, target_of
-from .output import CONFLICT, NOT_FOUND, USAGE, CommandError, progress, quiet
+from ..terminal import progress
+from .output import CONFLICT, NOT_FOUND, USAGE, CommandError, quiet
 
 
 @dataclass

@@ -8,19 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..families import Family, target_of
+from ..terminal import facts, number, progress, screen, table
 from .models import SavedEdits, Words, attach_edits, load_model, read_edits_of
-from .output import (
-    OK,
-    USAGE,
-    CommandError,
-    facts,
-    number,
-    print_json,
-    progress,
-    quiet,
-    screen,
-    table,
-)
+from .output import OK, USAGE, CommandError, print_json, quiet
 
 ANSWER_TOKENS = 8
 """How far answers are generated, unless the nearest edit's target is longer."""
