@@ -19,11 +19,10 @@ def rekey(family: Family, config: GraceConfig, progress: bool) -> list[EditResul
     edits = [edit for edit in old.history if edit.live]
     without = [edit.id for edit in edits if edit.prompt is None]
     if without:
-        raise ValueError(f"edits must have a stored prompt, got none for {without[:8]}")
+        raise ValueError(f"cannot rekey: edits {without[:8]} have no stored prompt to run again")
     if old.frozen:
         raise ValueError(
-            "frozen must be False when an editor is rekeyed, got True: captured graphs hold the "
-            "old keys"
+            "cannot rekey a frozen codebook, whose keys captured graphs hold: frozen must be False"
         )
     maker = EditMaker(family, config)
     results = []

@@ -11,9 +11,10 @@ What serving with `torch.compile` and CUDA graphs may count on, edits being made
   set `editor.frozen = True` (or `adaptor.codebook.frozen`) to have growth refused instead.
 * `generate` asks once per sequence, at the prompt's end. Later steps run no operator of this
   package: under `replace="last"` and `"prompt"` nothing at all, under `"all"` a `where` with the
-  answers kept from the prompt. Those, and the plans of `generate`, lie in the same memory from call
-  to call of a thread, for the batch sizes used last. transformers makes a new static cache in every
-  call, which a CUDA graph notices if it lies elsewhere; one that is given and reset stays.
+  answers latched at the prompt's end. Those, and the plans of `generate`, lie in the same memory
+  from call to call of a thread, for the batch sizes used last. transformers makes a new static
+  cache in every call, which a CUDA graph notices if it lies elsewhere; one that is given and reset
+  stays.
 * The host reads no value of a tensor: nothing waits for a GPU. The exceptions: once per adaptor,
   whether a batch is padded on the left or packed (to warn or refuse; nobody asks in a later packed
   one); once per call of `generate`, how much a static cache given to it holds.

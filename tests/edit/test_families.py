@@ -352,6 +352,16 @@ def test_a_frozen_editor_is_not_rekeyed(edited):
         editor.rekey()
 
 
+def test_edits_without_a_stored_prompt_are_not_rekeyed(edited):
+    editor = edited("gpt2")
+    assert editor.edit(A, X).success
+    book = editor.codebook
+    book.insert(editor.queries([C])[0], X, book.values[0])
+    with pytest.raises(ValueError, match=r"edits \[1\] have no stored prompt"):
+        editor.rekey()
+    assert editor.codebook is book
+
+
 @pytest.mark.parametrize("query", ["last", "mean"])
 def test_the_drift_between_alone_and_padded_is_what_the_queries_show(trained, query):
     model = trained("llama").to(torch.bfloat16)

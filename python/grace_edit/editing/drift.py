@@ -6,7 +6,7 @@ import torch
 
 import grace_kernels
 
-from ..adaptor.adaptor import Captured
+from ..adaptor.state import Captured
 from ..families import Family
 
 _SENTENCES = (

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ..adaptor import attach as attaching
-from ..adaptor.adaptor import Captured, GraceAdaptor
+from ..adaptor.adaptor import GraceAdaptor
 from ..adaptor.forwards import plan_prompts
 from ..adaptor.positions import QueryPlan
+from ..adaptor.state import Captured
 
 MOST_ROWS = 32
 """Prompts run in one forward at most, which bounds the memory of `verify` and `rekey`."""
