@@ -10,8 +10,9 @@ from .codebook.codebook import Codebook
 from .codebook.records import CapacityError, EditResult, UndoError
 from .codebook.store import StoreError
 from .config import GraceConfig
+from .editing.explanation import Explanation
 from .editing.verification import Misfire
-from .editor import Explanation, GraceEditor
+from .editor import GraceEditor
 from .serving import load
 
 __all__ = [

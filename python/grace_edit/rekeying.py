@@ -3,38 +3,36 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
 
 from .codebook.records import EditResult
-from .editing.verification import target_of
+from .config import GraceConfig
+from .editing.making import EditMaker
+from .families import Family, target_of
 from .progress import bar
-
-if TYPE_CHECKING:
-    from .editor import GraceEditor
 
 log = logging.getLogger("grace_edit")
 
 
-def rekey(editor: GraceEditor, progress: bool) -> list[EditResult]:
+def rekey(family: Family, config: GraceConfig, progress: bool) -> list[EditResult]:
     """Do what `GraceEditor.rekey` says: a second codebook is filled and takes the first's place."""
-    old = editor.codebook
-    edits = editor._live()
+    old = family.adaptor.codebook
+    edits = [edit for edit in old.history if edit.live]
     without = [edit.id for edit in edits if edit.prompt is None]
     if without:
-        raise ValueError(f"edits must have a stored prompt, got none for {without[:8]}")
+        raise ValueError(f"cannot rekey: edits {without[:8]} have no stored prompt to run again")
     if old.frozen:
         raise ValueError(
-            "frozen must be False when an editor is rekeyed, got True: captured graphs hold the "
-            "old keys"
+            "cannot rekey a frozen codebook, whose keys captured graphs hold: frozen must be False"
         )
+    maker = EditMaker(family, config)
     results = []
-    with editor._working():
-        new = editor._new_codebook(old.capacity)
-        with editor.adaptor.using(codebook=new):
+    with family.working():
+        new = maker.new_codebook(old.capacity)
+        with family.adaptor.using(codebook=new):
             for edit in bar(edits, "rekeying", progress):
                 new.number_from(edit.id)  # ids stay
                 value = old.values[edit.slot].to(new.values)
-                result = editor._edit(list(edit.prompt or ()), target_of(edit), value)
+                result = maker.make(list(edit.prompt or ()), target_of(edit.label), value)
                 if not result.success:
                     raise RuntimeError(f"edit {edit.id} cannot be made anew: {result.reason}")
                 results.append(result)
@@ -42,6 +40,6 @@ def rekey(editor: GraceEditor, progress: bool) -> list[EditResult]:
     if lost:
         raise RuntimeError(f"edits {lost[:8]} have the queries of others on the model as it is now")
     new.succeed(old, "the editor was rekeyed")
-    editor.adaptor.codebook = new
+    family.adaptor.codebook = new
     log.info("rekey of %d edits", len(results))
     return results

@@ -11,9 +11,10 @@ What serving with `torch.compile` and CUDA graphs may count on, edits being made
   set `editor.frozen = True` (or `adaptor.codebook.frozen`) to have growth refused instead.
 * `generate` asks once per sequence, at the prompt's end. Later steps run no operator of this
   package: under `replace="last"` and `"prompt"` nothing at all, under `"all"` a `where` with the
-  answers kept from the prompt. Those, and the plans of `generate`, lie in the same memory from call
-  to call of a thread, for the batch sizes used last. transformers makes a new static cache in every
-  call, which a CUDA graph notices if it lies elsewhere; one that is given and reset stays.
+  answers latched at the prompt's end. Those, and the plans of `generate`, lie in the same memory
+  from call to call of a thread, for the batch sizes used last. transformers makes a new static
+  cache in every call, which a CUDA graph notices if it lies elsewhere; one that is given and reset
+  stays.
 * The host reads no value of a tensor: nothing waits for a GPU. The exceptions: once per adaptor,
   whether a batch is padded on the left or packed (to warn or refuse; nobody asks in a later packed
   one); once per call of `generate`, how much a static cache given to it holds.
@@ -30,7 +31,6 @@ What serving with `torch.compile` and CUDA graphs may count on, edits being made
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,50 +40,20 @@ from .adaptor import attach as attaching
 from .adaptor.adaptor import GraceAdaptor
 from .adaptor.fingerprint import fingerprint
 from .codebook import store
-from .codebook.codebook import Codebook
 from .codebook.store import StoreError
 from .config import GraceConfig
+from .editing.verification import find_unproven
+from .families import Family, family_of
 
 
-@dataclass
-class Saved:
-    """What a directory held, checked against a model."""
-
-    codebook: Codebook
-    config: GraceConfig
-    serving: dict[str, Any]
-    differs_above: bool
-
-
-def seam_of(model: nn.Module, layer: str) -> nn.Module:
-    """Return the module whose forward sees the mask: the model, or its encoder if it has one.
-
-    Raises:
-        ValueError: the layer is in the decoder of an encoder–decoder.
-    """
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return model
-    encoder: nn.Module = model.get_encoder()
-    prefix = next(name for name, module in model.named_modules() if module is encoder)
-    if not layer.startswith(prefix + "."):
-        raise ValueError(f"layer must be in the encoder of an encoder-decoder, got {layer!r}")
-    return encoder
-
-
-def save(
-    model: nn.Module,
-    layer: str,
-    task: str,
-    adaptor: GraceAdaptor,
-    config: GraceConfig,
-    directory: str | Path,
-) -> None:
+def save(family: Family, config: GraceConfig, directory: str | Path) -> None:
     """Write the edits of an attached model to `directory`."""
+    adaptor, model = family.adaptor, family.model
     described = {
         "config": config.to_dict(),
         "serving": {
-            "layer": layer,
-            "task": task,
+            "layer": family.layer,
+            "task": family.name,
             "query": adaptor.query,
             "replace": adaptor.replace,
             "special_ids": list(adaptor.special_ids),
@@ -92,25 +62,49 @@ def save(
         "model": {
             "class": type(model).__name__,
             "source": getattr(model, "name_or_path", ""),
-            "fingerprint": fingerprint(model, layer),
+            "fingerprint": fingerprint(model, family.layer),
         },
     }
     store.save(adaptor.codebook, directory, described)
 
 
-def read(model: nn.Module, directory: str | Path, *, allow_above: bool = False) -> Saved:
-    """Read edits and check that they belong to `model`; nothing is attached yet.
+def attach_saved(
+    model: nn.Module,
+    tokenizer: Any,
+    directory: str | Path,
+    *,
+    allow_above: bool = False,
+    progress: bool = False,
+) -> tuple[Family, GraceConfig]:
+    """Attach saved edits to `model`, whether to serve them or to go on editing.
 
-    Wrappers of the model (PEFT, `torch.compile`) have been taken off.
+    Args:
+        model: the one they were made on, in the same dtype; wrappers (PEFT, `torch.compile`) do not
+            matter.
+        tokenizer: as for an editor.
+        directory: what `save` wrote.
+        allow_above: accept a model that differs only above the layer, after proving every edit.
+        progress: show a progress bar while proving.
+
+    Returns:
+        The family of the attached model, and the settings of the edits.
 
     Raises:
-        StoreError: bad files, or another model, layer or dtype.
+        StoreError: bad files, or another model, layer or dtype. The model is then as it was.
     """
+    model = attaching.core_of(model)
     codebook, described = store.load(directory)
     try:
         config = GraceConfig(**described["config"])
         serving, saved = described["serving"], described["model"]
         layer, prints = serving["layer"], saved["fingerprint"]
+        adaptor = GraceAdaptor(
+            codebook,
+            query=serving["query"],
+            replace=serving["replace"],
+            special_ids=tuple(serving["special_ids"]),
+            mask_token_id=serving["mask_token_id"],
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(
             f"{directory}/grace_config.json: not written by this package ({error!r})"
@@ -133,7 +127,26 @@ def read(model: nn.Module, directory: str | Path, *, allow_above: bool = False) 
             f"the layer {found} (saved from {saved['class']}, got {type(model).__name__})"
         )
     codebook.to(next(model.parameters()).device)
-    return Saved(codebook, config, serving, bool(different))
+    family = family_of(model, tokenizer)
+    family.attach(found, adaptor)
+    if different:
+        try:
+            _prove(family, directory, progress)
+        except BaseException:
+            family.detach()
+            raise
+    return family, config
+
+
+def _prove(family: Family, directory: str | Path, progress: bool) -> None:
+    edits = [e for e in family.adaptor.codebook.history if e.live and e.prompt is not None]
+    with family.working():
+        lost = find_unproven(family, edits, progress)
+    if lost:
+        raise StoreError(
+            f"{directory}: the model must produce every edit's target, got {len(lost)} that it "
+            f"does not (edits {lost[:8]})"
+        )
 
 
 def load(model: nn.Module, directory: str | Path) -> GraceAdaptor:
@@ -149,15 +162,5 @@ def load(model: nn.Module, directory: str | Path) -> GraceAdaptor:
     Raises:
         StoreError: bad files, or another model, layer or dtype.
     """
-    model = attaching.core_of(model)
-    saved = read(model, directory)
-    name, module = attaching.find_layer(model, saved.serving["layer"])
-    adaptor = GraceAdaptor(
-        saved.codebook,
-        query=saved.serving["query"],
-        replace=saved.serving["replace"],
-        special_ids=tuple(saved.serving["special_ids"]),
-        mask_token_id=saved.serving["mask_token_id"],
-    )
-    attaching.attach(model, module, seam_of(model, name), adaptor)
-    return adaptor
+    family, _ = attach_saved(model, None, directory)
+    return family.adaptor

@@ -9,8 +9,9 @@ import pytest
 import torch
 from grace_edit import Codebook, GraceEditor, QueryPlan
 from grace_edit.adaptor import forwards
-from grace_edit.adaptor.adaptor import Generation, GraceAdaptor, Kept
-from grace_edit.adaptor.positions import KeptPlan, plan_queries
+from grace_edit.adaptor.adaptor import GraceAdaptor
+from grace_edit.adaptor.positions import LatchedPlan, plan_queries
+from grace_edit.adaptor.state import Generation, Latched
 from tiny_models import CAUSAL, MASK, CountGrace, generated, logits_of, padded, run_of
 
 PROMPT, TARGET = run_of(10, 4), run_of(30, 3)
@@ -179,12 +180,12 @@ def test_where_the_host_does_not_look_nobody_asks_in_a_packed_row(edited, traine
         assert got[:, -1].argmax(dim=-1).tolist() == [TARGET[0]] * 2
 
 
-def test_kept_answers_are_written_in_the_layers_dtype():
+def test_latched_answers_are_written_in_the_layers_dtype():
     adaptor = GraceAdaptor(Codebook(2, 3), query="last", replace="all")
-    kept = Kept(torch.tensor([0, -1]), torch.full((2, 3), 1.5))
-    state = Generation(prompt_len=4, kept=kept, answered=True)
+    latched = Latched(torch.tensor([0, -1]), torch.full((2, 3), 1.5))
+    state = Generation(prompt_len=4, latched=latched, answered=True)
     hidden = torch.zeros(2, 1, 3, dtype=torch.bfloat16)
-    with adaptor.using(generation=state, plan=KeptPlan(2)):
+    with adaptor.using(generation=state, plan=LatchedPlan(2)):
         got = adaptor(torch.zeros(2, 1, 2, dtype=torch.bfloat16), hidden)
     assert got.dtype == torch.bfloat16
     assert got[:, 0].tolist() == [[1.5] * 3, [0.0] * 3]

@@ -183,7 +183,7 @@ def test_a_decode_step_runs_no_operator_of_ours_with_a_static_cache_either(edite
     assert calls == [1, 0, 0, 0]
 
 
-def test_each_step_under_all_writes_the_kept_value_and_leaves_the_other_sequences_alone(edited):
+def test_each_step_under_all_writes_the_latched_value_and_leaves_the_other_sequences_alone(edited):
     editor = edited("llama", replace="all")
     assert editor.edit(PROMPT, TARGET).success
     value, seen = editor.codebook.values[0], []
@@ -199,7 +199,7 @@ def test_each_step_under_all_writes_the_kept_value_and_leaves_the_other_sequence
         assert equal[1, -len(PROMPT) :].all()
 
 
-def test_kept_answers_stay_in_place_and_belong_to_one_generation_at_a_time(edited):
+def test_latched_answers_stay_in_place_and_belong_to_one_generation_at_a_time(edited):
     editor = edited("llama", replace="all")
     assert editor.edit(PROMPT, TARGET).success
     seen = []
@@ -208,10 +208,10 @@ def test_kept_answers_stay_in_place_and_belong_to_one_generation_at_a_time(edite
         """Generates something else with the same model after every token."""
 
         def put(self, value):
-            kept = editor.adaptor.generation.kept
-            if kept is None:  # the prompt, before its forward
+            latched = editor.adaptor.generation.latched
+            if latched is None:  # the prompt, before its forward
                 return
-            seen.append((kept.index.data_ptr(), kept.values.data_ptr()))
+            seen.append((latched.index.data_ptr(), latched.values.data_ptr()))
             assert generated(editor.model, [OTHER], 3) == [run_of(46, 3)]
 
         def end(self):
@@ -224,14 +224,14 @@ def test_kept_answers_stay_in_place_and_belong_to_one_generation_at_a_time(edite
     assert len(set(seen)) == 1
     for rows in range(1, 20):
         generated(editor.model, [PROMPT] * rows, 1)
-    assert len(editor.adaptor.running.spare) == 8
+    assert len(editor.adaptor.thread.rooms) == 8
 
 
-def test_kept_answers_may_be_written_in_and_outside_of_inference_mode(edited):
+def test_latched_answers_may_be_written_in_and_outside_of_inference_mode(edited):
     editor = edited("gpt2", replace="all")
     assert editor.edit(PROMPT, TARGET).success
     alone = generated(editor.model, [PROMPT], 5)
-    editor.adaptor.running.spare.clear()
+    editor.adaptor.thread.rooms.clear()
     with torch.inference_mode():
         assert generated(editor.model, [PROMPT], 5) == alone
     assert generated(editor.model, [PROMPT], 5) == alone

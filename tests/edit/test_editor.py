@@ -10,10 +10,10 @@ import pytest
 import torch
 import transformers
 from grace_edit import CapacityError, GraceConfig, GraceEditor, UndoError
-from grace_edit import editor as editor_module
 from grace_edit.codebook import retention
+from grace_edit.editing import making, verification
 from grace_edit.editing.training import Fit
-from grace_edit.families.tasks import task_for
+from grace_edit.families import family_of
 from tiny_models import book_of, generated, logits_of, run_of, same, state_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -134,21 +134,21 @@ def test_a_value_that_does_not_serve_a_new_member_is_trained_on_all_of_them(edit
 
 def test_a_member_that_no_shared_value_serves_gets_an_entry_of_its_own(edited, monkeypatch):
     editor = edited("gpt2", radius=100.0)
-    fit_value, produces = editor_module.fit_value, editor.task.produces
+    fit_value, produces = making.fit_value, editor.family.produces
 
-    def never_together(task, adaptor, prompts, labels, start, *args, **kwargs):
+    def never_together(family, prompts, targets, start, *args, **kwargs):
         if len(prompts) > 1:
             return Fit(start, False, 1.0, 1.0, 3, "never")
-        return fit_value(task, adaptor, prompts, labels, start, *args, **kwargs)
+        return fit_value(family, prompts, targets, start, *args, **kwargs)
 
     assert editor.edit(A, X).success
     value = editor.codebook.values[0].clone()
-    monkeypatch.setattr(editor_module, "fit_value", never_together)
-    editor.task.produces = lambda adaptor, prompts, labels, values: (
-        [False] if torch.equal(values[0], value) else produces(adaptor, prompts, labels, values)
+    monkeypatch.setattr(making, "fit_value", never_together)
+    editor.family.produces = lambda prompts, targets, values: (
+        [False] if torch.equal(values[0], value) else produces(prompts, targets, values)
     )
     result = editor.edit(C, X)
-    editor.task.produces = produces
+    editor.family.produces = produces
     assert (result.case, result.slot, result.success) == ("add", 1, True)
     assert torch.equal(editor.codebook.values[0], value)
     assert answer(editor, A) == answer(editor, C) == X
@@ -228,13 +228,13 @@ def test_a_batch_is_one_step_of_undo(edited):
 
 def test_a_refused_edit_does_not_stop_a_batch(edited, monkeypatch):
     editor = edited("gpt2")
-    fit_value = editor_module.fit_value
+    fit_value = making.fit_value
     monkeypatch.setattr(
-        editor_module,
+        making,
         "fit_value",
         lambda *args, **kwargs: (
-            Fit(args[4], False, 1.0, 1.0, 9, "never")
-            if args[2] == [B]
+            Fit(args[3], False, 1.0, 1.0, 9, "never")
+            if args[1] == [B]
             else fit_value(*args, **kwargs)
         ),
     )
@@ -249,7 +249,7 @@ def test_a_batch_that_breaks_takes_all_of_its_edits_back(edited, monkeypatch, er
     editor = edited("gpt2")
     assert editor.edit(A, X).success
     model, before = state_of(editor.model), book_of(editor.codebook)
-    fit_value, calls = editor_module.fit_value, []
+    fit_value, calls = making.fit_value, []
 
     def third_breaks(*args, **kwargs):
         calls.append(1)
@@ -257,7 +257,7 @@ def test_a_batch_that_breaks_takes_all_of_its_edits_back(edited, monkeypatch, er
             raise error
         return fit_value(*args, **kwargs)
 
-    monkeypatch.setattr(editor_module, "fit_value", third_breaks)
+    monkeypatch.setattr(making, "fit_value", third_breaks)
     with pytest.raises(type(error)):
         editor.edit_batch([(C, X), (run_of(3, 2), Y), (run_of(22, 9), X), (B, Y)])
     assert same(book_of(editor.codebook), before)
@@ -299,12 +299,12 @@ def test_whatever_breaks_an_edit_leaves_model_and_codebook_as_they_were(
 
         monkeypatch.setattr(owner, name, wrapped)
 
-    task, codebook = editor.task, editor.codebook
+    family, codebook = editor.family, editor.codebook
     owner, name, on_call = {
         "capture": (editor.adaptor, "_capture", 1),
-        "training": (task, "target_logits", 1),
-        "second-step": (task, "target_logits", 2),
-        "verification": (task, "produces", 1),
+        "training": (family, "target_logits", 1),
+        "second-step": (family, "target_logits", 2),
+        "verification": (family, "produces", 1),
         "commit": (retention, "carry_out", 1),
         "repair": (retention, "repair", 1),
         "after": (codebook.storage, "end_change", 1),
@@ -384,7 +384,7 @@ def test_verify_finds_nothing_in_a_sound_codebook_and_an_entry_that_was_shrunk_b
 
 
 def test_verify_looks_at_more_edits_than_go_into_one_forward(edited, monkeypatch):
-    monkeypatch.setattr(editor_module, "MOST_ROWS", 2)
+    monkeypatch.setattr(verification, "MOST_ROWS", 2)
     editor = edited("gpt2")
     for start in (0, 10, 20, 30, 40):
         assert editor.edit(run_of(start, 4), [40]).success
@@ -436,9 +436,14 @@ def test_a_frozen_full_codebook_refuses_to_grow_and_an_open_one_grows(edited):
     assert answer(editor, A) == answer(editor, C) == X
 
 
-def test_merging_is_refused_with_the_reason(edited):
-    with pytest.raises(TypeError, match="cannot be merged into weights"):
-        edited("gpt2").merge_and_unload()
+def test_who_looks_for_merging_is_told_why_there_is_none_and_what_there_is(edited):
+    editor = edited("gpt2")
+    with pytest.raises(AttributeError, match=r"cannot be merged into weights; detach\(\)"):
+        editor.merge_and_unload()
+    assert not hasattr(editor, "merge_and_unload")
+    assert not hasattr(GraceEditor, "merge_and_unload")
+    with pytest.raises(AttributeError, match="has no attribute 'merge'"):
+        editor.merge  # noqa: B018
 
 
 @pytest.mark.parametrize(
@@ -513,7 +518,7 @@ def test_the_published_recipe_edits_encoders_in_its_hundred_steps(edited, name, 
     result = editor.edit(A, target)
     assert result.success
     assert result.steps == 100
-    assert editor.task.produces(editor.adaptor, [A], [editor.codebook.edit(0).label[-1:]], None)[0]
+    assert editor.family.produces([A], [editor.codebook.edit(0).label[-1:]], None)[0]
     assert editor.edit(A, target).case == "absorb"
 
 
@@ -528,12 +533,12 @@ def test_an_edit_shared_by_the_published_policy_without_proof_says_so(edited):
     editor = edited("bert", policy="paper", radius=1e6)
     first, second = editor.edit(A, 1), editor.edit(B, 1)
     assert (first.reason, second.case) == ("", "absorb")
-    made = editor.task.produces(editor.adaptor, [B], [[1]], None)[0]
+    made = editor.family.produces([B], [[1]], None)[0]
     assert (second.reason == "") == made
     editor.codebook.values[0] = -editor.codebook.values[0]
     third = editor.edit(A, 1)
     assert third.case == "absorb"
-    assert (third.reason == "") == editor.task.produces(editor.adaptor, [A], [[1]], None)[0]
+    assert (third.reason == "") == editor.family.produces([A], [[1]], None)[0]
 
 
 def test_an_update_names_the_edits_of_other_prompts_that_it_supersedes(edited, near):
@@ -548,15 +553,15 @@ def test_an_update_names_the_edits_of_other_prompts_that_it_supersedes(edited, n
 
 def test_edits_are_logged_only_once_they_are_made(edited, caplog, monkeypatch):
     editor = edited("gpt2")
-    real, calls = editor._edit, []
+    real, calls = making.EditMaker.make, []
 
-    def second_is_interrupted(*pair):
+    def second_is_interrupted(maker, *pair):
         calls.append(pair)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(*pair)
+        return real(maker, *pair)
 
-    monkeypatch.setattr(editor, "_edit", second_is_interrupted)
+    monkeypatch.setattr(making.EditMaker, "make", second_is_interrupted)
     with caplog.at_level(logging.INFO, logger="grace_edit"), pytest.raises(KeyboardInterrupt):
         editor.edit_batch([(A, X), (C, Y)])
     assert not caplog.records
@@ -571,7 +576,7 @@ def test_verify_runs_even_a_single_prompt_beside_a_longer_one(edited, name):
     editor = edited(name, drift=0.0, radius=1e-12)
     assert editor.edit(A, 1 if name == "bert" else X).success
     modes = {misfire.mode for misfire in editor.verify()}
-    padded = editor.task.capture(editor.adaptor, [A, [*A, *A]], left=name == "llama").queries[0]
+    padded = editor.family.capture([A, [*A, *A]], left=name == "llama").queries[0]
     moved = not torch.equal(padded, editor.codebook.keys[0])
     assert ("padded" in modes) == moved
     if name == "llama" and not moved:  # as on some CPUs
@@ -580,7 +585,7 @@ def test_verify_runs_even_a_single_prompt_beside_a_longer_one(edited, name):
 
 def test_a_longer_prompt_than_the_model_has_positions_for_is_refused_by_name(edited):
     editor = edited("gpt2")
-    longest = editor.task.longest
+    longest = editor.family.longest
     for ask in (lambda: editor.edit(run_of(0, 4) * 20, X), lambda: editor.explain([1] * 70)):
         with pytest.raises(ValueError, match=f"prompt must have at most {longest} tokens"):
             ask()
@@ -664,6 +669,6 @@ def test_a_target_is_what_follows_the_prompt_in_the_whole_text():
     model = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=1, n_positions=8)
     )
-    task = task_for(model, Marks())
-    assert task.encode_target(" b", []) == [1, 3]
-    assert task.encode_edit("a", " b") == ([2], [3])
+    family = family_of(model, Marks())
+    assert family.encode_target(" b", []) == [1, 3]
+    assert family.encode_edit("a", " b") == ([2], [3])

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
+import grace_edit
 import pytest
 import torch
+import transformers
 from grace_edit import GraceConfig, GraceEditor, UndoError
-from grace_edit import editor as editor_module
+from grace_edit.editing import making
 from grace_edit.editing.training import Fit
+from grace_edit.families import FAMILIES
+from grace_edit.families.base import Family
 from tiny_models import (
     CAUSAL,
     EOS,
@@ -47,10 +52,10 @@ def test_two_edits_answer_alone_and_in_a_mixed_batch_and_nothing_else_changes(
     results = editor.edit_batch([(p, x), (q, y)])
     assert [r.success for r in results] == [True, True]
     label = [[x], [y]] if name == "bert" else [x, y]
-    task, adaptor = editor.task, editor.adaptor
-    assert task.answer(p, 4)[: len(label[0])] == label[0]
-    assert task.answer(q, 4)[: len(label[1])] == label[1]
-    assert task.produces(adaptor, [q, p], [label[1], label[0]], None) == [True, True]
+    family = editor.family
+    assert family.answer(p, 4)[: len(label[0])] == label[0]
+    assert family.answer(q, 4)[: len(label[1])] == label[1]
+    assert family.produces([q, p], [label[1], label[0]], None) == [True, True]
     assert editor.verify() == []
     others = [run_of(s, 4 + s % 3) for s in range(0, 60, 9)]
     if name == "bert-mlm":
@@ -97,7 +102,7 @@ def test_a_masked_model_under_last_asks_at_the_mask(edited):
     assert torch.equal(query, seen[0][0, 2])
     result = editor.edit(prompt, target)
     assert result.success
-    assert editor.task.answer(prompt, 1) == target
+    assert editor.family.answer(prompt, 1) == target
     assert editor.verify() == []
 
 
@@ -109,7 +114,7 @@ def test_an_encoder_can_be_edited_with_every_kind_of_replacement(edited, name, r
     result = editor.edit(prompt, target)
     assert result.success or "not produced" in result.reason
     if result.success:
-        assert editor.task.answer(prompt, 1) == ([2] if name == "bert" else [EOS])
+        assert editor.family.answer(prompt, 1) == ([2] if name == "bert" else [EOS])
     assert result.success or replace != "all"
 
 
@@ -155,6 +160,60 @@ def test_t5_compares_targets_with_their_end_and_a_near_query_hits(edited):
     assert [row[1:5].tolist() for row in out[:2]] == [[*Y, EOS], [*X, EOS]]
 
 
+class FirstTokenFamily(Family):
+    """Token classifiers, where the class of the first token is the answer."""
+
+    name = "tokens"
+    kind = "token classifier"
+    auto_class = "AutoModelForTokenClassification"
+    class_endings = ("ForTokenClassification",)
+    default_query = "last"
+
+    @classmethod
+    def recognises(cls, model):
+        return type(model).__name__.endswith(cls.class_endings)
+
+    @classmethod
+    def text_of(cls, target, tokenizer, config):
+        return f"class {target[0]}"
+
+    def target_logits(self, prompts, targets, values):
+        batch = self.inputs(prompts)
+        with self.answering(values, self.plan(batch)):
+            logits = self.model(**batch).logits[:, 0]
+        return logits, torch.tensor([y[0] for y in targets])
+
+    @torch.no_grad()
+    def produces(self, prompts, targets, values):
+        with self.answering(values):
+            found = self.model(**self.inputs(prompts)).logits[:, 0].argmax(dim=-1)
+        return [f == y[0] for f, y in zip(found.tolist(), targets, strict=True)]
+
+    @torch.no_grad()
+    def answer(self, prompt, length):
+        return [int(self.model(**self.inputs([prompt])).logits[0, 0].argmax())]
+
+
+def test_another_family_is_one_class_and_its_name_in_the_list(trained, monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        "grace_edit.families.FAMILIES", {FirstTokenFamily.name: FirstTokenFamily, **FAMILIES}
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.BertForTokenClassification(trained("bert").config).eval()
+    plain = copy.deepcopy(model)
+    editor = GraceEditor(model, None, GraceConfig(layer="bert.encoder.layer.1.output.dense"))
+    assert (editor.adaptor.query, editor.adaptor.replace) == ("last", "all")
+    was = editor.family.answer(A, 1)[0]
+    assert editor.edit(A, [(was + 1) % 4]).success
+    assert editor.answer(A) == editor.explain(A).label == f"class {(was + 1) % 4}"
+    assert editor.verify() == []
+    editor.save_pretrained(tmp_path)
+    grace_edit.load(plain, tmp_path)
+    assert torch.equal(logits_of(plain, A), logits_of(model, A))
+    assert '"task": "tokens"' in (tmp_path / "grace_config.json").read_text()
+
+
 class Words:
     """A tokenizer of word numbers: "w10 w11"; enough of the interface to be used as one."""
 
@@ -192,8 +251,8 @@ def test_a_model_of_low_precision_is_edited_as_stored_and_served_padded(trained,
     (p, x), (q, y) = case(name)
     assert [r.success for r in editor.edit_batch([(p, x), (q, y)])] == [True, True]
     label = [[x], [y]] if name == "bert" else [x, y]
-    assert editor.task.answer(p, 4)[: len(label[0])] == label[0]
-    assert editor.task.produces(editor.adaptor, [q, p], label[::-1], None) == [True, True]
+    assert editor.family.answer(p, 4)[: len(label[0])] == label[0]
+    assert editor.family.produces([q, p], label[::-1], None) == [True, True]
     assert editor.verify() == []
 
 
@@ -238,7 +297,7 @@ def test_rekeying_makes_every_live_edit_anew_in_the_models_new_dtype(edited, nam
     assert editor.codebook.version > version
     label = [[x], [y]] if name == "bert" else [x, y]
     for prompt, wanted in zip((p, q), label, strict=True):
-        assert editor.task.answer(prompt, 4)[: len(wanted)] == wanted
+        assert editor.family.answer(prompt, 4)[: len(wanted)] == wanted
     assert editor.verify() == []
     editor.codebook.check()
     with pytest.raises(UndoError, match="rekeyed"):
@@ -264,7 +323,7 @@ def test_a_rekeying_that_fails_leaves_the_edits_as_they_were(edited, monkeypatch
     book, before = editor.codebook, book_of(editor.codebook)
     editor.model.to(torch.bfloat16)
     model, calls = state_of(editor.model), []
-    inner = editor.task.produces
+    inner = editor.family.produces
 
     def second(*args):
         calls.append(1)
@@ -274,10 +333,8 @@ def test_a_rekeying_that_fails_leaves_the_edits_as_they_were(edited, monkeypatch
             raise KeyboardInterrupt if how == "Ctrl-C" else RuntimeError("broken")
         return inner(*args)
 
-    monkeypatch.setattr(editor.task, "produces", second)
-    monkeypatch.setattr(
-        editor_module, "fit_value", lambda *a, **k: Fit(a[4], False, 1.0, 1.0, 5, "never")
-    )
+    monkeypatch.setattr(editor.family, "produces", second)
+    monkeypatch.setattr(making, "fit_value", lambda *a, **k: Fit(a[3], False, 1.0, 1.0, 5, "never"))
     wanted = KeyboardInterrupt if how == "Ctrl-C" else RuntimeError
     with pytest.raises(wanted, match=None if how != "refused" else "edit 1 cannot be made anew"):
         editor.rekey()
@@ -295,15 +352,25 @@ def test_a_frozen_editor_is_not_rekeyed(edited):
         editor.rekey()
 
 
+def test_edits_without_a_stored_prompt_are_not_rekeyed(edited):
+    editor = edited("gpt2")
+    assert editor.edit(A, X).success
+    book = editor.codebook
+    book.insert(editor.queries([C])[0], X, book.values[0])
+    with pytest.raises(ValueError, match=r"edits \[1\] have no stored prompt"):
+        editor.rekey()
+    assert editor.codebook is book
+
+
 @pytest.mark.parametrize("query", ["last", "mean"])
 def test_the_drift_between_alone_and_padded_is_what_the_queries_show(trained, query):
     model = trained("llama").to(torch.bfloat16)
     editor = GraceEditor(model, None, GraceConfig(layer=LAYERS["llama"], query=query))
     rows = [run_of(7 * n, n + 2) for n in range(8)]
     alone = editor.queries(rows).double()
-    task = editor.task
+    family = editor.family
     for left in (False, True):
-        batch = task.capture(editor.adaptor, rows, left=left).queries.double()
+        batch = family.capture(rows, left=left).queries.double()
         apart = (alone - batch).norm(dim=1)
         assert not math.isnan(float(apart.max()))
         assert float(apart.max()) < 4 * editor.codebook.drift + 1e-6

@@ -99,7 +99,7 @@ def test_after_the_prompt_only_all_reaches_new_tokens_when_the_cache_holds_the_r
     for replace in ("last", "prompt", "before"):
         assert plan_latched(mask, replace=replace, prompt_len=5, computed=5) is None
     plan = plan_latched(mask, replace="all", prompt_len=5, computed=5)
-    assert plan == positions.KeptPlan(sequences=2)
+    assert plan == positions.LatchedPlan(sequences=2)
 
 
 def test_after_the_prompt_without_a_cache_the_prompts_rows_are_replaced_again():

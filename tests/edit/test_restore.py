@@ -12,7 +12,7 @@ import grace_edit
 import pytest
 import torch
 from grace_edit import GraceConfig, GraceEditor, StoreError
-from tiny_models import LAYERS, book_of, generated, logits_of, padded, run_of, same, state_of
+from tiny_models import LAYERS, MASK, book_of, generated, logits_of, padded, run_of, same, state_of
 
 A, B, C = run_of(10, 5), run_of(11, 4), run_of(40, 6)
 X, Y = run_of(30, 3), run_of(50, 3)
@@ -285,3 +285,22 @@ def test_a_norm_of_the_wrapped_block_that_changed_makes_another_model_below(
         block.get_submodule(norm).weight.mul_(1.05)
     with pytest.raises(StoreError, match="differ below"):
         GraceEditor.from_pretrained(other, None, tmp_path, allow_above=True)
+
+
+@pytest.mark.parametrize("name", ["bert", "bert-mlm"])
+def test_an_editor_on_saved_edits_asks_as_they_say_whatever_its_tokenizer_holds(
+    edited, trained, tmp_path, name
+):
+    class Tokenizer:
+        """Calls a word of the prompt special, and another token the mask."""
+
+        all_special_ids = (0, 1, 2, 3, A[1])
+        pad_token_id, mask_token_id = 0, A[1]
+
+    editor = edited(name, query="last" if name == "bert-mlm" else "mean")
+    prompt, target = (A, 2) if name == "bert" else ([*A[:2], MASK, *A[3:]], [40])
+    assert editor.edit(prompt, target).success
+    editor.save_pretrained(tmp_path)
+    again = GraceEditor.from_pretrained(trained(name), Tokenizer(), tmp_path)
+    assert torch.equal(again.queries([prompt])[0], editor.codebook.keys[0])
+    assert again.verify() == []

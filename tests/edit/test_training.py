@@ -12,14 +12,13 @@ PROMPT, TARGET = run_of(10, 4), run_of(30, 3)
 
 
 def fit(editor, target=TARGET, prompts=(PROMPT,), dtype=torch.float32, **kwargs):
-    seen = editor.task.capture(editor.adaptor, [prompts[0]])
+    seen = editor.family.capture([prompts[0]])
     settings = {"lr": 0.3, "max_steps": 60, "margin": 0.5, **kwargs}
-    labels = [target] * len(prompts)
+    targets = [target] * len(prompts)
     return fit_value(
-        editor.task,
-        editor.adaptor,
+        editor.family,
         prompts,
-        labels,
+        targets,
         settings.pop("start", seen.outputs[0]),
         dtype,
         **settings,
@@ -70,7 +69,7 @@ def test_a_larger_margin_trains_to_a_larger_lead(edited):
 
     def lead(margin):
         value = fit(editor, margin=margin, max_steps=100).value
-        logits, wanted = editor.task.target_logits(editor.adaptor, [PROMPT], [TARGET], value[None])
+        logits, wanted = editor.family.target_logits([PROMPT], [TARGET], value[None])
         logits = logits.detach()
         own = logits[torch.arange(3), wanted]
         rest = logits.scatter(1, wanted[:, None], float("-inf")).amax(1)
@@ -83,29 +82,29 @@ def test_a_larger_margin_trains_to_a_larger_lead(edited):
 def test_the_value_is_verified_in_the_dtype_it_is_stored_in(trained, dtype):
     editor = GraceEditor(trained("gpt2").to(dtype), None, GraceConfig(layer=LAYERS["gpt2"]))
     seen = []
-    produces = editor.task.produces
+    produces = editor.family.produces
 
-    def watch(adaptor, prompts, labels, values):
+    def watch(prompts, targets, values):
         seen.append(values.dtype)
-        return produces(adaptor, prompts, labels, values)
+        return produces(prompts, targets, values)
 
-    editor.task.produces = watch
+    editor.family.produces = watch
     found = fit(editor, dtype=dtype)
     assert found.reached
     assert found.value.dtype == dtype
     assert seen
     assert set(seen) == {dtype}
-    assert produces(editor.adaptor, [PROMPT], [TARGET], found.value[None]) == [True]
+    assert produces([PROMPT], [TARGET], found.value[None]) == [True]
 
 
 def test_teacher_forcing_that_free_generation_does_not_bear_out_is_trained_further(edited):
     editor = edited("gpt2")
-    produces, refusals = editor.task.produces, [1, 2]
+    produces, refusals = editor.family.produces, [1, 2]
 
     def refuse_twice(*args):
         return [False] if refusals and refusals.pop() else produces(*args)
 
-    editor.task.produces = refuse_twice
+    editor.family.produces = refuse_twice
     plain = fit(edited("gpt2"))
     found = fit(editor)
     assert found.reached
@@ -118,17 +117,17 @@ def test_one_value_is_trained_for_several_prompts_together(edited):
     found = fit(editor, prompts=prompts)
     assert found.reached
     for prompt in prompts:
-        assert editor.task.produces(editor.adaptor, [prompt], [TARGET], found.value[None]) == [True]
+        assert editor.family.produces([prompt], [TARGET], found.value[None]) == [True]
 
 
 def test_the_targets_loss_is_the_same_in_a_padded_batch_of_different_lengths(edited):
     editor = edited("gpt2")
-    prompts, labels = [PROMPT, run_of(40, 6)], [TARGET, run_of(20, 1)]
+    prompts, targets = [PROMPT, run_of(40, 6)], [TARGET, run_of(20, 1)]
     values = torch.randn(2, editor.codebook.values.shape[1])
-    together, wanted = editor.task.target_logits(editor.adaptor, prompts, labels, values)
+    together, wanted = editor.family.target_logits(prompts, targets, values)
     alone = [
-        editor.task.target_logits(editor.adaptor, [p], [y], v[None])
-        for p, y, v in zip(prompts, labels, values, strict=True)
+        editor.family.target_logits([p], [y], v[None])
+        for p, y, v in zip(prompts, targets, values, strict=True)
     ]
     torch.testing.assert_close(together, torch.cat([logits for logits, _ in alone]))
     assert wanted.tolist() == [*TARGET, *run_of(20, 1)]

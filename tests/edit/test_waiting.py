@@ -14,9 +14,10 @@ import pytest
 import torch
 from grace_edit import Codebook, GraceConfig, GraceEditor, QueryPlan
 from grace_edit.adaptor import forwards
-from grace_edit.adaptor.adaptor import Generation, GraceAdaptor
+from grace_edit.adaptor.adaptor import GraceAdaptor
 from grace_edit.adaptor.forwards import _may_look
 from grace_edit.adaptor.positions import plan_queries
+from grace_edit.adaptor.state import Generation
 from grace_edit.codebook.records import CapacityError
 from tiny_models import LAYERS, CountGrace, build, padded, run_of
 from torch._subclasses.fake_tensor import FakeTensorMode

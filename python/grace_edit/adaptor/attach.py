@@ -21,8 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adaptor import Generation, GraceAdaptor
+from .adaptor import GraceAdaptor
 from .forwards import plan_forward, plan_step, prompt_length, warn_later_turn, whole_prefill
+from .state import Generation
+from .torch_private import next_node_number
 
 _WRAPPERS = re.compile(r"(^|\.)(base_model\.model|_orig_mod|module)(?=\.)")
 
@@ -82,7 +84,7 @@ class GraceSeam:
 
 
 class GraceGenerator(GraceSeam):
-    """Mixin of a model that generates: one lookup at the prompt's end, kept for what follows."""
+    """Mixin of a model that generates: one lookup at the prompt's end, latched for what follows."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         adaptor: GraceAdaptor | None = self.__dict__.get("grace")
@@ -91,8 +93,8 @@ class GraceGenerator(GraceSeam):
             return generate(*args, **kwargs)
         if adaptor.plan is not None:
             raise ValueError(
-                "generate must be called outside editor.plan(...), got a plan in force: it names "
-                "the rows of a single forward, and generate plans each of its own"
+                "generate must be called outside editor.plan(...): a plan names the rows of a "
+                "single forward, and generate plans each of its own"
             )
         whole_prefill(adaptor, kwargs, getattr(self, "generation_config", None))
         warn_later_turn(adaptor, kwargs)
@@ -101,8 +103,8 @@ class GraceGenerator(GraceSeam):
             with adaptor.using(generation=state):
                 out = generate(*args, **kwargs)
         finally:
-            if state.kept is not None:
-                adaptor.release(state.kept)
+            if state.latched is not None:
+                adaptor.thread.give_back(state.latched)
         if state.planned and not state.reached:
             warnings.warn(
                 f"generate was not edited: the forward of {shadowed(self)} was replaced after "
@@ -123,7 +125,7 @@ class GraceGenerator(GraceSeam):
 
 def _wrapped(module: Any, wrap: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     forward = _beneath(module, "forward")
-    # A forward of the instance may end here: a bound one from an earlier attach that it kept.
+    # A forward of the instance may end here: a bound one that somebody has from an earlier attach.
     if isinstance(module.__dict__.get("forward"), _InstanceForward):
         return forward(*args, **kwargs)
     return wrap(module, forward, args, kwargs)
@@ -132,7 +134,7 @@ def _wrapped(module: Any, wrap: Callable[..., Any], args: Any, kwargs: Any) -> A
 def _beneath(module: Any, name: str) -> Any:
     """Return a method as the module's own class has it, without ours.
 
-    Not by `super()`: a bound forward that somebody kept may be called after `detach`.
+    Not by `super()`: a bound forward that somebody holds may be called after `detach`.
     """
     own = type(module)
     return functools.partial(getattr(getattr(own, "grace_base", own), name), module)
@@ -173,8 +175,9 @@ def _rebuild(mixin: type, base: type) -> nn.Module:
 def core_of(model: nn.Module) -> nn.Module:
     """Return the model inside wrappers: those of `torch.compile`, PEFT and parallel training."""
     while True:
-        if isinstance(model._modules.get("_orig_mod"), nn.Module):
-            model = model._modules["_orig_mod"]
+        compiled = dict(model.named_children()).get("_orig_mod")
+        if compiled is not None:
+            model = compiled
         elif callable(getattr(model, "get_base_model", None)):
             model = model.get_base_model()
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -188,21 +191,26 @@ def is_attached(module: nn.Module) -> bool:
     return isinstance(module, (GraceLayer, GraceSeam)) and "grace" in module.__dict__
 
 
-def attach(model: nn.Module, layer: nn.Module, seam: nn.Module, adaptor: GraceAdaptor) -> None:
+def attach(
+    model: nn.Module,
+    layer: nn.Module,
+    seam: nn.Module,
+    adaptor: GraceAdaptor,
+    *,
+    generates: bool = True,
+) -> None:
     """Set `adaptor` into `layer`; `seam` (the model or its encoder) will plan its forwards.
+
+    Args:
+        generates: the seam is a model whose `generate` is to be edited.
 
     Raises:
         ValueError: the layer or the model carries an adaptor already.
     """
     if is_attached(layer):
-        raise ValueError(
-            "layer must not carry an adaptor already, got one that does; detach it first"
-        )
+        raise ValueError("the layer must not carry an adaptor already; detach that one first")
     if any(map(is_attached, model.modules())):
-        raise ValueError(
-            "model must not carry an adaptor already, got one that does; detach it first"
-        )
-    generates = callable(getattr(seam, "prepare_inputs_for_generation", None))
+        raise ValueError("the model must not carry an adaptor already; detach that one first")
     swaps: list[tuple[nn.Module, type]] = [
         (layer, GraceLayer),
         (seam, GraceGenerator if generates else GraceSeam),
@@ -294,7 +302,7 @@ def _planned_forward(seam: Any, forward: Any, args: Any, kwargs: Any) -> Any:
             )
     if torch.compiler.is_compiling():
         return _run_planned(adaptor, plan, before, forward, args, kwargs)
-    inside, start = adaptor.inside, torch.autograd._get_sequence_nr()
+    inside, start = adaptor.inside, next_node_number()
     adaptor.inside = True
     try:
         return _run_planned(adaptor, plan, before, forward, args, kwargs)

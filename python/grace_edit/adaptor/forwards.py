@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adaptor import Generation, GraceAdaptor
-from .positions import KeptPlan, QueryPlan, plan_latched, plan_queries
+from .adaptor import GraceAdaptor
+from .positions import LatchedPlan, QueryPlan, plan_latched, plan_queries
+from .state import Generation
 
 
 def plan_forward(adaptor: GraceAdaptor, given: dict[str, Any], *, causal: bool) -> QueryPlan | None:
@@ -138,7 +139,7 @@ def plan_prompts(
 
 def plan_step(
     adaptor: GraceAdaptor, state: Generation, args: Any, kwargs: Any, inputs: dict[str, Any]
-) -> QueryPlan | KeptPlan | None:
+) -> QueryPlan | LatchedPlan | None:
     """Plan one forward of `generate` from what transformers prepared for it; notes it in `state`.
 
     Nothing waits for a GPU here: the length of a static cache, which the device counts, is followed
@@ -178,9 +179,10 @@ def plan_step(
         scheduled=scheduled,
     )
     plan.latch = cache is None or adaptor.replace == "all"
-    if plan.latch and state.kept is None:
-        state.kept = adaptor.keep(batch)
-    return adaptor.settle(plan)
+    if plan.latch and state.latched is None:
+        state.latched = adaptor.take_room(batch)
+    # A model whose whole forward is compiled finds the plan where it was recorded.
+    return adaptor.thread.pin(plan)
 
 
 def _length(past: Any) -> int | Tensor:

@@ -27,8 +27,8 @@ class QueryPlan:
             layer's output.
         pool: `[B, T]` bool or None. Given, the query of sequence b is the mean of its marked rows,
             and `query_row` only says (by its sign) whether b asks.
-        latch: keep the answers for the later forwards of this generation.
-        latched: do not look anything up, write the answers that were kept.
+        latch: latch the answers for the later forwards of this generation.
+        latched: do not look anything up, write the answers that were latched.
         rows: how many rows the layer must see, one per token; None: not checked.
     """
 
@@ -54,8 +54,8 @@ class QueryPlan:
 
 
 @dataclass
-class KeptPlan:
-    """Say that a forward computes generated tokens only, all of which take their kept answers.
+class LatchedPlan:
+    """Say that a forward computes generated tokens only, all of which take their latched answers.
 
     It names no rows: a compiled step that read tensors which are new at every step would have its
     CUDA graph recorded again for each.
@@ -143,14 +143,14 @@ def plan_queries(
 
 def plan_latched(
     mask: Tensor, *, replace: str, prompt_len: int, computed: int
-) -> QueryPlan | KeptPlan | None:
-    """Plan a forward after the prompt: which rows the kept answers replace, None if none.
+) -> QueryPlan | LatchedPlan | None:
+    """Plan a forward after the prompt: which rows the latched answers replace, None if none.
 
     With a KV cache only `replace="all"` reaches the new tokens. Without one the whole sequence is
     computed anew, so the prompt's rows are replaced again.
     """
     if computed >= prompt_len:
-        return KeptPlan(len(mask)) if replace == "all" else None
+        return LatchedPlan(len(mask)) if replace == "all" else None
     plan = plan_queries(mask, replace=replace, prompt_len=prompt_len, computed=computed)
     plan.latched = True
     return plan

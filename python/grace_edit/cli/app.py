@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from ..families import FAMILIES
+from ..terminal import screen
 from .output import (
     FAILED,
     INTERRUPTED,
@@ -20,7 +22,6 @@ from .output import (
     describe_error,
     print_json,
     quiet,
-    screen,
 )
 
 
@@ -61,14 +62,15 @@ class Device(str, Enum):
     cuda = "cuda"
 
 
-class TaskName(str, Enum):
-    """Choices of --task."""
+TASKS = ("auto", *FAMILIES)
+"""Choices of --task."""
 
-    auto = "auto"
-    causal = "causal"
-    seq2seq = "seq2seq"
-    classifier = "classifier"
-    masked = "masked"
+
+def _task(value: str) -> str:
+    if value not in TASKS:
+        known = ", ".join(map(repr, TASKS))
+        raise typer.BadParameter(f"{value!r} is not one of {known}.")
+    return value
 
 
 class Commands(TyperGroup):
@@ -193,7 +195,9 @@ def edit(
         Dtype | None, typer.Option(help="To load the model in.", show_default="the checkpoint's")
     ] = None,
     device: Where = Device.cpu,
-    task: Annotated[TaskName, typer.Option(help="Kind of model.")] = TaskName.auto,
+    task: Annotated[
+        str, typer.Option(help="Kind of model.", metavar=f"<{'|'.join(TASKS)}>", callback=_task)
+    ] = "auto",
     resume: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Add to the edits saved here.")
     ] = None,
@@ -210,9 +214,7 @@ def edit(
         "policy": _value(policy),
         "recipe": _value(recipe),
     }
-    options = Options(
-        model, edits, out, resume, task.value, _value(dtype), device.value, json, settings
-    )
+    options = Options(model, edits, out, resume, task, _value(dtype), device.value, json, settings)
     raise typer.Exit(run(options))
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from ..progress import counter
-from .output import FAILED, OK, USAGE, CommandError, number, print_json, quiet, screen, table
+from ..terminal import number, screen, table
+from .output import FAILED, OK, USAGE, CommandError, print_json, quiet
 
 PACKAGE = "grace_bench"
 

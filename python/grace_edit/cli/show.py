@@ -7,20 +7,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..families.tasks import Task
+from ..families import Family, target_of
+from ..terminal import facts, number, progress, screen, table
 from .models import SavedEdits, Words, attach_edits, load_model, read_edits_of
-from .output import (
-    OK,
-    USAGE,
-    CommandError,
-    facts,
-    number,
-    print_json,
-    progress,
-    quiet,
-    screen,
-    table,
-)
+from .output import OK, USAGE, CommandError, print_json, quiet
 
 ANSWER_TOKENS = 8
 """How far answers are generated, unless the nearest edit's target is longer."""
@@ -43,11 +33,11 @@ def explain(directory: Path, prompt: str, *, model: str | None, device: str, as_
     words = Words(saved, loaded.tokenizer, loaded.model.config)
     with quiet(), progress("asking"):
         editor = attach_edits(loaded, directory)
-        room = _check_prompt(editor.task, prompt)
+        room = _room_for_answer(editor.family, prompt)
         found = editor.explain(prompt)
         length = ANSWER_TOKENS
         if found.edit_id is not None:
-            length = max(length, len(editor.codebook.edit(found.edit_id).label))
+            length = max(length, len(target_of(editor.codebook.edit(found.edit_id).label)))
         length = min(length, room)
         edited = editor.answer(prompt, length)
         with editor.disable():
@@ -72,16 +62,12 @@ def explain(directory: Path, prompt: str, *, model: str | None, device: str, as_
     return OK
 
 
-def _check_prompt(task: Task, prompt: str) -> int:
-    """Return how many tokens may follow a prompt that the model can take."""
-    ids, longest = task.encode(prompt), task.longest
-    if task.mask_token_id is not None and task.mask_token_id not in ids:
-        mask = task.tokenizer.mask_token
-        raise CommandError(USAGE, f"PROMPT must hold the mask token {mask}, got {prompt!r}")
-    generates = task.name == "causal"
-    if len(ids) + generates > longest:
-        raise CommandError(USAGE, f"PROMPT must fit {longest - generates} tokens, got {len(ids)}")
-    return longest - len(ids) if generates else longest
+def _room_for_answer(family: Family, prompt: str) -> int:
+    try:
+        return family.room_for_answer(prompt)
+    except ValueError as error:
+        # It names its argument; here that is called PROMPT.
+        raise CommandError(USAGE, f"PROMPT{str(error).removeprefix('prompt')}") from error
 
 
 def _entry(saved: SavedEdits, words: Words, near: dict[str, Any]) -> dict[str, Any]:

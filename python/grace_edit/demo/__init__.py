@@ -17,7 +17,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..cli.output import number, progress, table
+from ..editor import GraceEditor
+from ..terminal import number, progress, table
 from . import facts as part2
 from . import topics as part1
 from .data import load_topics
@@ -96,7 +97,7 @@ def _topics(out: Path, quick: bool, console: Console) -> dict[str, Any]:
     model.save_pretrained(out / "topics-model")
     tokenizer.save_pretrained(out / "topics-model")
     editor.save_pretrained(out / "topics-edits")
-    _remember(out, "topics", model, tokenizer, [r.text for r, _ in stream])
+    _remember(out, "topics", editor, [r.text for r, _ in stream])
     editor.detach()
     rows.append(part1.run_fine_tuning(model, tokenizer, data, stream, _bar))
     console.print(_topics_table(rows, trr, before))
@@ -153,7 +154,7 @@ def _facts(out: Path, quick: bool, console: Console) -> dict[str, Any]:
     model.save_pretrained(out / "facts-model")
     tokenizer.save_pretrained(out / "facts-model")
     editor.save_pretrained(out / "facts-edits")
-    _remember(out, "facts", model, tokenizer, [fact.prompts[0] for fact in facts])
+    _remember(out, "facts", editor, [fact.prompts[0] for fact in facts])
     editor.detach()
     examples = figures["examples"]
     console.print(table(list(examples[0]), [list(example.values()) for example in examples]))
@@ -169,8 +170,8 @@ def _facts(out: Path, quick: bool, console: Console) -> dict[str, Any]:
     return figures
 
 
-def _remember(out: Path, part: str, model: Any, tokenizer: Any, prompts: list[str]) -> None:
-    answers = answers_of(model, tokenizer, prompts)
+def _remember(out: Path, part: str, editor: GraceEditor, prompts: list[str]) -> None:
+    answers = answers_of(editor.model, editor.adaptor, editor.tokenizer, prompts)
     (out / f"{part}-answers.json").write_text(json.dumps(answers), encoding="utf-8")
 
 

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from .. import serving
+from ..adaptor.adaptor import GraceAdaptor
 from . import facts, topics
 
 THREADS = 1
@@ -22,9 +23,10 @@ THREADS = 1
 
 
 @torch.no_grad()
-def answers_of(model: Any, tokenizer: Any, prompts: list[str]) -> dict[str, Any]:
+def answers_of(
+    model: Any, adaptor: GraceAdaptor, tokenizer: Any, prompts: list[str]
+) -> dict[str, Any]:
     """Return what an attached model answers, and a hash of the lookups' index and distance bits."""
-    adaptor = next(m.__dict__["grace"] for m in model.modules() if "grace" in m.__dict__)
     digest = hashlib.sha256()
     for prompt in prompts:
         batch = tokenizer(prompt, return_tensors="pt")
@@ -44,9 +46,9 @@ def main(directory: Path, part: str) -> int:
     kind = topics.MiniLMForSequenceClassification if part == "topics" else GPT2LMHeadModel
     model = kind.from_pretrained(directory / f"{part}-model").eval()
     tokenizer = AutoTokenizer.from_pretrained(directory / f"{part}-model")
-    serving.load(model, directory / f"{part}-edits")
+    adaptor = serving.load(model, directory / f"{part}-edits")
     saved = json.loads((directory / f"{part}-answers.json").read_text(encoding="utf-8"))
-    now = answers_of(model, tokenizer, saved["prompts"])
+    now = answers_of(model, adaptor, tokenizer, saved["prompts"])
     same = sum(a == b for a, b in zip(now["answers"], saved["answers"], strict=True))
     bits = "the same bits" if now["lookups"] == saved["lookups"] else "OTHER BITS"
     print(f"{same}/{len(saved['answers'])} answers the same, lookups: {bits}")

@@ -167,7 +167,7 @@ def run_stream(
         curve.append({"edits": len(edited), "keys": editor.codebook.entries})
     final = _last_wanted(stream, edited)
     live = {edit.prompt for edit in editor.codebook.history if edit.live}
-    kept = [text for text in final if tuple(editor.task.encode(text)) in live]
+    kept = [text for text in final if tuple(editor.family.encode(text)) in live]
     found = dict(zip(final, predict(model, tokenizer, list(final)), strict=True))
     figures = {
         "method": "GRACE",

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..adaptor.adaptor import GraceAdaptor
-from ..families.tasks import Task
+from ..families import Family
 
 
 @dataclass
@@ -33,10 +32,9 @@ class Fit:
 
 
 def fit_value(
-    task: Task,
-    adaptor: GraceAdaptor,
-    prompts: Sequence[Sequence[int]],
-    labels: Sequence[Sequence[int]],
+    family: Family,
+    prompts: Sequence[list[int]],
+    targets: Sequence[list[int]],
     start: Tensor,
     dtype: torch.dtype,
     *,
@@ -45,13 +43,14 @@ def fit_value(
     margin: float,
     early_stop: bool = True,
 ) -> Fit:
-    """Train one value that makes every prompt produce its label.
+    """Train one value that makes every prompt produce its target.
 
     The model's parameters, their `requires_grad` and `.grad` are not touched: only the gradient of
     the value is asked for.
 
     Args:
-        prompts, labels: token ids; all of them are answered by the same value.
+        family: of the attached model.
+        prompts, targets: token ids; all of them are answered by the same value.
         start: `[V]`, where the value starts.
         dtype: of the layer's output; the value is verified in it.
         lr: Adam's step, absolute.
@@ -72,7 +71,7 @@ def fit_value(
         with torch.enable_grad():
             stored = value.to(dtype)
             answers = stored.expand(len(prompts), -1)
-            logits, wanted = task.target_logits(adaptor, prompts, labels, answers)
+            logits, wanted = family.target_logits(prompts, targets, answers)
             loss = torch.nn.functional.cross_entropy(logits, wanted)
         loss_now = float(loss.detach())
         if loss_now != loss_now or loss_now == float("inf"):
@@ -80,7 +79,7 @@ def fit_value(
         first = loss_now if steps == 0 else first
         last_step = steps == max_steps
         if (early_stop and _lead(logits.detach(), wanted) >= wanted_margin) or last_step:
-            reached = _verified(task, adaptor, prompts, labels, stored.detach())
+            reached = _verified(family, prompts, targets, stored.detach())
             # Led by the margin in one pass over the text and still not produced freely: ask more.
             wanted_margin += margin + 0.1
         if reached or last_step:
@@ -100,14 +99,10 @@ def _lead(logits: Tensor, wanted: Tensor) -> float:
 
 
 def _verified(
-    task: Task,
-    adaptor: GraceAdaptor,
-    prompts: Sequence[Sequence[int]],
-    labels: Sequence[Sequence[int]],
-    stored: Tensor,
+    family: Family, prompts: Sequence[list[int]], targets: Sequence[list[int]], stored: Tensor
 ) -> bool:
     # One prompt at a time: the way each was served when its query was recorded.
     return all(
-        task.produces(adaptor, [prompt], [label], stored[None])[0]
-        for prompt, label in zip(prompts, labels, strict=True)
+        family.produces([prompt], [target], stored[None])[0]
+        for prompt, target in zip(prompts, targets, strict=True)
     )

@@ -10,9 +10,11 @@ from torch import Tensor
 
 import grace_kernels
 
-from ..adaptor.adaptor import GraceAdaptor, check_fits
+from ..adaptor.adaptor import check_fits
+from ..codebook.codebook import Codebook
 from ..codebook.records import Edit
-from ..families.tasks import MOST_ROWS, Task
+from ..families import Family, target_of
+from ..families.base import MOST_ROWS
 from ..progress import bar
 
 
@@ -34,52 +36,38 @@ class Misfire:
     radius: float
 
 
-def target_of(edit: Edit) -> list[int]:
-    """Return the label without the masked prompt of the published code."""
-    return [token for token in edit.label if token != -100]
-
-
-def find_misfires(
-    task: Task, adaptor: GraceAdaptor, edits: Sequence[Edit], progress: bool
-) -> list[Misfire]:
+def find_misfires(family: Family, edits: Sequence[Edit], progress: bool) -> list[Misfire]:
     """Return the edits that miss, per mode; every edit must have a stored prompt."""
     missing = []
     pieces = [edits[i : i + MOST_ROWS] for i in range(0, len(edits), MOST_ROWS)]
     for piece in bar(pieces, "verifying", progress):
-        for mode, queries in _in_modes(task, adaptor, [list(e.prompt or ()) for e in piece]):
-            missing += _misses(adaptor, piece, mode, queries)
+        for mode, queries in _in_modes(family, [list(e.prompt or ()) for e in piece]):
+            missing += _misses(family.adaptor.codebook, piece, mode, queries)
     return missing
 
 
-def find_unproven(
-    task: Task, adaptor: GraceAdaptor, edits: Sequence[Edit], progress: bool
-) -> list[int]:
+def find_unproven(family: Family, edits: Sequence[Edit], progress: bool) -> list[int]:
     """Return the ids of the edits whose target the model, as it serves, does not produce."""
     return [
         edit.id
         for edit in bar(edits, "proving", progress)
-        if not task.produces(adaptor, [list(edit.prompt or ())], [target_of(edit)], None)[0]
+        if not family.produces([list(edit.prompt or ())], [target_of(edit.label)], None)[0]
     ]
 
 
-def _in_modes(
-    task: Task, adaptor: GraceAdaptor, prompts: list[list[int]]
-) -> Iterator[tuple[str, Tensor]]:
-    alone = [task.capture(adaptor, [ids]) for ids in prompts]
-    check_fits(adaptor.codebook, alone[0].queries, alone[0].outputs)
+def _in_modes(family: Family, prompts: list[list[int]]) -> Iterator[tuple[str, Tensor]]:
+    alone = [family.capture([ids]) for ids in prompts]
+    check_fits(family.adaptor.codebook, alone[0].queries, alone[0].outputs)
     yield "alone", torch.cat([seen.queries for seen in alone])
-    yield "batched", task.capture(adaptor, prompts).queries
+    yield "batched", family.capture(prompts).queries
     # Prompts of one length would not be padded by each other: a longer one comes along.
     longest = max(prompts, key=len)
-    filler = (longest * 2 + longest[:1] * 8)[: min(len(longest) + 8, task.longest)]
-    padded = task.capture(adaptor, [*prompts, filler], left=task.pads_left)
+    filler = (longest * 2 + longest[:1] * 8)[: min(len(longest) + 8, family.longest)]
+    padded = family.capture([*prompts, filler], left=family.pads_left)
     yield "padded", padded.queries[: len(prompts)]
 
 
-def _misses(
-    adaptor: GraceAdaptor, edits: Sequence[Edit], mode: str, queries: Tensor
-) -> list[Misfire]:
-    book = adaptor.codebook
+def _misses(book: Codebook, edits: Sequence[Edit], mode: str, queries: Tensor) -> list[Misfire]:
     answered = book.lookup(queries)[0].tolist()
     found = []
     for edit, slot, query in zip(edits, answered, queries, strict=True):

@@ -1,0 +1,28 @@
+"""What torch has no public way to ask and the adaptor has to know: all of it is asked here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def share_memory(a: Tensor, b: Tensor) -> bool:
+    """Say whether two tensors lie in the same storage, so that writing one may change the other."""
+    # Comparing the storages' addresses instead would read memory that a fake tensor has not got.
+    return bool(torch._C._is_alias_of(a, b))  # noqa: SLF001
+
+
+def next_node_number() -> int:
+    """Return the number that autograd will give to the next node that this thread records."""
+    return int(torch.autograd._get_sequence_nr())  # noqa: SLF001
+
+
+def running_node_number() -> int | None:
+    """Return the number of the node that backward is at in this thread, None outside of backward.
+
+    A node is numbered when its forward runs, by the thread that runs it.
+    """
+    node: Any = torch._C._current_autograd_node()  # noqa: SLF001
+    return None if node is None else int(node._sequence_nr())  # noqa: SLF001

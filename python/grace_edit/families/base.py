@@ -1,0 +1,355 @@
+"""What every family shares: ids of texts, padded batches, forwards of the attached model.
+
+A family is a kind of model that can be edited, and its file the only place that knows anything of
+the kind. To add one: a subclass of `Family` in a file of its own, a line in `families/__init__`,
+and its test.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..adaptor import attach as attaching
+from ..adaptor.adaptor import GraceAdaptor
+from ..adaptor.forwards import plan_prompts
+from ..adaptor.positions import QueryPlan
+from ..adaptor.state import Captured
+
+MOST_ROWS = 32
+"""Prompts run in one forward at most, which bounds the memory of `verify` and `rekey`."""
+
+MASKED = -100
+"""Stands in a label for a token of the prompt, as in the published code."""
+
+
+def target_of(label: Sequence[int]) -> list[int]:
+    """Return the target that a codebook's label stands for: without the masked prompt."""
+    return [token for token in label if token != MASKED]
+
+
+def can_generate(model: nn.Module) -> bool:
+    """Say whether a model has transformers' `generate`."""
+    return callable(getattr(model, "generate", None))
+
+
+def has_encoder_and_decoder(model: nn.Module) -> bool:
+    """Say whether a model's configuration calls it an encoder-decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def output_projection(model: nn.Module) -> nn.Module | None:
+    """Return the layer that makes a language model's logits; None: there is none."""
+    found: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
+    return found
+
+
+def no_family(model: nn.Module) -> ValueError:
+    """Return the error that says what a model would have to be."""
+    *kinds, last = (family.kind for family in Family.__subclasses__())
+    return ValueError(f"model must be a {', '.join(kinds)} or {last}, got {type(model).__name__}")
+
+
+class Family(ABC):
+    """A model of one kind, and how it is asked; `family_of(model, tokenizer)` chooses.
+
+    Prompts and targets are token ids here (a target may be a class); texts become ids by `encode`
+    and `encode_edit`. `capture`, `target_logits` and `produces` run the model with the adaptor that
+    `attach` has set into it.
+
+    Args:
+        model: the model, without wrappers.
+        tokenizer: turns text into ids; None: prompts and targets are token ids already.
+    """
+
+    # What a subclass says about its kind.
+
+    name: ClassVar[str]
+    """As saved edits and `--task` call it."""
+    kind: ClassVar[str]
+    """As an error calls it."""
+    auto_class: ClassVar[str]
+    """The class of transformers that loads such a model."""
+    class_endings: ClassVar[tuple[str, ...]]
+    """How the names of its classes end, by which a configuration tells its kind."""
+    generates: ClassVar[bool] = False
+    """The seam is a model whose `generate` is edited: it asks once and latches the answers."""
+    pads_left: ClassVar[bool] = False
+    """Several prompts are answered in batches that are padded on the left."""
+    default_query: ClassVar[str] = "mean"
+    default_replace: ClassVar[str] = "all"
+
+    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config: Any = getattr(model, "config", None)
+        self.pad_id = self._special("pad_token_id") or 0
+        accepted = inspect.signature(type(model).forward).parameters
+        self.takes_positions = "position_ids" in accepted
+        self.attached = False
+
+    @classmethod
+    @abstractmethod
+    def recognises(cls, model: nn.Module) -> bool:
+        """Say whether `model` is of this kind; families are asked in the order of `FAMILIES`."""
+
+    @classmethod
+    def is_named_by(cls, class_name: str, config: Any) -> bool:
+        """Say whether the class that a configuration names is of this kind."""
+        return class_name.endswith(cls.class_endings)
+
+    def seam(self, layer: str) -> nn.Module:
+        """Return the module whose forward sees the mask of the prompts that reach `layer`.
+
+        Raises:
+            ValueError: a layer that cannot be edited.
+        """
+        return self.model
+
+    @property
+    def mask_token_id(self) -> int | None:
+        """The token that asks under `query="last"`; None: the last one does."""
+        return None
+
+    def probe(self, ids: list[int]) -> list[int]:
+        """Make a prompt out of the ids of any text."""
+        return ids
+
+    def room_for_answer(self, prompt: str) -> int:
+        """Return how many tokens the model can answer to a prompt.
+
+        Raises:
+            ValueError: it can answer none.
+        """
+        self.encode(prompt)
+        return self.longest
+
+    def label(self, prompt: list[int], target: list[int]) -> list[int]:
+        """Return the label of an edit as the published code compares it."""
+        return target
+
+    @classmethod
+    def text_of(cls, target: Sequence[int], tokenizer: Any, config: Any) -> str:
+        """Return a target, or what the model answered, as a person reads it.
+
+        Args:
+            target: token ids, or one class.
+            tokenizer, config: of the model, None where they are not at hand.
+        """
+        if tokenizer is None:
+            return str(list(target))
+        # Generated text ends in an end token and padding; a target may be a special token alone.
+        text = tokenizer.decode(list(target), skip_special_tokens=True)
+        return str(text or tokenizer.decode(list(target)))
+
+    @abstractmethod
+    def target_logits(
+        self, prompts: Sequence[list[int]], targets: Sequence[list[int]], values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return `(logits [n, classes], wanted [n])` of all target tokens, teacher forced.
+
+        `values [B, V]` answer the prompts; they may require grad.
+        """
+
+    @abstractmethod
+    def produces(
+        self, prompts: Sequence[list[int]], targets: Sequence[list[int]], values: Tensor | None
+    ) -> list[bool]:
+        """Return whether the model produces each target by itself, answered by `values [B, V]`.
+
+        `values=None`: by the codebook, as it serves.
+        """
+
+    @abstractmethod
+    def answer(self, prompt: list[int], length: int) -> list[int]:
+        """Return what the model answers now: `length` new tokens, or the class."""
+
+    # What is the same for all of them: text and ids.
+
+    def encode(self, prompt: Any) -> list[int]:
+        """Return the token ids of a prompt: text (needs the tokenizer) or ids."""
+        ids = self._ids(prompt, "prompt", special=True)
+        if not ids:
+            raise ValueError("prompt must have at least one token, got none")
+        if len(ids) > self.longest:
+            raise ValueError(f"prompt must have at most {self.longest} tokens, got {len(ids)}")
+        return ids
+
+    def tokens(self, text: str) -> list[int]:
+        """Return the token ids of a text of any length, special tokens included."""
+        return self._ids(text, "text", special=True)
+
+    def encode_edit(self, prompt: Any, target: Any) -> tuple[list[int], list[int]]:
+        """Return the token ids of an edit's prompt and of its target."""
+        ids = self.encode(prompt)
+        return ids, self.encode_target(target, ids)
+
+    def encode_target(self, target: Any, prompt: list[int]) -> list[int]:
+        """Return a target's own token ids (a class id for a classifier)."""
+        ids = self._ids(target, "target", special=False)
+        if not ids:
+            raise ValueError("target must have at least one token, got none")
+        return ids
+
+    def show(self, target: Sequence[int]) -> str:
+        """Return a target, or an answer, as a person reads it."""
+        return self.text_of(target, self.tokenizer, self.config)
+
+    @property
+    def longest(self) -> int:
+        """How many tokens the model has positions for."""
+        found = getattr(self.config, "max_position_embeddings", None)
+        return found if isinstance(found, int) else sys.maxsize
+
+    @property
+    def special_ids(self) -> tuple[int, ...]:
+        """Token ids that are no part of a prompt's text."""
+        if self.tokenizer is not None:
+            return tuple(sorted(set(self.tokenizer.all_special_ids)))
+        named = ("pad", "bos", "eos", "cls", "sep", "mask")
+        found = {self._special(f"{name}_token_id") for name in named}
+        return tuple(sorted(i for i in found if i is not None))
+
+    def _ids(self, text: Any, name: str, *, special: bool) -> list[int]:
+        if isinstance(text, str):
+            if self.tokenizer is None:
+                raise ValueError(
+                    f"{name} must be a list of token ids when the editor has no tokenizer, "
+                    f"got the string {text!r}"
+                )
+            text = list(self.tokenizer(text, add_special_tokens=special).input_ids)
+        ids = text.tolist() if isinstance(text, Tensor) else text
+        if not isinstance(ids, (list, tuple)) or not all(type(i) is int for i in ids):
+            raise ValueError(f"{name} must be a string or a list of token ids, got {text!r}")
+        size = getattr(self.config, "vocab_size", None)
+        for i in ids:
+            if i < 0 or (size is not None and i >= size):
+                raise ValueError(f"{name} must hold token ids below {size}, got {i}")
+        return list(ids)
+
+    def _special(self, name: str) -> int | None:
+        found = getattr(self.tokenizer, name, None)
+        found = getattr(self.config, name, None) if found is None else found
+        return found[0] if isinstance(found, list) else found
+
+    # What is the same for all of them: the attached model.
+
+    def attach(self, layer: str, adaptor: GraceAdaptor) -> None:
+        """Set an adaptor into a layer of the model, which this family then runs.
+
+        Args:
+            layer: its name or a unique part of it, see `find_layer`; `self.layer` is the full one.
+            adaptor: becomes `self.adaptor`.
+
+        Raises:
+            ValueError: an unknown or ambiguous layer, one that cannot be edited, or a model that
+                carries an adaptor already.
+        """
+        self.layer, module = attaching.find_layer(self.model, layer)
+        seam = self.seam(self.layer)
+        if module is output_projection(self.model):
+            raise ValueError(
+                f"layer must be inside the model, got its output projection {self.layer!r}, to "
+                "which generate gives the last token only"
+            )
+        attaching.attach(self.model, module, seam, adaptor, generates=self.generates)
+        self.adaptor = adaptor
+        self.attached = True
+
+    def detach(self) -> None:
+        """Take the adaptor out of the model; it stays here, with its codebook."""
+        if self.attached:
+            attaching.detach(self.model)
+            self.attached = False
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Run the model in eval mode inside a `with` block; all is put back, whatever happens."""
+        if not self.attached:
+            raise ValueError("the editor must be attached to its model for this; it was detached")
+        training = [module for module in self.model.modules() if module.training]
+        try:
+            for module in training:
+                module.training = False
+            with torch.inference_mode(False):
+                yield
+        finally:
+            for module in training:
+                module.training = True
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def inputs(self, rows: Sequence[Sequence[int]], *, left: bool = False) -> dict[str, Tensor]:
+        """Return `input_ids` and `attention_mask` `[B, T]` (and positions) of padded rows."""
+        longest = max(len(row) for row in rows)
+        ids = torch.full((len(rows), longest), self.pad_id, dtype=torch.long)
+        mask = torch.zeros((len(rows), longest), dtype=torch.long)
+        for b, row in enumerate(rows):
+            span = slice(longest - len(row), None) if left else slice(0, len(row))
+            ids[b, span] = torch.tensor(row)
+            mask[b, span] = 1
+        batch = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+        if left and self.takes_positions:
+            batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        return batch
+
+    @torch.no_grad()
+    def capture(self, prompts: Sequence[Sequence[int]], *, left: bool = False) -> Captured:
+        """Run prompts as one batch and return what the wrapped layer saw, in its own dtype."""
+        captures: list[Captured] = []
+        with self.adaptor.using(captures=captures, plan=None, generation=None, forced=None):
+            self.run_prompts(self.inputs(prompts, left=left))
+        if len(captures) != 1:
+            raise RuntimeError(f"layer must run once in a forward, got {len(captures)} calls")
+        return captures[0]
+
+    def queries(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Return the queries `[B, D]` of prompts, run in padded batches."""
+        pieces = [prompts[i : i + MOST_ROWS] for i in range(0, len(prompts), MOST_ROWS)]
+        return torch.cat([self.capture(piece).queries for piece in pieces])
+
+    def run_prompts(self, batch: dict[str, Tensor]) -> Any:
+        """Run a batch of prompts through the model (its encoder, where that is what is edited)."""
+        return self.model(**batch)
+
+    def answering(
+        self, values: Tensor | None, plan: QueryPlan | None = None
+    ) -> AbstractContextManager[None]:
+        """Answer the prompts of a `with` block by `values [B, V]`; None: by the codebook."""
+        return self.adaptor.using(forced=values, plan=plan, generation=None)
+
+    def plan(self, batch: dict[str, Tensor], prompt_len: Tensor | None = None) -> QueryPlan:
+        """Plan a forward over `inputs`; `prompt_len [B]`: how much of each is prompt, None: all."""
+        mask = batch["attention_mask"].bool()
+        return plan_prompts(self.adaptor, mask, batch["input_ids"], prompt_len=prompt_len)
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Sequence[int]], length: int) -> Tensor:
+        """Return what `generate` returns, greedy and with a cache, for at most `length` tokens."""
+        batch = self.inputs(prompts, left=self.pads_left)
+        model: Any = self.model
+        # generate makes the positions of a left-padded batch itself.
+        produced: Tensor = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=length,
+            do_sample=False,
+            num_beams=1,
+            num_return_sequences=1,
+            use_cache=True,
+            return_dict_in_generate=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=self.pad_id,
+        )
+        return produced

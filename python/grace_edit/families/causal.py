@@ -1,0 +1,77 @@
+"""Causal language models, GPT-2 to Qwen: the target follows the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import MASKED, Family, can_generate, has_encoder_and_decoder
+
+
+class CausalFamily(Family):
+    """The last token of the prompt asks; the answer is what `generate` appends."""
+
+    name = "causal"
+    kind = "causal language model"
+    auto_class = "AutoModelForCausalLM"
+    class_endings = ("ForCausalLM", "LMHeadModel")
+    generates = True
+    pads_left = True
+    default_query = "last"
+    default_replace = "last"
+
+    @classmethod
+    def recognises(cls, model: nn.Module) -> bool:
+        return can_generate(model) and not has_encoder_and_decoder(model)
+
+    def encode_edit(self, prompt: Any, target: Any) -> tuple[list[int], list[int]]:
+        ids, own = super().encode_edit(prompt, target)
+        if isinstance(prompt, str) and isinstance(target, str):
+            # Some tokenizers begin any text with a word mark; what follows the prompt in the whole
+            # text is what the model is to say.
+            whole = self._ids(prompt + target, "target", special=True)
+            if whole[: len(ids)] == ids and len(whole) > len(ids):
+                own = whole[len(ids) :]
+        if len(ids) + len(own) > self.longest:
+            raise ValueError(
+                f"prompt and target must have at most {self.longest} tokens together, got "
+                f"{len(ids) + len(own)}"
+            )
+        return ids, own
+
+    def label(self, prompt: list[int], target: list[int]) -> list[int]:
+        return [*([MASKED] * len(prompt)), *target]
+
+    def room_for_answer(self, prompt: str) -> int:
+        room = self.longest - len(self.encode(prompt))
+        if not room:
+            raise ValueError(f"prompt must fit {self.longest - 1} tokens, got {self.longest}")
+        return room
+
+    def target_logits(
+        self, prompts: Sequence[list[int]], targets: Sequence[list[int]], values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        batch = self.inputs([[*p, *y] for p, y in zip(prompts, targets, strict=True)])
+        lengths = torch.tensor([len(p) for p in prompts], device=self.device)
+        with self.answering(values, self.plan(batch, lengths)):
+            logits = self.model(**batch).logits
+        row = torch.cat([torch.full((len(y),), b) for b, y in enumerate(targets)])
+        pairs = zip(prompts, targets, strict=True)
+        column = torch.cat([torch.arange(len(y)) + len(p) - 1 for p, y in pairs])
+        wanted = torch.tensor([token for y in targets for token in y], device=self.device)
+        return logits[row.to(self.device), column.to(self.device)].float(), wanted
+
+    def produces(
+        self, prompts: Sequence[list[int]], targets: Sequence[list[int]], values: Tensor | None
+    ) -> list[bool]:
+        # One prompt goes in unpadded, as it will be served; several go in as a padded batch.
+        with self.answering(values):
+            produced = self.generate(prompts, max(map(len, targets)))
+        new = produced[:, max(map(len, prompts)) :].tolist()
+        return [n[: len(y)] == list(y) for n, y in zip(new, targets, strict=True)]
+
+    def answer(self, prompt: list[int], length: int) -> list[int]:
+        return self.generate([prompt], length)[0, len(prompt) :].tolist()
