@@ -37,7 +37,7 @@ WORTH = 40  # rows; more than a sketch lists as outliers, so that its bound of r
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sketching, "worthwhile", lambda rows, dim, size: rows >= WORTH)
+    monkeypatch.setattr(sketching, "worthwhile", lambda slots: slots >= WORTH)
 
 
 def pruned(book: Codebook, query: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -118,7 +118,7 @@ def add(book: Codebook, count: int, scale: float = 1.0) -> None:
 
 
 def test_the_rule_is_about_rows_and_not_yet_measured() -> None:
-    assert [worthwhile(rows, 768, 2) for rows in (0, 4095, 4096, 10**6)] == [False] * 2 + [True] * 2
+    assert [worthwhile(rows) for rows in (0, 4095, 4096, 10**6)] == [False] * 2 + [True] * 2
 
 
 def test_a_sketch_stands_by_and_covers_nothing_until_enough_rows_are_in_use() -> None:
@@ -283,7 +283,7 @@ def test_an_interruption_while_the_sketch_is_told_misleads_nobody(
         assert state(book) == before
     agree(book)
     monkeypatch.undo()
-    monkeypatch.setattr(sketching, "worthwhile", lambda rows, dim, size: rows >= WORTH)
+    monkeypatch.setattr(sketching, "worthwhile", lambda slots: slots >= WORTH)
     add(book, 1)
     assert book.sketch.active  # type: ignore[union-attr]
     agree(book)
@@ -402,7 +402,7 @@ def test_threads_are_served_rightly_while_another_one_edits() -> None:
 
 
 def test_rekeying_gives_the_new_keys_a_sketch(edited: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sketching, "worthwhile", lambda rows, dim, size: rows >= 2)
+    monkeypatch.setattr(sketching, "worthwhile", lambda slots: slots >= 2)
     editor = edited("gpt2", capacity=8)
     for start in (10, 20, 30):
         assert editor.edit(run_of(start, 4), run_of(start + 8, 1)).success
@@ -657,7 +657,7 @@ def test_a_sketch_that_is_no_longer_worthwhile_is_left_in_its_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.save(busy(), tmp_path, {})
-    monkeypatch.setattr(sketching, "worthwhile", lambda *size: False)
+    monkeypatch.setattr(sketching, "worthwhile", lambda slots: False)
     loaded, _ = store.load(tmp_path)
     assert loaded.sketch is None
     loaded.check()

@@ -63,7 +63,7 @@ def _rows(book: Codebook) -> None:
 
 def _sketch(book: Codebook) -> None:
     sketch, upkeep = book.sketch, book._upkeep
-    wanted = sketching.worthwhile(book.capacity, book.keys.shape[1], book.keys.element_size())
+    wanted = sketching.worthwhile(book.capacity)
     _require((sketch is not None) == wanted, "a sketch is missing, or there is one too many")
     if sketch is None:
         return

@@ -76,7 +76,7 @@ class Upkeep:
 def made(keys: Tensor) -> Sketch | None:
     """Return a sketch that covers nothing yet, None where keys `[C, D]` are not worth one."""
     capacity, dim = keys.shape
-    if not worthwhile(capacity, dim, keys.element_size()):
+    if not worthwhile(capacity):
         return None
     with torch.inference_mode(False):  # or nobody could write to it outside of that mode
         sketch = Sketch(capacity, dim, keys.dtype, keys.device)
@@ -132,7 +132,7 @@ def settle(book: Rows) -> None:
     if sketch is None:
         return
     if not upkeep.rows:
-        if worthwhile(rows, book.keys.shape[1], book.keys.element_size()):
+        if worthwhile(rows):
             fit(book)
         return
     upkeep.written += len(upkeep.fresh)
