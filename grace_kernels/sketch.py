@@ -7,7 +7,7 @@ Within which reach T keys matter: a hit lies within its own radius, and only a k
 as some true hit can take its place. A kernel may thus look, in one pass, for keys within their own
 radii, and in another one, for the few queries that found such a key, for everything nearer (CPU);
 or at once for every key within `radius_bound`, having first scored the few slots whose radii exceed
-it (GPU). Lemma 18 in `docs/error-bounds.md`.
+it (GPU). Lemma 20 in `docs/error-bounds.md`.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ _OTHERS = slice(COORDINATES, MIDDLE)  # codes and scales of the coordinates
 def exact(rows: Tensor, centre: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return coordinates `[N, 64]`, residuals `[N]` and a bound `[N]` of what both err by together.
 
-    Lemma 17.
+    Lemma 14.
     """
     dim = rows.shape[1]
     z = rows.double() - centre.double()
@@ -53,7 +53,7 @@ def exact(rows: Tensor, centre: Tensor, directions: Tensor) -> tuple[Tensor, Ten
 
 
 def encode(rows: Tensor, centre: Tensor, directions: Tensor, scales: Tensor) -> Tensor:
-    """Return the codes `[N, 66]` of keys. The error is rounded up, or UNKNOWN (Lemma 17)."""
+    """Return the codes `[N, 66]` of keys. The error is rounded up, or UNKNOWN (Lemma 14)."""
     scale = scales.double()
     coordinates, residual, rounding = exact(rows, centre, directions)
     codes = rows.new_zeros(len(rows), MIDDLE, dtype=torch.float64)
@@ -141,7 +141,7 @@ def principal(z: Tensor) -> Tensor:
 
 
 def norm_bound(directions: Tensor) -> float:
-    """Return an upper bound of the largest singular value of `[64, D]`, close to it (Lemma 16)."""
+    """Return an upper bound of the largest singular value of `[64, D]`, close to it (Lemma 12)."""
     wide = directions.double()
     if not bool(wide.isfinite().all()):
         return math.inf
@@ -156,7 +156,7 @@ def norm_bound(directions: Tensor) -> float:
 def short(numbers: Tensor) -> Tensor:
     """Round positive float64 numbers up to 16 significant bits, within [2^-100, 2^120].
 
-    Times a code, which has 7, such a number is exact in float32.
+    Times a code, which has 7, such a number is exact in float32 (Lemma 13).
     """
     mantissa, exponent = torch.frexp(numbers.clamp(2.0**-100, 2.0**119))
     return torch.ldexp((mantissa * 2**16).ceil() / 2**16, exponent)

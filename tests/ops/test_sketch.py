@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import grace_kernels
-from grace_kernels import Sketch, reference, sketch
+from grace_kernels import Sketch, reference
+from grace_kernels.sketch_layout import DIRECTIONS
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -234,7 +235,7 @@ def test_directions_are_not_longer_than_one_and_nearly_orthonormal() -> None:
         made = Sketch.fit(torch.randn(300, dim, generator=generator), torch.ones(300))
         gram = made.directions.double() @ made.directions.double().T
         assert torch.linalg.matrix_norm(made.directions.double(), 2) <= 1
-        rows = min(dim, sketch.DIRECTIONS)
+        rows = min(dim, DIRECTIONS)
         assert torch.allclose(gram[:rows, :rows], torch.eye(rows).double(), atol=0.02)
         assert not made.directions[rows:].any()
 
