@@ -34,9 +34,8 @@ _OTHERS = slice(COORDINATES, MIDDLE)  # codes and scales of the coordinates
 
 
 def exact(rows: Tensor, centre: Tensor, directions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return coordinates `[N, 64]`, residuals `[N]` and a bound `[N]` of what both err by together.
-
-    Lemma 14.
+    """Return coordinates `[N, 64]`, residuals `[N]` and a bound `[N]` of what both err by together
+    (Lemma 14).
     """
     dim = rows.shape[1]
     z = rows.double() - centre.double()

@@ -55,7 +55,7 @@ struct Scan {
   int64_t query_stride;
   const float* panels;  // the same, see arrange(); or none
   int64_t batch;
-  float relative, absolute;  // the margin of the coarse pass, Lemma 5
+  float relative, absolute;  // the margin of the coarse pass, see set_coarse_margin()
 };
 
 // A sketch of the keys, see sketch_layout.h.

@@ -21,7 +21,7 @@ struct Products {
   typename Isa::V squares[kProductRows];  // of the keys' elements, by lane
 };
 
-// What a sum of p.dim products may err, in shares of |x| |k| (Lemma 6).
+// What a sum of p.dim products may err, in shares of |x| |k|: Lemma 6 of docs/error-bounds.md.
 inline double product_error(const Scan& p) {
   const double m = (kProductPiece + static_cast<double>(p.dim) / kProductPiece + 8) * 0x1p-24;
   return m / (1 - m);

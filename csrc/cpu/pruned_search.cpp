@@ -17,7 +17,7 @@ constexpr int64_t kChunkSlots = 1024;  // what a thread takes from the common pi
 constexpr int64_t kOneOf = 8;
 constexpr int64_t kDirectionsPerThread = 1 << 20;  // elements times directions when sketching
 
-// No s beyond this has a root within `radius` (Lemma 2).
+// No s beyond this has a root within `radius`: Lemma 2 of docs/error-bounds.md.
 float square_within(float radius) {
   const double s = static_cast<double>(radius) * radius * (1 + 0x1p-22);
   return s < 0x1p127 ? static_cast<float>(s * (1 + 0x1p-22) + 0x1p-148) : kInf;

@@ -73,7 +73,7 @@ class Workspace {
 };
 
 // How far coarse results may mislead: a key of a coarse result above c (1 + relative) + absolute is
-// farther than one of a coarse or canonical result c (Lemma 5).
+// farther than one of a coarse or canonical result c: Lemma 5 of docs/error-bounds.md.
 inline void set_coarse_margin(Scan& p) {
   const double m = static_cast<double>(p.dim) / 8 + 16;
   const double g = m * 0x1p-24 / (1 - m * 0x1p-24);

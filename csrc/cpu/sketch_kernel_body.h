@@ -6,7 +6,7 @@
 // radius per key are read, from memory or a cache, instead of the key; some 9 instructions per key
 // and query.
 
-// Lemma 17 bounds what `coordinates` err by, and the residual.
+// Bounds of the residual and of what the coordinates err by: Lemma 17 of docs/error-bounds.md.
 bool sketch(const Codes& codes, const float* query, Sketched* out) {
   constexpr int kAtOnce = 8;  // directions
   const int64_t dim = codes.dim;

@@ -111,8 +111,8 @@ __device__ __forceinline__ void rescore_group(const Problem& p, const T* query, 
   }
 }
 
-// No s beyond this has a root within a radius (Lemma 2). Where that is the largest radius, a slot
-// beyond it is no hit, and keeps none from being one.
+// No s beyond this has a root within a radius: Lemma 2 of docs/error-bounds.md. Where that is the
+// largest radius, a slot beyond it is no hit, and keeps none from being one.
 __device__ __forceinline__ float limit_of(float radius) {
   const double square = static_cast<double>(radius) * radius * (1 + 0x1p-22);
   return radius >= 0 ? __double2float_ru(square) : -infinity();

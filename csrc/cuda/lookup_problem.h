@@ -87,7 +87,7 @@ struct alignas(16) Partial {
 };
 
 // How far a scan may mislead, that is, how an interval that holds s is made from what the scan
-// computed in fp32 (Lemmas 7 and 8).
+// computed in fp32. The lemmas named here are in docs/error-bounds.md.
 struct Margin {
   float relative, absolute;
 };

@@ -8,14 +8,15 @@
 // distance: everything that can decide is within T. (The nearest key n is a hit: either its radius
 // is at most radius_bound, or it is one of those few and its own distance is T's. It is none, but
 // another one n' would be if n were not seen: d(n) <= d(n'), and n' is within T by the same rule.
-// Lemma 20.)
+// This is Lemma 20 of docs/error-bounds.md.)
 //
 // Tiling: as the lookup without a sketch, slices times blocks of queries; slices begin at multiples
 // of 32 slots. A block sketches its queries itself; a lane then takes four neighbouring keys, a
 // warp 128, against up to 8 queries: residual and 8 coordinates first, the other 56 by eights where
-// a key of the tile is left. What survives is scored canonically, a warp per pair. Bytes read: 10
-// per key and block of queries, 56 more where the head does not suffice, no radii, and 128 D of
-// directions per block, from L2. Limit: those 128 D, up to some 10^5 keys. Counted, not measured.
+// a key of the tile is left. What survives is scored canonically, a warp per pair.
+// Bytes read: 10 per key and block of queries, 56 more where the head does not suffice, no radii,
+// and 128 D of directions per block, from L2. Limit: those 128 D, up to some 10^5 keys. Counted,
+// not measured.
 #pragma once
 
 #include "lookup_sketch.cuh"

@@ -167,7 +167,7 @@ __device__ __forceinline__ bool measure(const SketchView& sketch, const float* s
   return error < infinity() && square_error < infinity() && fabsf(coordinates_square) < infinity();
 }
 
-// The squared gap between phi(x) and what is stored, so far (Lemma 16).
+// The squared gap between phi(x) and what is stored, so far: Lemma 16 of docs/error-bounds.md.
 __device__ __forceinline__ float gap_of_residual(const Sketched& query, float stored) {
   const float gap = fmaxf(fmaxf(query.residual_low - stored, stored - query.residual_high), 0);
   return gap * gap;

@@ -88,7 +88,7 @@ def _squared_distances(query, key, wanted, D):
 
 @triton.jit
 def _limit(radius):
-    """No key with a larger s lies within `radius` (Lemma 2)."""
+    """No key with a larger s lies within `radius`: Lemma 2 of docs/error-bounds.md."""
     return tl.where(radius < 0, -1.0, radius * radius * (1 + 2.0**-21) + 2.0**-140)
 
 

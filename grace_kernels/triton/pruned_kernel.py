@@ -102,7 +102,7 @@ def _coordinates(query, asks, centre, directions, wanted, D, DIRECT: tl.constexp
 @triton.jit
 def _residual(coordinates, norm, middle, norm_error, spread):
     """Return [BLOCK_B] bounds of the residual, less `middle`, of the error of all coordinates
-    together, and whether these numbers mean something (Lemma 19).
+    together, and whether these numbers mean something: Lemma 19 of docs/error-bounds.md.
     """
     coordinates_square = tl.sum(coordinates * coordinates, axis=0)
     size = tl.sqrt_rn(norm) * (1 + norm_error + 2.0**-20) + 2.0**-60

@@ -142,7 +142,7 @@ def error_bound(
     """Return (relative, absolute) such that |coarse - s| <= relative * size + absolute.
 
     `size` is the coarse result itself (direct, Lemma 9) or |x|^2 + |k|^2 (dot, Lemma 10), for which
-    a program squares `norm_elements` of the query at a time.
+    a program squares `norm_elements` of the query at a time. See docs/error-bounds.md.
     """
     u = 2.0**-24
     chunks = -(-dim // tile.elements)
