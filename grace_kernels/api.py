@@ -13,12 +13,12 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from . import autograd
 from .backends import Backend, select
 from .sketch import Sketch, check_sketch
+from .torch_private import forward_mode
 from .validation import check_adapt, check_codebook, check_written
 
 
@@ -208,7 +208,7 @@ def adapt(
     source, keys, radii = _plain(source), _plain(keys), _plain(radii)
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or values.requires_grad)
     # In forward mode requires_grad tells nothing; the function refuses where a tangent is carried.
-    if wanted or forward_ad._current_level >= 0:
+    if wanted or forward_mode():
         out, index, distance = autograd.Adapt.apply(
             op, hidden, source, query_row, first_row, last_row, keys, radii, values, rows, *tensors
         )

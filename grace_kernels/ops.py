@@ -115,7 +115,6 @@ pruned_lookup = torch.ops.grace.pruned_lookup.default
 pruned_adapt_ = torch.ops.grace.pruned_adapt_.default
 adapt_backward = torch.ops.grace.adapt_backward.default
 
-reference_nearest = torch.ops.grace_reference.nearest.default
 reference_lookup = torch.ops.grace_reference.lookup.default
 reference_adapt_ = torch.ops.grace_reference.adapt_.default
 reference_adapt_backward = torch.ops.grace_reference.adapt_backward.default

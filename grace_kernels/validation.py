@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from .torch_private import share_storage
+
 KEY_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 VALUE_DTYPES = (*KEY_DTYPES, torch.float64)
 
@@ -125,7 +127,7 @@ def check_written(hidden: Tensor, values: Tensor) -> None:
             "hidden must not hold two elements in one place of memory, "
             f"got shape {list(hidden.shape)} with strides {list(hidden.stride())}"
         )
-    if hidden.untyped_storage()._cdata != values.untyped_storage()._cdata:
+    if not share_storage(hidden, values):
         return
     (first, end), (values_first, values_end) = _span(hidden), _span(values)
     if first < values_end and values_first < end:

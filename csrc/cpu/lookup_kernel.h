@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "../sketch_layout.h"
+
 namespace grace::cpu {
 
 enum class Dtype { kFloat32, kFloat16, kBFloat16 };
@@ -27,7 +29,7 @@ constexpr int64_t kTileBytes = 128 << 10;  // of keys, met by all queries before
 constexpr int64_t kPage = 4096;
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kAhead = 4096;     // bytes between a load and its prefetch
-constexpr int64_t kRowsAhead = 8;    // rows between a load and the prefetch of a row's start
+constexpr int64_t kRowsAhead = 8;    // slots between a load and the prefetch of a key's start
 constexpr int64_t kFirstCheck = 64;  // elements; far keys are given up there, or at 2, 4, .. times
 constexpr int64_t kProductRows = 12;
 constexpr int64_t kProductPiece = 256;  // elements of a row
@@ -45,7 +47,7 @@ struct Best {
 
 struct Scan {
   const void* keys;
-  int64_t key_stride;  // elements between rows
+  int64_t key_stride;  // elements between slots
   Dtype dtype;
   int64_t dim;
   const float* radii;    // -inf marks a dead slot
@@ -53,37 +55,29 @@ struct Scan {
   int64_t query_stride;
   const float* panels;  // the same, see arrange(); or none
   int64_t batch;
-  float relative,
-      absolute;  // the margin of the coarse pass, see set_coarse_margin() in search_base.h
+  float relative, absolute;  // the margin of the coarse pass, see set_coarse_margin()
 };
 
-// The codes of a sketch of the keys, see grace_kernels/sketch.py: in blocks of 32 keys, whose codes
-// for one number are neighbours.
-constexpr int64_t kDirections = 64;
-constexpr int64_t kBlockKeys = 32;
-constexpr int64_t kHeadNumbers = 10;  // rho, e and coordinates 0..7; the tail has the others
-constexpr int64_t kTailNumbers = kDirections - 8;
-constexpr int8_t kUnknown = 127;  // as e: nothing is known of this key
-
+// A sketch of the keys, see sketch_layout.h.
 struct Codes {
   const float* centre;
   const uint16_t* directions;  // bfloat16
   int64_t dim;
-  const float* scales;  // rho, e, coordinates; then what is to be added to rho
+  const float* scales;
   const int8_t* head;
   const int8_t* tail;
 };
 
-// A query as the sketch sees it: coordinates that are off by at most `slack` together, and between
-// which bounds its rho lies, less scales[kDirections + 2].
+// A query as the sketch sees it: its coordinates, and between which bounds its residual lies, less
+// scales[kMiddle].
 struct Sketched {
-  float coordinate[kDirections];
-  float rho_low, rho_high;
-  float slack;
+  float coordinates[kDirections];
+  float residual_low, residual_high;
+  float error;  // of the coordinates, all together
 };
 
 struct Pair {
-  int64_t row;
+  int64_t slot;
   int64_t query;
 };
 
@@ -103,13 +97,14 @@ struct Kernels {
 
   // Sketch a widened query; false if that is not possible.
   bool (*sketch)(const Codes& codes, const float* query, Sketched* out);
-  // List the pairs of rows begin..end-1 (begin is a multiple of kBlockKeys) and of queries that the
-  // sketch leaves within reach, by ascending row for every query. The reach of query q is
-  // min(reach[q], the row's own radius) where `own`, otherwise reach[q] for every live row; a
-  // negative reach[q] leaves the query out. Returns how many, or -1 where `room` does not hold
-  // them.
+  // List the survivors among the pairs of slots begin..end-1 (begin is a multiple of kBlockSlots)
+  // and queries: those that the sketch leaves within reach, by ascending slot for every query. The
+  // reach of query q is min(reach[q], the slot's own radius) where `own`, otherwise reach[q] for
+  // every live slot; a negative reach[q] leaves the query out. Returns how many, or -1 where `room`
+  // does not hold them.
   int64_t (*filter)(const Codes& codes, const Scan& problem, int64_t begin, int64_t end,
-                    const Sketched* queries, const float* reach, bool own, Pair* out, int64_t room);
+                    const Sketched* queries, const float* reach, bool own, Pair* survivors,
+                    int64_t room);
   // The canonical squared distance of a pair, or +inf if it is NaN or certainly above `most`.
   float (*score)(const Scan& problem, const Pair& pair, float most);
   // Take one key into account, as `scan` does.

@@ -287,13 +287,13 @@ void scan_direct(const Scan& p, int64_t begin, int64_t end, Best* best, Pace& pa
 }
 
 template <class T>
-void consider_row(const Scan& p, const Pair& pair, Best* best) {
+void consider_key(const Scan& p, const Pair& pair, Best* best) {
   const float* x = p.queries + pair.query * p.query_stride;
-  const T* k = static_cast<const T*>(p.keys) + pair.row * p.key_stride;
+  const T* k = static_cast<const T*>(p.keys) + pair.slot * p.key_stride;
   Best& mine = best[pair.query];
   float s[1][1];
   if (!coarse<T, 1, 1, 4>(x, p.query_stride, k, p.key_stride, p.dim, false, true, &mine, s)) return;
-  if (s[0][0] <= mine.threshold) propose<T>(p, x, pair.row, s[0][0], mine);
+  if (s[0][0] <= mine.threshold) propose<T>(p, x, pair.slot, s[0][0], mine);
 }
 
 template <class T>

@@ -21,25 +21,16 @@ struct Products {
   typename Isa::V squares[kProductRows];  // of the keys' elements, by lane
 };
 
-// What a sum of p.dim products may err, in shares of |x| |k|: a chain of at most so many roundings,
-// in a lane of a piece and over the pieces.
+// What a sum of p.dim products may err, in shares of |x| |k|: Lemma 6 of docs/error-bounds.md.
 inline double product_error(const Scan& p) {
   const double m = (kProductPiece + static_cast<double>(p.dim) / kProductPiece + 8) * 0x1p-24;
   return m / (1 - m);
 }
 
-// Let S be the exact |x - k|^2, capitals exact values and g = product_error(). What is computed of
-// them obeys |xk - XK| <= g |X| |K| <= g (XX + KK) / 2, |kk - KK| <= g KK, |xx - XX| <= g XX, so
-//     S = XX - 2 XK + KK >= xx - 2 xk + kk - 2 g (XX + KK),
-// whose last term is at most 2.2 g (xx + kk) for g <= 0.05. The roundings of fl(kk (1 - h) - 2 xk)
-// cost at most 4 u (xx + kk), u = 2^-24. With h = 2.2 g + 2^-21 therefore
-//     fl(kk (1 - h) - 2 xk) > L - xx (1 - h)   implies   S > L.
-// A coarse result by direct differences is at least S (1 - g') - e, see set_coarse_margin(), so it
-// is beyond the threshold t where S > t (1 + p.relative) + 2 p.absolute. 8 p.absolute covers this,
-// and what products and squares lose by underflow. Nothing overflows: queries and keys of a norm
-// beyond kProductNorm are left to direct differences.
+// Squared norms beyond this are left to direct differences, so that nothing overflows here.
 constexpr float kProductNorm = 0x1p120f;
 
+// h of Lemma 6: with it, fl(|k|^2 (1 - h) - 2 x.k) > most() shows that k is not the nearest.
 inline float product_margin(const Scan& p) {
   return static_cast<float>(2.2 * product_error(p) + 0x1p-21) * (1 + 0x1p-22f);
 }
@@ -215,7 +206,7 @@ void scan_products(const Scan& p, int64_t begin, int64_t end, Best* best) {
     if (left == 0) continue;
     for (int64_t n = 0; n < rows; ++n) {
       not_ruled_out(p, margin, start + n, n, of, [&](int64_t q) {
-        consider_row<T>(p, {start + n, q}, best);
+        consider_key<T>(p, {start + n, q}, best);
         of.most[q] = most(p, margin, q, best[q]);
       });
     }

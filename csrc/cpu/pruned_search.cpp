@@ -2,7 +2,7 @@
 //
 // First pass: which keys truly answer by themselves, being within their own radius? Most queries
 // have none, and are misses. For the others, second pass: which key is the nearest within the
-// distance of the nearest such key? It decides. A chunk of which the sketch leaves too many rows
+// distance of the nearest such key? It decides. A chunk of which the sketch leaves too many slots
 // is read whole, for its nearest key within the largest radius, which serves both passes.
 #include <mutex>
 
@@ -11,13 +11,13 @@
 namespace grace::cpu {
 namespace {
 
-constexpr int64_t kSketchedRows = 1024;  // what a thread takes from the common pile at a time
-// Of the rows of a chunk, what the sketch may leave; beyond, reading them in turn is cheaper than
+constexpr int64_t kChunkSlots = 1024;  // what a thread takes from the common pile at a time
+// Of the slots of a chunk, what the sketch may leave; beyond, reading them in turn is cheaper than
 // one by one. Four queries at a time share what is read.
 constexpr int64_t kOneOf = 8;
 constexpr int64_t kDirectionsPerThread = 1 << 20;  // elements times directions when sketching
 
-// No s beyond this has a root within `radius`: d <= radius means sqrt(s) <= radius (1 + 2^-24).
+// No s beyond this has a root within `radius`: Lemma 2 of docs/error-bounds.md.
 float square_within(float radius) {
   const double s = static_cast<double>(radius) * radius * (1 + 0x1p-22);
   return s < 0x1p127 ? static_cast<float>(s * (1 + 0x1p-22) + 0x1p-148) : kInf;
@@ -27,7 +27,7 @@ float square_within(float radius) {
 float narrowed(float reach, const Best& best) { return std::min(reach, std::sqrt(best.threshold)); }
 
 // Whether to ask the sketch about the next chunk: not, for longer and longer, where it left too
-// many rows of several chunks in a row, so that a hopeless one costs little beside reading them.
+// many slots of several chunks in a row, so that a hopeless one costs little beside reading them.
 class Patience {
  public:
   bool asks() {
@@ -53,7 +53,7 @@ class PrunedSearch : public Search {
     workspace().reserve(common_bytes() + pruned_bytes(sketch));
     take_common();
     take_pruned(sketch);
-    std::vector<int64_t> plain;  // rarely any: items that the sketch is nothing for
+    std::vector<int64_t> plain;  // rarely any: batch items to be answered without the sketch
     int64_t queries = 0;
     for (int64_t next = 0; next < asking_.batch;) {
       gather(next, asking_.batch, nullptr);
@@ -72,26 +72,27 @@ class PrunedSearch : public Search {
   size_t pruned_bytes(const Sketch& sketch) const {
     return Workspace::size_of<Sketched>(most_) + Workspace::size_of<float>(threads_ * most_) +
            Workspace::size_of<float>(threads_ * most_) +
-           Workspace::size_of<Pair>(threads_ * pair_room()) + Workspace::size_of<Best>(most_) +
-           Workspace::size_of<bool>(chunks_of(sketch)) + Workspace::size_of<bool>(most_);
+           Workspace::size_of<Pair>(threads_ * survivor_room()) + Workspace::size_of<Best>(most_) +
+           Workspace::size_of<bool>(chunks_of(sketch)) + 2 * Workspace::size_of<bool>(most_);
   }
 
   void take_pruned(const Sketch& sketch) {
     sketched_ = workspace().take<Sketched>(most_);
     hit_ = workspace().take<float>(threads_ * most_);
     reach_ = workspace().take<float>(threads_ * most_);
-    pairs_ = workspace().take<Pair>(threads_ * pair_room());
+    survivors_ = workspace().take<Pair>(threads_ * survivor_room());
     whole_best_ = workspace().take<Best>(most_);
     whole_ = workspace().take<bool>(chunks_of(sketch));
-    far_hit_ = workspace().take<bool>(most_);
+    unsketched_ = workspace().take<bool>(most_);
+    hit_at_infinity_ = workspace().take<bool>(most_);
   }
 
   static int64_t room_for(int64_t queries) {
-    return kSketchedRows / kOneOf * std::max<int64_t>(1, queries / 4);
+    return kChunkSlots / kOneOf * std::max<int64_t>(1, queries / 4);
   }
-  int64_t pair_room() const { return room_for(most_); }
+  int64_t survivor_room() const { return room_for(most_); }
   static int64_t chunks_of(const Sketch& sketch) {
-    return (sketch.covered + kSketchedRows - 1) / kSketchedRows;
+    return (sketch.covered + kChunkSlots - 1) / kChunkSlots;
   }
 
   static void count_up(const Sketch& sketch, int which, int64_t by) {
@@ -106,11 +107,11 @@ class PrunedSearch : public Search {
     in_parallel(threads, [&](int64_t thread) {
       for (int64_t q = thread; q < batch; q += threads) {
         const float* query = queries_ + q * scan_.query_stride;
-        far_hit_[q] = !kernels_.sketch(sketch.codes, query, &sketched_[q]);
+        unsketched_[q] = !kernels_.sketch(sketch.codes, query, &sketched_[q]);
       }
     });
     for (int64_t q = 0; q < scan_.batch;) {
-      if (!far_hit_[q]) {
+      if (!unsketched_[q]) {
         ++q;
         continue;
       }
@@ -120,7 +121,7 @@ class PrunedSearch : public Search {
                   queries_ + q * scan_.query_stride);
       sketched_[q] = sketched_[last];
       who_[q] = who_[last];
-      far_hit_[q] = far_hit_[last];
+      unsketched_[q] = unsketched_[last];
     }
   }
 
@@ -138,7 +139,7 @@ class PrunedSearch : public Search {
         nearest = std::min(nearest, best.s);
       }
       // At a distance of +inf anything may tie.
-      if (nearest == kInf && (far_hit_[q] || (some_whole && limit_ == kInf))) {
+      if (nearest == kInf && (hit_at_infinity_[q] || (some_whole && limit_ == kInf))) {
         plain.push_back(who_[q]);
       }
       hit_[q] = nearest;
@@ -155,21 +156,21 @@ class PrunedSearch : public Search {
     }
   }
 
-  // First pass. Tells whether some rows were read whole.
+  // First pass. Tells whether some slots were scanned.
   bool find_own(const Sketch& sketch) {
     const int64_t batch = scan_.batch, chunks = chunks_of(sketch);
-    const int64_t rest = count_ - sketch.covered;
-    const int64_t rest_rows = std::max<int64_t>(8, kChunkBytes / key_bytes() / 8 * 8);
-    const int64_t all = chunks + (rest + rest_rows - 1) / rest_rows;
+    const int64_t uncovered = count_ - sketch.covered;
+    const int64_t at_once = std::max<int64_t>(8, kChunkBytes / key_bytes() / 8 * 8);
+    const int64_t all = chunks + (uncovered + at_once - 1) / at_once;
     const int64_t room = room_for(batch);
     std::atomic<int64_t> next{0}, scored{0}, scanned{0};
     std::once_flag once;
-    std::fill(far_hit_, far_hit_ + batch, false);
+    std::fill(hit_at_infinity_, hit_at_infinity_ + batch, false);
     in_parallel(threads_, [&](int64_t thread) {
       Best* best = best_ + thread * batch;
       float* hit = hit_ + thread * batch;
       float* reach = reach_ + thread * batch;
-      Pair* pairs = pairs_ + thread * pair_room();
+      Pair* survivors = survivors_ + thread * survivor_room();
       Patience patience;
       bool limited = false;
       const auto read = [&](int64_t begin, int64_t end) {
@@ -194,16 +195,16 @@ class PrunedSearch : public Search {
         const int64_t chunk = next.fetch_add(1, std::memory_order_relaxed);
         if (chunk >= all) break;
         if (chunk >= chunks) {
-          const int64_t start = sketch.covered + (chunk - chunks) * rest_rows;
-          read(start, std::min(start + rest_rows, count_));
+          const int64_t start = sketch.covered + (chunk - chunks) * at_once;
+          read(start, std::min(start + at_once, count_));
           continue;
         }
-        const int64_t start = chunk * kSketchedRows;
-        const int64_t stop = std::min(start + kSketchedRows, sketch.covered);
+        const int64_t start = chunk * kChunkSlots;
+        const int64_t stop = std::min(start + kChunkSlots, sketch.covered);
         int64_t left = -1;
         if (patience.asks()) {
-          left = kernels_.filter(sketch.codes, scan_, start, stop, sketched_, reach, true, pairs,
-                                 room);
+          left = kernels_.filter(sketch.codes, scan_, start, stop, sketched_, reach, true,
+                                 survivors, room);
           patience.note(left < 0);
         }
         whole_[chunk] = left < 0;
@@ -213,12 +214,13 @@ class PrunedSearch : public Search {
         }
         scored += left;
         for (int64_t i = 0; i < left; ++i) {
-          const int64_t q = pairs[i].query;
-          const float radius = scan_.radii[pairs[i].row];
-          const float s = kernels_.score(scan_, pairs[i], std::min(square_within(radius), hit[q]));
+          const Pair& pair = survivors[i];
+          const int64_t q = pair.query;
+          const float radius = scan_.radii[pair.slot];
+          const float s = kernels_.score(scan_, pair, std::min(square_within(radius), hit[q]));
           const float d = std::sqrt(s);
           if (!(d <= radius)) continue;
-          if (s == kInf) __atomic_store_n(&far_hit_[q], true, __ATOMIC_RELAXED);
+          if (s == kInf) __atomic_store_n(&hit_at_infinity_[q], true, __ATOMIC_RELAXED);
           if (s < hit[q]) {
             hit[q] = s;
             reach[q] = d;
@@ -245,7 +247,7 @@ class PrunedSearch : public Search {
     in_parallel(threads_, [&](int64_t thread) {
       Best* best = best_ + thread * batch;
       float* reach = reach_ + thread * batch;
-      Pair* pairs = pairs_ + thread * pair_room();
+      Pair* survivors = survivors_ + thread * survivor_room();
       Patience patience;
       for (int64_t q = 0; q < batch; ++q) {
         const bool asks = hit_[q] < kInf;
@@ -258,12 +260,12 @@ class PrunedSearch : public Search {
         const int64_t chunk = next.fetch_add(1, std::memory_order_relaxed);
         if (chunk >= chunks) break;
         if (whole_[chunk]) continue;
-        const int64_t start = chunk * kSketchedRows;
-        const int64_t stop = std::min(start + kSketchedRows, sketch.covered);
+        const int64_t start = chunk * kChunkSlots;
+        const int64_t stop = std::min(start + kChunkSlots, sketch.covered);
         int64_t left = -1;
         if (patience.asks()) {
-          left = kernels_.filter(sketch.codes, scan_, start, stop, sketched_, reach, false, pairs,
-                                 room);
+          left = kernels_.filter(sketch.codes, scan_, start, stop, sketched_, reach, false,
+                                 survivors, room);
           patience.note(left < 0);
         }
         if (left < 0) {
@@ -271,7 +273,7 @@ class PrunedSearch : public Search {
           kernels_.scan(scan_, start, stop, best);
           scanned += (stop - start) * batch;
         } else {
-          for (int64_t i = 0; i < left; ++i) kernels_.consider(scan_, pairs[i], best);
+          for (int64_t i = 0; i < left; ++i) kernels_.consider(scan_, survivors[i], best);
           scored += left;
         }
         for (int64_t q = 0; q < batch; ++q) reach[q] = narrowed(reach[q], best[q]);
@@ -284,12 +286,13 @@ class PrunedSearch : public Search {
   }
 
   Sketched* sketched_ = nullptr;
-  float* hit_ = nullptr;    // per thread and query: the least s of a key within its own radius
-  float* reach_ = nullptr;  // per thread and query: of the filter
-  Pair* pairs_ = nullptr;   // per thread
+  float* hit_ = nullptr;       // per thread and query: the least s of a key within its own radius
+  float* reach_ = nullptr;     // per thread and query: of the filter
+  Pair* survivors_ = nullptr;  // per thread
   Best* whole_best_ = nullptr;
-  bool* whole_ = nullptr;    // per chunk: was read whole in the first pass
-  bool* far_hit_ = nullptr;  // a key at a distance of +inf answers by itself
+  bool* whole_ = nullptr;            // per chunk: was read whole in the first pass
+  bool* unsketched_ = nullptr;       // per query: its sketch could not be computed
+  bool* hit_at_infinity_ = nullptr;  // per query: a key at +inf is within its own radius
   int64_t scored_ = 0, scanned_ = 0;
 };
 

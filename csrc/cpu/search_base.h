@@ -72,22 +72,8 @@ class Workspace {
   size_t size_ = 0, used_ = 0;
 };
 
-// How far coarse results may mislead. Let S be the exact sum of squares of a pair, c the coarse
-// fp32 result, s the canonical one, u = 2^-24.
-//
-// * c: the difference carries one rounding (twice, being squared; subtraction does not underflow),
-//   the square one, and at most D/8 + 5 additions follow (a vector lane, the tail, three folds), so
-//     |c - S| <= g S + e,  g = m u / (1 - m u), m = D/8 + 16,
-//   where e = (2 D + 16) 2^-150 (1 + g) covers what products and sums lose by underflow.
-// * s: its fp64 sum is within 2^-40 S (any D < 2^17; 2^-28 for the largest D admitted) and is
-//   rounded once to fp32, and rounding is monotone.
-//
-// Key n cannot be nearer than or tie with key b if the fp64 sums are more than an fp32 step apart,
-// for which S_n (1 - 2^-28) > S_b (1 + 2^-28) (1 + 2^-23) + 2^-149 is enough, hence
-//     c_n > c_b (1 + r) + a,  r = 2.5 g + 2^-20,  a = (D + 16) 2^-147
-// for g <= 0.1: (1 + g) / (1 - g) <= 1 + 2.23 g, and 2^-20 leaves room for the fp32 rounding of
-// this very bound. Where c_b overflows, the bound is +inf and every key stays a candidate. The same
-// holds with the canonical s_b in place of c_b, and so with the square of a radius.
+// How far coarse results may mislead: a key of a coarse result above c (1 + relative) + absolute is
+// farther than one of a coarse or canonical result c: Lemma 5 of docs/error-bounds.md.
 inline void set_coarse_margin(Scan& p) {
   const double m = static_cast<double>(p.dim) / 8 + 16;
   const double g = m * 0x1p-24 / (1 - m * 0x1p-24);
@@ -217,7 +203,7 @@ class Search {
   }
 
   // The largest s that can matter: with `bounded_` no key beyond the largest radius can change an
-  // answer. Negative if nothing can match.
+  // answer (Lemma 2). Negative if nothing can match.
   void set_limit() {
     constexpr int kLanes = 8;
     float largest[kLanes];

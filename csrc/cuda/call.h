@@ -2,32 +2,20 @@
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <array>
 #include <exception>
 #include <optional>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 
+#include "../operators.h"
 #include "device.h"
 #include "kernels.h"
 
 namespace grace::cuda {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 constexpr int64_t kLaunchQueries = 4096;  // more queries are several launches
-
-inline Tensor with_unit_stride(const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  return t.size(last) > 1 && t.stride(last) != 1 ? torch::stable::contiguous(t) : t;
-}
 
 inline Tensor allocate(const char* what, int64_t size, ScalarType dtype, const Tensor& like) {
   try {
@@ -50,123 +38,68 @@ inline Tensor at_16_bytes(const Tensor& t) {
   return rows_aligned(t.const_data_ptr(), 0, 1) ? t : torch::stable::clone(t);
 }
 
-inline void same_device(const Tensor& tensor, const char* name, const Tensor& source) {
-  STD_TORCH_CHECK(tensor.get_device_index() == source.get_device_index(), name,
-                  " must be on the device of the query (cuda:", source.get_device_index(),
-                  "), got device ", tensor.get_device_index());
-}
-
-// What the operators take of a grace_kernels.Sketch, in their order.
-using SketchTensors = std::array<Tensor, 9>;
-constexpr const char* kSketchNames[] = {"centre",  "directions",   "scales",   "head",    "tail",
-                                        "covered", "radius_bound", "outliers", "counters"};
-constexpr ScalarType kSketchTypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Float,
-                                       ScalarType::Char,  ScalarType::Char,     ScalarType::Long,
-                                       ScalarType::Float, ScalarType::Long,     ScalarType::Long};
-
 // Arguments of one call; keeps the tensors it points into.
 class Call {
  public:
-  Call(const Tensor& source, const Tensor& keys, const Tensor& radii,
-       const std::optional<Tensor>& count, bool bounded)
-      : source_(with_unit_stride(source)), keys_(with_unit_stride(keys)), radii_(radii) {
-    STD_TORCH_CHECK(source.dim() == 2 && keys.dim() == 2 && radii.dim() == 1,
-                    "query and keys must have rank 2 and radii rank 1");
-    STD_TORCH_CHECK(source.size(1) == keys.size(1) && radii.size(0) == keys.size(0),
-                    "query, keys and radii must fit together");
-    STD_TORCH_CHECK(
-        source.scalar_type() == keys.scalar_type() && radii.scalar_type() == ScalarType::Float,
-        "query and keys must share a dtype and radii be float32");
-    STD_TORCH_CHECK(keys.size(1) <= kMaxDim, "keys must have at most ", kMaxDim,
-                    " columns on CUDA, got ", keys.size(1));
-    STD_TORCH_CHECK(keys.size(0) <= kMaxRows, "keys must have at most ", kMaxRows,
-                    " rows on CUDA, got ", keys.size(0));
-    same_device(keys, "keys", source);
-    same_device(radii, "radii", source);
-    const int64_t element = static_cast<int64_t>(keys.element_size());
+  explicit Call(const Question& question)
+      : source_(with_unit_stride(question.source)),
+        keys_(with_unit_stride(question.keys)),
+        radii_(question.radii),
+        count_(question.count) {
+    STD_TORCH_CHECK(keys_.size(1) <= kMaxDim, "keys must have at most ", kMaxDim,
+                    " columns on CUDA, got ", keys_.size(1));
+    STD_TORCH_CHECK(keys_.size(0) <= kMaxSlots, "keys must have at most ", kMaxSlots,
+                    " rows on CUDA, got ", keys_.size(0));
+    const int64_t element = static_cast<int64_t>(keys_.element_size());
     p_.keys = keys_.const_data_ptr();
     p_.key_stride = keys_.stride(0);
     p_.capacity = keys_.size(0);
     p_.dim = static_cast<int>(keys_.size(1));
     p_.keys_aligned =
         rows_aligned(p_.keys, p_.key_stride * element, p_.capacity) && p_.dim * element % 16 == 0;
-    p_.radii = static_cast<const float*>(radii.const_data_ptr());
-    p_.radius_stride = radii.stride(0);
-    if (count.has_value()) {
-      STD_TORCH_CHECK(count->numel() == 1 && count->scalar_type() == ScalarType::Long,
-                      "count must be one int64");
-      same_device(*count, "count", source);
-      count_ = *count;
-      p_.count = count->const_data_ptr<int64_t>();
-    }
+    p_.radii = static_cast<const float*>(radii_.const_data_ptr());
+    p_.radius_stride = radii_.stride(0);
+    if (count_.has_value()) p_.count = count_->const_data_ptr<int64_t>();
     set_source();
     if (p_.dim == 0) p_.keys_aligned = p_.source_aligned = false;  // no address to copy from
     p_.batch = source_.size(0);
-    p_.bounded = bounded;
+    p_.bounded = question.bounded;
   }
 
   // A sketch of the keys is looked at first.
   void use(const SketchTensors& sketch) {
-    const Tensor& head = sketch[3];
-    const int64_t blocks = head.size(0);
-    for (size_t i = 0; i < sketch.size(); ++i) {
-      same_device(sketch[i], kSketchNames[i], source_);
-      STD_TORCH_CHECK(sketch[i].scalar_type() == kSketchTypes[i] && sketch[i].is_contiguous(),
-                      kSketchNames[i], " must be contiguous and of the dtype of a Sketch");
+    for (const Tensor* codes : {&sketch.head, &sketch.tail}) {
+      STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(codes->const_data_ptr()) % 4 == 0,
+                      "head and tail must start at a multiple of 4 bytes");
     }
-    const int64_t sizes[] = {p_.dim,
-                             kDirections * int64_t{p_.dim},
-                             kDirections + 3,
-                             blocks * kHeadBytes,
-                             blocks * kTailBytes,
-                             1,
-                             1,
-                             kOutliers,
-                             4};
-    for (size_t i = 0; i < sketch.size(); ++i) {
-      STD_TORCH_CHECK(sketch[i].numel() == sizes[i], kSketchNames[i], " must have ", sizes[i],
-                      " elements, got ", sketch[i].numel());
-    }
-    for (const int codes : {3, 4}) {
-      STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(sketch[codes].const_data_ptr()) % 4 == 0,
-                      kSketchNames[codes], " must start at a multiple of 4 bytes");
-    }
-    centre_ = at_16_bytes(sketch[0]);
-    directions_ = at_16_bytes(sketch[1]);
+    centre_ = at_16_bytes(sketch.centre);
+    directions_ = at_16_bytes(sketch.directions);
     SketchView& view = p_.sketch;
     view.centre = centre_->const_data_ptr<float>();
     view.directions = static_cast<const uint16_t*>(directions_->const_data_ptr());
     view.aligned = p_.dim % 8 == 0;
-    view.scales = sketch[2].const_data_ptr<float>();
-    view.head = static_cast<const int8_t*>(sketch[3].const_data_ptr());
-    view.tail = static_cast<const int8_t*>(sketch[4].const_data_ptr());
-    view.blocks = p_.dim > 0 ? blocks : 0;
-    view.covered = sketch[5].const_data_ptr<int64_t>();
-    view.radius_bound = sketch[6].const_data_ptr<float>();
-    view.outliers = sketch[7].const_data_ptr<int64_t>();
-    view.counters = sketch[8].mutable_data_ptr<int64_t>();
-    const SketchMargin margin = sketch_margin(p_.dim);
-    view.norm = margin.norm;
-    view.along = margin.along;
-    view.square = margin.square;
+    view.scales = sketch.scales.const_data_ptr<float>();
+    view.head = static_cast<const int8_t*>(sketch.head.const_data_ptr());
+    view.tail = static_cast<const int8_t*>(sketch.tail.const_data_ptr());
+    view.blocks = p_.dim > 0 ? sketch.head.size(0) : 0;
+    view.covered = sketch.covered.const_data_ptr<int64_t>();
+    view.radius_bound = sketch.radius_bound.const_data_ptr<float>();
+    view.outliers = sketch.outliers.const_data_ptr<int64_t>();
+    view.counters = sketch.counters.mutable_data_ptr<int64_t>();
+    view.margin = sketch_margin(p_.dim);
   }
 
-  // The batch items ask with these rows of source instead of all in turn.
-  void ask(const Tensor& query_row) {
-    p_.query_row = rows_of(query_row, query_row.size(0), &p_.query_row_stride);
+  // The batch items ask with rows query_row of the source, and their hits are written.
+  void write(const Written& written) {
+    written_ = written;
+    const auto& [hidden, query_row, first_row, last_row, values] = written;
     p_.batch = query_row.size(0);
-  }
-
-  void write(const Tensor& hidden, const Tensor& values, const Tensor& first_row,
-             const Tensor& last_row) {
-    STD_TORCH_CHECK(hidden.dim() == 2 && values.dim() == 2 && hidden.size(1) == values.size(1) &&
-                        values.size(0) >= p_.capacity &&
-                        hidden.scalar_type() == values.scalar_type(),
-                    "hidden and values must have one width and dtype, and values a row per key");
-    same_device(hidden, "hidden", source_);
-    same_device(values, "values", source_);
-    p_.first_row = rows_of(first_row, p_.batch, &p_.first_row_stride);
-    p_.last_row = rows_of(last_row, p_.batch, &p_.last_row_stride);
+    p_.query_row = query_row.const_data_ptr<int64_t>();
+    p_.query_row_stride = query_row.stride(0);
+    p_.first_row = first_row.const_data_ptr<int64_t>();
+    p_.first_row_stride = first_row.stride(0);
+    p_.last_row = last_row.const_data_ptr<int64_t>();
+    p_.last_row_stride = last_row.stride(0);
     if (hidden.numel() == 0) return;
     const int64_t element = static_cast<int64_t>(hidden.element_size());
     STD_TORCH_CHECK(element == 2 || element == 4 || element == 8,
@@ -191,7 +124,7 @@ class Call {
                   (hidden.size(1) - 1) * hidden.stride(1) * element + element;
   }
 
-  std::tuple<Tensor, Tensor> run() {
+  Answers run() {
     const OnDevice on(source_.get_device_index());
     Tensor index = allocate("index", p_.batch, ScalarType::Long, source_);
     Tensor distance = allocate("distance", p_.batch, ScalarType::Float, source_);
@@ -238,13 +171,6 @@ class Call {
   }
 
  private:
-  static const int64_t* rows_of(const Tensor& t, int64_t batch, int64_t* stride) {
-    STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == batch && t.scalar_type() == ScalarType::Long,
-                    "query_row, first_row and last_row must be int64 of one length");
-    *stride = t.stride(0);
-    return t.const_data_ptr<int64_t>();
-  }
-
   void set_source() {
     p_.source = source_.const_data_ptr();
     p_.source_stride = source_.stride(0);
@@ -300,14 +226,14 @@ class Call {
   }
 
   // Slices times blocks of queries. Depends on shapes only, never on count: a graph stays right
-  // when entries are added.
+  // when slots come into use.
   dim3 grid(const Device& device, const Kernel& kernel, int64_t batch) const {
     const int64_t query_blocks = (batch + kernel.queries - 1) / kernel.queries;
     const int64_t record = (kernel.queries + 1) * static_cast<int64_t>(sizeof(Partial));
     int64_t slices = std::min(device.processors * kernel.blocks / query_blocks,
-                              (p_.capacity + kernel.least_rows - 1) / kernel.least_rows);
+                              (p_.capacity + kernel.least_slots - 1) / kernel.least_slots);
     slices = std::min(slices, kernel.scan_bytes / record);
-    slices = std::max(slices, (p_.capacity + kMaxSliceRows - 1) / kMaxSliceRows);
+    slices = std::max(slices, (p_.capacity + kMaxSliceSlots - 1) / kMaxSliceSlots);
     slices = std::max<int64_t>(slices, 1);
     return dim3(static_cast<unsigned>(slices), static_cast<unsigned>(query_blocks));
   }
@@ -322,6 +248,7 @@ class Call {
 
   Tensor source_, keys_, radii_;
   std::optional<Tensor> count_, centre_, directions_;
+  std::optional<Written> written_;
   const char* hidden_end_ = nullptr;
   Problem p_{};
 };

@@ -16,7 +16,7 @@ struct Kernel {
   int scan_bytes;    // of shared memory, for the scan and then for the partials
   int shared_bytes;  // with the rest
   int blocks;        // per multiprocessor
-  int least_rows;    // of a slice; fewer are not worth a block
+  int least_slots;   // of a slice; fewer are not worth a block
   Margin (*margin)(int64_t dim);
 };
 
@@ -33,7 +33,7 @@ Kernel direct() {
           &direct_margin};
 }
 
-template <class T, int MT, int Stages, int Blocks, int LeastRows>
+template <class T, int MT, int Stages, int Blocks, int LeastSlots>
 Kernel tensor() {
   using Shape = TensorScan<T, MT, Stages, Blocks>;
   constexpr int kQueries = Shape::kQueries;
@@ -43,7 +43,7 @@ Kernel tensor() {
           Shape::kScanBytes,
           Shape::kScanBytes + static_cast<int>(sizeof(Shared<kQueries>)),
           Shape::kBlocks,
-          LeastRows,
+          LeastSlots,
           &tensor_margin};
 }
 
@@ -68,7 +68,7 @@ Kernel choose(int64_t batch, bool aligned, int64_t bytes_each, int shared_limit)
 // The same shape, with a sketch of the keys.
 inline Kernel with_sketch(Kernel kernel) {
   kernel.function = kernel.pruned;
-  kernel.least_rows = std::max(kernel.least_rows, kSketchRows);
+  kernel.least_slots = std::max(kernel.least_slots, kBlockSlots);
   return kernel;
 }
 

@@ -1,4 +1,4 @@
-// From intervals to answers, the same for both scans: what a slice settles by itself, the ticket,
+// From intervals to answers, the same for both scans: what a slice resolves by itself, the ticket,
 // and what the last block of a query block does.
 #pragma once
 
@@ -6,18 +6,18 @@
 
 namespace grace::cuda {
 
-constexpr int kMaxGroups = 32;  // groups of rows that are told apart inside a slice
+constexpr int kMaxGroups = 32;  // groups of slots that are told apart inside a slice
 
-// The nearest row so far of a query, the lowest one among ties. A NaN counts as +inf.
+// The nearest slot so far of a query, the lowest one among ties. A NaN counts as +inf.
 struct Best {
   float s;
-  int64_t row;
+  int64_t slot;
 
-  __device__ __forceinline__ void take(float other, int64_t other_row) {
+  __device__ __forceinline__ void take(float other, int64_t other_slot) {
     if (is_nan(other)) other = infinity();
-    if (row < 0 || other < s || (other == s && other_row < row)) {
+    if (slot < 0 || other < s || (other == s && other_slot < slot)) {
       s = other;
-      row = other_row;
+      slot = other_slot;
     }
   }
 };
@@ -33,38 +33,39 @@ __device__ __noinline__ float canonical_of_pair(const Problem& p, const T* query
 }
 
 template <class T>
-__device__ __forceinline__ void rescore(const Problem& p, const T* query, int64_t row, Best& best) {
-  best.take(canonical_of_pair<T>(p, query, key_of<T>(p, row)), row);
+__device__ __forceinline__ void rescore(const Problem& p, const T* query, int64_t slot,
+                                        Best& best) {
+  best.take(canonical_of_pair<T>(p, query, key_of<T>(p, slot)), slot);
 }
 
-// What the scan found for one query in one group of rows of the slice: three smallest lower bounds,
-// whose they are (rows from the slice's start on), and the smallest upper bound.
+// What the scan found for one query in one group of slots of the slice: three smallest lower
+// bounds, whose they are (places in the slice), and the smallest upper bound.
 struct Found {
   float lo1, lo2, lo3, hi;
-  int row1, row2;
+  int place1, place2;
 
   __device__ __forceinline__ void clear() {
     lo1 = lo2 = lo3 = hi = infinity();
-    row1 = row2 = -1;
+    place1 = place2 = -1;
   }
-  __device__ __forceinline__ void take(float lo, int row) {
+  __device__ __forceinline__ void take(float lo, int place) {
     const bool first = lo < lo1, second = lo < lo2;
     lo3 = second ? lo2 : fminf(lo3, lo);
     lo2 = first ? lo1 : second ? lo : lo2;
-    row2 = first ? row1 : second ? row : row2;
+    place2 = first ? place1 : second ? place : place2;
     lo1 = first ? lo : lo1;
-    row1 = first ? row : row1;
+    place1 = first ? place : place1;
   }
   __device__ __forceinline__ void merge(const Found& other) {
-    take(other.lo1, other.row1);
-    take(other.lo2, other.row2);
+    take(other.lo1, other.place1);
+    take(other.lo2, other.place2);
     lo3 = fminf(lo3, other.lo3);
     hi = fminf(hi, other.hi);
   }
 };
 
-// How the rows of a slice are dealt to groups: group g has rows g * run + i * stride + j for all i
-// and all j < run.
+// How the slots of a slice are dealt to groups: group g has places g * run + i * stride + j for all
+// i and all j < run.
 struct Groups {
   int count, run, stride;
 };
@@ -96,7 +97,7 @@ __device__ __forceinline__ bool holds_nan(const Problem& p, const T* row) {
   return ballot(found) != 0;
 }
 
-// Canonically score the live rows first + i * stride + j < end, j < run.
+// Canonically score the live slots first + i * stride + j < end, j < run.
 template <class T>
 __device__ __forceinline__ void rescore_group(const Problem& p, const T* query, int64_t first,
                                               int64_t end, int run, int stride, Best& best) {
@@ -110,48 +111,48 @@ __device__ __forceinline__ void rescore_group(const Problem& p, const T* query, 
   }
 }
 
-// sqrt_rn(s) <= R is only possible for s <= R^2 (1 + 2^-22). Where R is the largest radius, a row
-// beyond that is no hit, and keeps none from being one.
+// No s beyond this has a root within a radius: Lemma 2 of docs/error-bounds.md. Where that is the
+// largest radius, a slot beyond it is no hit, and keeps none from being one.
 __device__ __forceinline__ float limit_of(float radius) {
   const double square = static_cast<double>(radius) * radius * (1 + 0x1p-22);
   return radius >= 0 ? __double2float_ru(square) : -infinity();
 }
 
-// The same of all rows, not only the slice's: its nearest row may stand in the way of a farther hit
+// The same of all slots, not only the slice's: its nearest may stand in the way of a farther hit
 // elsewhere.
 __device__ __noinline__ float limit_of_all(const Problem& p) {
-  const int64_t n = rows_in_use(p);
+  const int64_t n = slots_in_use(p);
   float largest = -infinity();
 #pragma unroll 8
-  for (int64_t row = lane_id(); row < n; row += 32) {
-    largest = fmaxf(largest, radius_of(p, row));  // a NaN is no maximum
+  for (int64_t slot = lane_id(); slot < n; slot += 32) {
+    largest = fmaxf(largest, radius_of(p, slot));  // a NaN is no maximum
   }
   return limit_of(largest_of_warp(largest));
 }
 
-// Radii that are read in the time that scoring a row takes, roughly.
-constexpr int64_t kRadiiPerRow = 1024;
+// Radii that are read in the time that scoring a key takes, roughly.
+constexpr int64_t kRadiiPerKey = 1024;
 
 // One warp: what this slice has to say of a query, given what its groups found. `limit` is
 // limit_of_all(), or NaN as long as that was not worth reading all radii.
 template <class T>
-__device__ __forceinline__ Partial settle(const Problem& p, const Slice& slice, const T* query,
-                                          const Groups& groups, const Found* found, float& limit) {
+__device__ __forceinline__ Partial resolve(const Problem& p, const Slice& slice, const T* query,
+                                           const Groups& groups, const Found* found, float& limit) {
   const int lane = lane_id();
   Found mine;
   mine.clear();
   if (lane < groups.count) mine = found[lane];
   const float u = least_of_warp(mine.hi);
   Best best = {infinity(), -1};
-  // Without a bound, every live row is too far, NaN or undecided, or there is none.
-  if (u == infinity() && holds_nan(p, query)) return {best.s, best.s, best.row};
+  // Without a bound, every live slot is too far, NaN or undecided, or there is none.
+  if (u == infinity() && holds_nan(p, query)) return {best.s, best.s, best.slot};
   unsigned one = ballot(mine.lo1 <= u), two = ballot(mine.lo2 <= u), more = ballot(mine.lo3 <= u);
   float bound = u;
   if (p.bounded && ((one & (one - 1)) != 0 || two != 0)) {
-    const int64_t rows = slice.end - slice.begin;
+    const int64_t slots = slice.end - slice.begin;
     const int64_t scored =
-        u == infinity() ? rows : __popc(one) + __popc(two) + __popc(more) * (rows / groups.count);
-    if (is_nan(limit) && scored * kRadiiPerRow > rows_in_use(p)) limit = limit_of_all(p);
+        u == infinity() ? slots : __popc(one) + __popc(two) + __popc(more) * (slots / groups.count);
+    if (is_nan(limit) && scored * kRadiiPerKey > slots_in_use(p)) limit = limit_of_all(p);
     if (limit < bound) {
       bound = limit;
       one = ballot(mine.lo1 <= bound);
@@ -161,11 +162,11 @@ __device__ __forceinline__ Partial settle(const Problem& p, const Slice& slice, 
   }
   if (bound == infinity()) {
     rescore_group(p, query, slice.begin, slice.end, 1, 1, best);
-    return {best.s, best.s, best.row};
+    return {best.s, best.s, best.slot};
   }
   if (one != 0 && (one & (one - 1)) == 0 && two == 0) {
     const int who = __ffs(one) - 1;
-    return {shuffle(mine.lo1, who), u, slice.begin + shuffle(mine.row1, who)};
+    return {shuffle(mine.lo1, who), u, slice.begin + shuffle(mine.place1, who)};
   }
   for (; one != 0; one &= one - 1) {
     const int who = __ffs(one) - 1;
@@ -174,10 +175,10 @@ __device__ __forceinline__ Partial settle(const Problem& p, const Slice& slice, 
                     best);
       continue;
     }
-    rescore(p, query, slice.begin + shuffle(mine.row1, who), best);
-    if (two >> who & 1) rescore(p, query, slice.begin + shuffle(mine.row2, who), best);
+    rescore(p, query, slice.begin + shuffle(mine.place1, who), best);
+    if (two >> who & 1) rescore(p, query, slice.begin + shuffle(mine.place2, who), best);
   }
-  return {best.s, best.s, best.row};
+  return {best.s, best.s, best.slot};
 }
 
 // Tell whether this block is the last of its query block to arrive. It then sees what all others
@@ -328,7 +329,7 @@ __device__ __forceinline__ void finalise(const Problem& p, int64_t first_query,
           const Partial other = part[i * (Q + 1) + q];
           if (other.row < 0 || !(other.lo <= bound[j])) continue;
           if (other.lo == other.hi) {
-            best[j].take(other.lo, other.row);  // settled by its slice
+            best[j].take(other.lo, other.row);  // resolved by its slice
           } else {
             rescore(p, query[j], other.row, best[j]);
           }
@@ -336,9 +337,9 @@ __device__ __forceinline__ void finalise(const Problem& p, int64_t first_query,
       }
       if (lane != 0) continue;
       const float d = __fsqrt_rn(best[j].s);
-      const bool hit = best[j].row >= 0 && (!p.bounded || d <= radius_of(p, best[j].row));
-      shared.hit[q] = hit ? best[j].row : -1;
-      p.index[first_query + q] = hit ? best[j].row : -1;
+      const bool hit = best[j].slot >= 0 && (!p.bounded || d <= radius_of(p, best[j].slot));
+      shared.hit[q] = hit ? best[j].slot : -1;
+      p.index[first_query + q] = hit ? best[j].slot : -1;
       p.distance[first_query + q] = hit ? d : infinity();
     }
   }
@@ -355,23 +356,23 @@ __device__ __forceinline__ Partial* partials_of_slice(const Problem& p) {
   return partials_of_block<Q>(p) + static_cast<int64_t>(blockIdx.x) * (Q + 1);
 }
 
-// All warps: settle every query after a scan. `found` holds groups.count records per query, visible
-// to all threads.
+// All warps: resolve every query after a scan. `found` holds groups.count records per query,
+// visible to all threads.
 template <class T, int Q>
-__device__ __forceinline__ void settle_all(const Problem& p, const Slice& slice,
-                                           const Groups& groups, const Found* found) {
+__device__ __forceinline__ void resolve_all(const Problem& p, const Slice& slice,
+                                            const Groups& groups, const Found* found) {
   const int64_t first_query = static_cast<int64_t>(blockIdx.y) * Q;
   Partial* mine = partials_of_slice<Q>(p);
   float limit = __uint_as_float(0x7fc00000u);  // NaN: not known
   for (int q = warp_id(); q < Q; q += kWarps) {
     const T* query = query_of<T>(p, first_query + q);
     if (query == nullptr) continue;
-    const Partial partial = settle<T>(p, slice, query, groups, found + q * groups.count, limit);
+    const Partial partial = resolve<T>(p, slice, query, groups, found + q * groups.count, limit);
     if (lane_id() == 0) mine[q] = partial;
   }
 }
 
-// Everything after a slice has settled its queries. `largest` is this thread's share of the bound
+// Everything after a slice has resolved its queries. `largest` is this thread's share of the bound
 // of its radii, `scored` how many pairs its sketch left, or -1.
 template <class T, int Q>
 __device__ __forceinline__ void conclude(const Problem& p, float largest, int64_t scored,

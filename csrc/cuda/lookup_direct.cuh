@@ -1,10 +1,10 @@
 // The scan for one query, for few queries of few keys, and for fp32: direct differences on CUDA
 // cores.
 //
-// A warp takes R rows at a time (rows of a slice go round the warps) against Q queries, 16 bytes
-// per lane and row. Every lane copies what it will read itself into a ring of its own in shared
-// memory (cp.async), 7 KB ahead per warp, 112 KB per multiprocessor, whatever the width of a row
-// is: rows follow one another in the ring without a gap. Queries are read through L1, which keys
+// A warp takes R keys at a time (slots of a slice go round the warps) against Q queries, 16 bytes
+// per lane and key. Every lane copies what it will read itself into a ring of its own in shared
+// memory (cp.async), 7 KB ahead per warp, 112 KB per multiprocessor, whatever the width of a key
+// is: keys follow one another in the ring without a gap. Queries are read through L1, which keys
 // bypass.
 #pragma once
 
@@ -48,7 +48,7 @@ __device__ __forceinline__ float sum_of_warp(const float (&v)[V]) {
 }
 
 // Scan a slice with queries of which at least one asks. What is found belongs to this lane's share:
-// query value / R, row value % R of its warp's rows, value = lane / (32 / (Q * R)).
+// query value / R, key value % R of its warp's keys, value = lane / (32 / (Q * R)).
 template <class T, int Q, int R, bool Aligned>
 __device__ __forceinline__ void direct_scan(const Problem& p, const Slice& slice,
                                             const T* const (&query)[Q], char* memory, Found& found,
@@ -56,33 +56,33 @@ __device__ __forceinline__ void direct_scan(const Problem& p, const Slice& slice
   using Shape = DirectScan<T, Q, R>;
   const int lane = lane_id(), warp = warp_id();
   const int value = lane / (32 / Shape::kValues);
-  const int rows = static_cast<int>(slice.end - slice.begin);
-  const int row_bytes = p.dim * static_cast<int>(sizeof(T));
-  const int chunks = row_bytes > 512 ? (row_bytes + 511) / 512 : 1;  // what a warp takes at a time
+  const int slots = static_cast<int>(slice.end - slice.begin);
+  const int key_bytes = p.dim * static_cast<int>(sizeof(T));
+  const int chunks = key_bytes > 512 ? (key_bytes + 511) / 512 : 1;  // what a warp takes at a time
   char* const ring = memory + warp * Shape::kRingBytes + lane * 16;
 
-  const int64_t row_step = p.key_stride * static_cast<int64_t>(sizeof(T));
-  const int64_t next_rows = row_step * Shape::kGroups - static_cast<int64_t>(chunks) * 512;
+  const int64_t key_step = p.key_stride * static_cast<int64_t>(sizeof(T));
+  const int64_t next_keys = key_step * Shape::kGroups - static_cast<int64_t>(chunks) * 512;
   const char* fill_from =
-      static_cast<const char*>(p.keys) + (slice.begin + warp) * row_step + lane * 16;
-  int fill_row = warp, fill_chunk = 0, fill_slot = 0;
+      static_cast<const char*>(p.keys) + (slice.begin + warp) * key_step + lane * 16;
+  int fill_place = warp, fill_chunk = 0, fill_at = 0;
   const auto fill = [&] {
-    if (fill_row < rows) {
-      const int left = row_bytes - (fill_chunk * 512 + lane * 16);
+    if (fill_place < slots) {
+      const int left = key_bytes - (fill_chunk * 512 + lane * 16);
       if (left > 0) {
 #pragma unroll
         for (int r = 0; r < R; ++r) {
-          if (fill_row + r * kWarps >= rows) break;
-          copy_vector<T>(ring + fill_slot + r * 512, fill_from + r * kWarps * row_step, left,
+          if (fill_place + r * kWarps >= slots) break;
+          copy_vector<T>(ring + fill_at + r * 512, fill_from + r * kWarps * key_step, left,
                          Aligned);
         }
       }
-      fill_slot = (fill_slot + Shape::kStageBytes) % Shape::kRingBytes;
+      fill_at = (fill_at + Shape::kStageBytes) % Shape::kRingBytes;
       fill_from += 512;
       if (++fill_chunk == chunks) {
         fill_chunk = 0;
-        fill_row += Shape::kGroups;
-        fill_from += next_rows;
+        fill_place += Shape::kGroups;
+        fill_from += next_keys;
       }
     }
     commit_copies();
@@ -90,11 +90,11 @@ __device__ __forceinline__ void direct_scan(const Problem& p, const Slice& slice
 #pragma unroll 1
   for (int i = 0; i < Shape::kStages - 1; ++i) fill();
 
-  int slot = 0;
+  int read_at = 0;
 #pragma unroll 1
-  for (int row = warp; row < rows; row += Shape::kGroups) {
-    const int my_row = row + value % R * kWarps;
-    const float radius = my_row < rows ? radius_of(p, slice.begin + my_row) : -infinity();
+  for (int place = warp; place < slots; place += Shape::kGroups) {
+    const int my_place = place + value % R * kWarps;
+    const float radius = my_place < slots ? radius_of(p, slice.begin + my_place) : -infinity();
     float sums[Shape::kValues];
 #pragma unroll
     for (int v = 0; v < Shape::kValues; ++v) sums[v] = 0;
@@ -102,18 +102,18 @@ __device__ __forceinline__ void direct_scan(const Problem& p, const Slice& slice
     for (int at = lane * 16, chunk = 0; chunk < chunks; at += 512, ++chunk) {
       fill();  // into the stage that was read last
       wait_for_copies<Shape::kStages - 1>();
-      if (at < row_bytes) {
+      if (at < key_bytes) {
         float k[R][kVector<T>];
 #pragma unroll
         for (int r = 0; r < R; ++r) {
-          // Behind the last row is what an earlier one left.
-          widen_vector(*reinterpret_cast<const uint4*>(ring + slot + r * 512), k[r], T{});
+          // Behind the last key is what an earlier one left.
+          widen_vector(*reinterpret_cast<const uint4*>(ring + read_at + r * 512), k[r], T{});
         }
 #pragma unroll
         for (int q = 0; q < Q; ++q) {
           float x[kVector<T>];
           const char* from = reinterpret_cast<const char*>(query[q]) + at;
-          widen_vector(load_vector<T>(from, row_bytes - at, Aligned), x, T{});
+          widen_vector(load_vector<T>(from, key_bytes - at, Aligned), x, T{});
 #pragma unroll
           for (int r = 0; r < R; ++r) {
 #pragma unroll
@@ -124,7 +124,7 @@ __device__ __forceinline__ void direct_scan(const Problem& p, const Slice& slice
           }
         }
       }
-      slot = (slot + Shape::kStageBytes) % Shape::kRingBytes;
+      read_at = (read_at + Shape::kStageBytes) % Shape::kRingBytes;
     }
     const float c = sum_of_warp<Shape::kValues, 16>(sums);
     if (radius == -infinity()) continue;
@@ -132,13 +132,13 @@ __device__ __forceinline__ void direct_scan(const Problem& p, const Slice& slice
     // A NaN is a NaN canonically too, and counts as +inf: out. An overflow may be less than +inf.
     if (is_nan(c)) continue;
     const float e = fmaf(c, p.relative, p.absolute);
-    found.take(c < infinity() ? c - e : 0x1p127f, my_row);
+    found.take(c < infinity() ? c - e : 0x1p127f, my_place);
     found.hi = fminf(found.hi, c + e);
   }
   wait_for_copies<0>();
 }
 
-// Scan a slice and settle its queries; returns the largest radius that this thread has read.
+// Scan a slice and resolve its queries; returns the largest radius that this thread has read.
 template <class T, int Q, int R>
 __device__ __forceinline__ float direct_lookup(const Problem& p, const Slice& slice) {
   using Shape = DirectScan<T, Q, R>;
@@ -174,7 +174,7 @@ __device__ __forceinline__ float direct_lookup(const Problem& p, const Slice& sl
     records[value / R * Shape::kGroups + value % R * kWarps + warp_id()] = found;
   }
   __syncthreads();
-  settle_all<T, Q>(p, slice, {Shape::kGroups, 1, Shape::kGroups}, records);
+  resolve_all<T, Q>(p, slice, {Shape::kGroups, 1, Shape::kGroups}, records);
   return largest;
 }
 

@@ -4,10 +4,10 @@
 //
 // Tiling: a grid of slices of the keys times blocks of queries; a block scans its slice in fp32
 // (few queries, or fp32: CUDA cores; otherwise tensor cores) for certified intervals lo <= s <= hi,
-// turns them into at most one row per query, and the last block to arrive scores those rows
+// turns them into at most one slot per query, and the last block to arrive scores those slots
 // canonically, decides, and writes the values of hits. Nothing spins, nothing needs to be reset.
 // Blocks of queries: 1, 4 or 8 on CUDA cores, 16 or 64 on tensor cores, see choose() in kernels.h.
-// With a sketch of the keys a block first lets that settle its slice, see lookup_pruned.cuh.
+// With a sketch of the keys a block first lets that resolve its slice, see lookup_pruned.cuh.
 // Bytes read: every key once per block of queries, so ceil(B / 8) times for B > 8 fp32 or unaligned
 // queries and ceil(B / 64) times for 16-bit ones, though blocks of one slice may meet in L2; 16
 // bytes per slice and query. Limit: the bandwidth of the memory for one block of queries on tensor
@@ -42,22 +42,22 @@ __global__ void __launch_bounds__(kThreads, Shape::kBlocks)
 template <class T, int Q, int R>
 __global__ void __launch_bounds__(kThreads, DirectScan<T, Q, R>::kBlocks)
     direct_pruned_kernel(const __grid_constant__ Problem p) {
-  const Slice slice = slice_of(p, blockIdx.x, kSketchRows);
-  Settled settled = settle_by_sketch<T, DirectScan<T, Q, R>>(p, slice);
-  if (settled.scored < 0) settled.largest = direct_lookup<T, Q, R>(p, slice);
+  const Slice slice = slice_of(p, blockIdx.x, kBlockSlots);
+  Resolved resolved = resolve_by_sketch<T, DirectScan<T, Q, R>>(p, slice);
+  if (resolved.scored < 0) resolved.largest = direct_lookup<T, Q, R>(p, slice);
   Shared<Q>& shared = shared_of<DirectScan<T, Q, R>>();
-  conclude<T, Q>(p, settled.largest, settled.scored, dynamic_shared(), shared);
+  conclude<T, Q>(p, resolved.largest, resolved.scored, dynamic_shared(), shared);
   tally<T, Q>(p, shared);
 }
 
 template <class T, class Shape>
 __global__ void __launch_bounds__(kThreads, Shape::kBlocks)
     tensor_pruned_kernel(const __grid_constant__ Problem p) {
-  const Slice slice = slice_of(p, blockIdx.x, kSketchRows);
-  Settled settled = settle_by_sketch<T, Shape>(p, slice);
-  if (settled.scored < 0) settled.largest = tensor_lookup<T, Shape>(p, slice);
+  const Slice slice = slice_of(p, blockIdx.x, kBlockSlots);
+  Resolved resolved = resolve_by_sketch<T, Shape>(p, slice);
+  if (resolved.scored < 0) resolved.largest = tensor_lookup<T, Shape>(p, slice);
   Shared<Shape::kQueries>& shared = shared_of<Shape>();
-  conclude<T, Shape::kQueries>(p, settled.largest, settled.scored, dynamic_shared(), shared);
+  conclude<T, Shape::kQueries>(p, resolved.largest, resolved.scored, dynamic_shared(), shared);
   tally<T, Shape::kQueries>(p, shared);
 }
 

@@ -3,23 +3,29 @@
 
 #include <cstdint>
 
+#include "../sketch_layout.h"
+
 namespace grace::cuda {
+
+// How far the sketch of a query may mislead, see sketch_margin().
+struct SketchMargin {
+  float norm, coordinates, square;
+};
 
 // The tensors of a grace_kernels.Sketch, which says what they mean.
 struct SketchView {
   const float* centre;         // [dim]
-  const uint16_t* directions;  // [64, dim] bfloat16
+  const uint16_t* directions;  // [kDirections, dim] bfloat16
   bool aligned;                // 16-byte loads fit centre and directions
-  const float* scales;         // [67]
-  const int8_t* head;          // [blocks, 10, 32]
-  const int8_t* tail;          // [blocks, 56, 32]
+  const float* scales;         // [kScales]
+  const int8_t* head;          // [blocks, kHeadNumbers, kBlockSlots]
+  const int8_t* tail;          // [blocks, kTailNumbers, kBlockSlots]
   int64_t blocks;
   const int64_t* covered;
   const float* radius_bound;
-  const int64_t* outliers;  // [32]
-  int64_t* counters;        // [4]; null: there is no sketch
-  // How far the sketch of a query may mislead, see sketch_margin().
-  float norm, along, square;
+  const int64_t* outliers;  // [kOutliers]
+  int64_t* counters;        // [kCounters]; null: there is no sketch
+  SketchMargin margin;
 };
 
 struct Problem {
@@ -80,64 +86,31 @@ struct alignas(16) Partial {
   int64_t row;
 };
 
-// How far a scan may mislead. Let S be the exact sum of squares of a pair, s the canonical fp32
-// value, c what the scan computed in fp32, u = 2^-24. s is S within a factor 1 +- (u + 2^-34) and
-// 2^-150 (its fp64 sum has at most 2^19 + 5 additions, one rounding to fp32 follows), so an
-// interval round c that holds S holds s once it is widened by 2^-22 of itself and 2^-149.
-
+// How far a scan may mislead, that is, how an interval that holds s is made from what the scan
+// computed in fp32. The lemmas named here are in docs/error-bounds.md.
 struct Margin {
   float relative, absolute;
 };
 
-// Direct form, |c - S| <= g S + e: the difference carries one rounding (twice, being squared), the
-// square one, at most D/32 + 8 additions in a lane and 5 across lanes follow; four to spare:
-//     g = m u / (1 - m u), m = D/32 + 20, e = (2 D + 64) 2^-150 for what underflows.
-//     c (1 - r) - a <= s <= c (1 + r) + a,  r = 1.2 g + 2^-21,  a = (D + 32) 2^-147
-// since g <= 0.1 for D <= kMaxDim; 2^-21 covers s and the roundings of the bounds themselves.
+// For a sum c of squared differences: |c - s| <= relative c + absolute (Lemma 7).
 inline Margin direct_margin(int64_t dim) {
   const double m = (static_cast<double>(dim) / 32 + 20) * 0x1p-24;
   const double g = m / (1 - m);
   return {static_cast<float>(1.2 * g + 0x1p-21), static_cast<float>((dim + 32.0) * 0x1p-147)};
 }
 
-// Tensor cores, c = (|x|^2 + |k|^2) - 2 x.k, M = |x|^2 + |k|^2, sum |x_i k_i| <= M / 2.
-// * Products are exact. One step of mma over 16 elements is assumed to err by at most t = 2^-18.8
-//   times the sum of its |products| and |accumulator|: 17 addends, each cut off at the 24th bit of
-//   the largest, 34 u, and two roundings. (Fasi et al. 2021 measured cuts there or lower.) An
-//   accumulator takes two steps, starting at zero: 2.1 t per chunk of 32; the chunks are added in
-//   fp32, D/32 + 1 roundings: x.k errs by (2.1 t + 1.1 (D/32 + 1) u) M / 2, and c by twice that.
-// * A norm: 8 squares are added, those sums over the chunks, then four lanes: D/32 + 12 roundings.
-// * The last additions: 4 u M, s itself: |s - S| <= 2^-23 S, S <= 2 M, and four to spare.
-//     |c - s| <= r M + a,  r = 1.05 (2.1 t + (2.2 (D/32) + 32) u),  a = (D + 32) 2^-120
-// where r M may be computed from the rounded M, and `a` covers whatever is flushed on the way.
-constexpr double kTensorError = 0x1.2611186bae672p-19;  // t = 2^-18.8
+// What one step of a tensor core is assumed to err by, as a share of the magnitudes that it adds.
+constexpr double kTensorError = 0x1.2611186bae672p-19;  // 2^-18.8
 
+// For c = M - 2 x.k by tensor cores, M = |x|^2 + |k|^2: |c - s| <= relative M + absolute (Lemma 8).
 inline Margin tensor_margin(int64_t dim) {
   const double u = 0x1p-24;
   const double r = 1.05 * (2.1 * kTensorError + (2.2 * (static_cast<double>(dim) / 32) + 32) * u);
   return {static_cast<float>(r), static_cast<float>((dim + 32.0) * 0x1p-120)};
 }
 
-// The sketch of a query: y = fl(x - c), a = fl(P y) by tensor cores, A = fl(|y|^2). Let z = x - c
-// and t as above.
-// * |y - z| <= u |z|, and A has at most D/16 + 32 roundings in a row, one of them per product, so
-//   |z|, |y| <= norm sqrt(A) + 2^-56 =: N, norm = 1 + g + 2^-20, g = m u / (1 - m u), m = D/16 +
-//   32; squares that underflow, at most 2^24 of them, are in the 2^-56.
-// * y is cut into two bfloat16, rounded to nearest: what is lost is at most 2^-16 |y|, and |P|
-// <= 1.
-// * A coordinate: sum |P_i| (|y1_i| + |y2_i|) <= 1.02 |y| by Cauchy and Schwarz. A chunk of 32
-//   elements takes four steps of mma from zero, 4.1 t of that sum; the chunks are added in fp32,
-//   D/128 + 12 roundings in a row. The 64 errors together are at most 8 times as long.
-//     |a - P z| <= along N + 2^-60 =: E,  along = 1.05 (u + 2^-16 + 8.2 (4.1 t + 1.1 (D/128 + 12)
-//     u))
-//   where 2^-60 is for all that is flushed or underflows: 64 D numbers below 2^-125.
-// * rho^2 = |z|^2 - |P z|^2 against v = A - |a|^2, which takes 9 roundings more: |z|^2 is A within
-//   (g + 3 u) N^2, |P z|^2 is |a|^2 within (2 N + E) E <= 2.2 N E, as E <= 0.2 N.
-//     |rho^2 - v| <= square N^2 + 2.2 N E + 2^-118,  square = g + 2^-18
-struct SketchMargin {
-  float norm, along, square;
-};
-
+// For the sketch of a query by tensor cores: of its length, of its coordinates and of the square of
+// its residual, see measure() (Lemma 18).
 inline SketchMargin sketch_margin(int64_t dim) {
   const double u = 0x1p-24, d = static_cast<double>(dim);
   const double m = (d / 16 + 32) * u, g = m / (1 - m);
@@ -147,7 +120,7 @@ inline SketchMargin sketch_margin(int64_t dim) {
 }
 
 constexpr int64_t kMaxDim = int64_t{1} << 24;
-constexpr int64_t kMaxSliceRows = int64_t{1} << 30;  // a row of a slice is an int
-constexpr int64_t kMaxRows = 64 * kMaxSliceRows;     // every kernel can have 64 slices
+constexpr int64_t kMaxSliceSlots = int64_t{1} << 30;  // a place in a slice is an int
+constexpr int64_t kMaxSlots = 64 * kMaxSliceSlots;    // every kernel can have 64 slices
 
 }  // namespace grace::cuda

@@ -19,27 +19,27 @@ __device__ __forceinline__ int warp_id() { return threadIdx.x / 32; }
 __device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
 __device__ __forceinline__ bool is_nan(float v) { return v != v; }
 
-// The rows of the keys that a block scans.
+// The slots that a block scans. A place in a slice is counted from its beginning.
 struct Slice {
   int64_t begin, end;
 };
 
-__device__ __forceinline__ int64_t rows_in_use(const Problem& p) {
+__device__ __forceinline__ int64_t slots_in_use(const Problem& p) {
   if (p.count == nullptr) return p.capacity;
   const int64_t n = *p.count;
   return n < 0 ? 0 : n > p.capacity ? p.capacity : n;
 }
 
-// The slice of block `block` of the grid; all begin at multiples of `step` rows.
+// The slice of block `block` of the grid; all begin at multiples of `step` slots.
 __device__ __forceinline__ Slice slice_of(const Problem& p, int block, int step) {
-  const int64_t n = rows_in_use(p);
+  const int64_t n = slots_in_use(p);
   const int64_t per = ((n + gridDim.x - 1) / gridDim.x + step - 1) / step * step;
   const int64_t begin = block * per;
   return {begin < n ? begin : n, begin + per < n ? begin + per : n};
 }
 
-__device__ __forceinline__ float radius_of(const Problem& p, int64_t row) {
-  return p.radii[row * p.radius_stride];
+__device__ __forceinline__ float radius_of(const Problem& p, int64_t slot) {
+  return p.radii[slot * p.radius_stride];
 }
 
 // The query of batch item b, or null if it does not ask.
@@ -55,8 +55,8 @@ __device__ __forceinline__ const T* query_of(const Problem& p, int64_t b) {
 }
 
 template <class T>
-__device__ __forceinline__ const T* key_of(const Problem& p, int64_t row) {
-  return static_cast<const T*>(p.keys) + row * p.key_stride;
+__device__ __forceinline__ const T* key_of(const Problem& p, int64_t slot) {
+  return static_cast<const T*>(p.keys) + slot * p.key_stride;
 }
 
 // 16 bytes of a row of which `left` bytes are left, zeros past its end. `aligned` rows start at a

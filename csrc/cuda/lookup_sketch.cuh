@@ -1,5 +1,5 @@
 // The sketches of a block's queries, and what they say of keys: phi(x) = (P (x - c), rho) with the
-// error that computing it may have had, see sketch_margin() and grace_kernels/sketch.py.
+// error that computing it may have had, see sketch_margin() and grace_kernels/sketch_math.py.
 //
 // Products on tensor cores for every dtype: x - c in fp32, cut into two bfloat16. The warps share
 // the elements of all queries, 32 at a time, and for more than 8 queries the directions besides;
@@ -11,18 +11,12 @@
 
 namespace grace::cuda {
 
-constexpr int kDirections = 64;
-constexpr int kHead = 8;         // directions whose codes are in the head
-constexpr int kSketchRows = 32;  // neighbours in the sketch
-constexpr int kHeadBytes = (kHead + 2) * kSketchRows;
-constexpr int kTailBytes = (kDirections - kHead) * kSketchRows;
-
 // What a block knows of one query before it looks at keys.
 struct alignas(16) Sketched {
-  float lo, hi;  // rho lies between them, less what scales[66] adds to every rho
-  float lost;    // length of the error of along
-  bool looks;    // asks, and something may be in its reach
-  float along[kDirections];
+  float residual_low, residual_high;  // less scales[kMiddle]
+  float error;                        // of the coordinates, all together
+  bool looks;                         // asks, and something may be in its reach
+  float coordinates[kDirections];
 };
 
 // Of a block of Q queries: warps that share the directions, and warps that share the elements.
@@ -71,8 +65,9 @@ __device__ __forceinline__ void project(const Problem& p, int64_t first_query, f
     uint4 b[kEights];
 #pragma unroll
     for (int m = 0; m < kEights; ++m) {
-      const int64_t row = first_direction + m * 8;
-      b[m] = load_vector<BFloat>(sketch.directions + row * p.dim + at, (p.dim - at) * 2, aligned);
+      const int64_t direction = first_direction + m * 8;
+      b[m] = load_vector<BFloat>(sketch.directions + direction * p.dim + at, (p.dim - at) * 2,
+                                 aligned);
     }
     float centre[8];
     load_run<float>(sketch.centre, at, p.dim, aligned, centre);
@@ -153,52 +148,51 @@ __device__ __forceinline__ bool measure(const SketchView& sketch, const float* s
     b += part[lane + 32];
     square += part[kDirections];
   }
-  const float along = sum_over_warp(fmaf(a, a, b * b));
-  const float norm = fmaf(__fsqrt_rn(square), sketch.norm, 0x1p-56f);
-  const float lost = fmaf(norm, sketch.along, 0x1p-60f);
-  const float rest = square - along;
-  const float error = fmaf(norm, fmaf(norm, sketch.square, 2.2f * lost), 0x1p-118f);
-  const float lo = __fsqrt_rn(fmaxf(rest - error, 0)) * (1 - 0x1p-20f);
-  const float hi = __fsqrt_rn(fmaxf(rest, 0) + error) * (1 + 0x1p-20f);
-  const float middle = sketch.scales[kDirections + 2];
-  out.along[lane] = a;
-  out.along[lane + 32] = b;
+  const float coordinates_square = sum_over_warp(fmaf(a, a, b * b));
+  const float norm = fmaf(__fsqrt_rn(square), sketch.margin.norm, 0x1p-56f);
+  const float error = fmaf(norm, sketch.margin.coordinates, 0x1p-60f);
+  const float residual_square = square - coordinates_square;
+  const float square_error = fmaf(norm, fmaf(norm, sketch.margin.square, 2.2f * error), 0x1p-118f);
+  const float low = __fsqrt_rn(fmaxf(residual_square - square_error, 0)) * (1 - 0x1p-20f);
+  const float high = __fsqrt_rn(fmaxf(residual_square, 0) + square_error) * (1 + 0x1p-20f);
+  const float middle = sketch.scales[kMiddle];
+  out.coordinates[lane] = a;
+  out.coordinates[lane + 32] = b;
   if (lane == 0) {
     // Of all roundings, 2^-22 of what is rounded.
-    out.lo = lo - middle - (lo + fabsf(middle)) * 0x1p-22f;
-    out.hi = hi - middle + (hi + fabsf(middle)) * 0x1p-22f;
-    out.lost = lost;
+    out.residual_low = low - middle - (low + fabsf(middle)) * 0x1p-22f;
+    out.residual_high = high - middle + (high + fabsf(middle)) * 0x1p-22f;
+    out.error = error;
   }
-  return lost < infinity() && error < infinity() && fabsf(along) < infinity();
+  return error < infinity() && square_error < infinity() && fabsf(coordinates_square) < infinity();
 }
 
-// How far (squared) phi(x) is from what is stored, so far: fp32 sums of squares of differences that
-// were rounded once each, at most 65, are too large by less than 2^-17.
-__device__ __forceinline__ float gap_of_rest(const Sketched& query, float stored) {
-  const float gap = fmaxf(fmaxf(query.lo - stored, stored - query.hi), 0);
+// The squared gap between phi(x) and what is stored, so far: Lemma 16 of docs/error-bounds.md.
+__device__ __forceinline__ float gap_of_residual(const Sketched& query, float stored) {
+  const float gap = fmaxf(fmaxf(query.residual_low - stored, stored - query.residual_high), 0);
   return gap * gap;
 }
-__device__ __forceinline__ float gap_of_one(float along, float stored, float so_far) {
-  const float gap = along - stored;
+__device__ __forceinline__ float gap_of_one(float coordinate, float stored, float so_far) {
+  const float gap = coordinate - stored;
   return fmaf(gap, gap, so_far);
 }
 
-// What a reach becomes when it is compared with sketches: the canonical distance is rounded (2^-22
-// and 2^-74), and so are these numbers.
-__device__ __forceinline__ float widened(float reach, float lost) {
-  return fmaf(reach, 1 + 0x1p-21f, 0x1p-73f) + lost;
+// A reach as it is compared with gaps: for the roundings of the canonical distance, the error of
+// the query's sketch and the roundings of these numbers (Lemma 16).
+__device__ __forceinline__ float widened(float reach, float query_error) {
+  return fmaf(reach, 1 + 0x1p-21f, 0x1p-73f) + query_error;
 }
 
-// Whether a key whose stored numbers are off by up to `off` cannot be within the reach that was
-// `wide`ned. False for a NaN.
-__device__ __forceinline__ bool out_of_reach(float gap, float wide, float off) {
-  const float t = wide + off;
+// Whether a key with this error cannot be within the reach that was `wide`ned (Lemma 16). False for
+// a NaN.
+__device__ __forceinline__ bool out_of_reach(float gap, float wide, float key_error) {
+  const float t = wide + key_error;
   return gap > fmaf(t * t, 1 + 0x1p-16f, 0x1p-120f);
 }
 
-// What a code of e stands for.
-__device__ __forceinline__ float off_of(float code, float scale) {
-  return code == 127 ? infinity() : code * scale;
+// The error of a key.
+__device__ __forceinline__ float error_of(float code, float scale) {
+  return code == kUnknown ? infinity() : code * scale;
 }
 
 }  // namespace grace::cuda

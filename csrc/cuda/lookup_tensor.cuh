@@ -18,9 +18,9 @@ struct TensorScan {
   static constexpr int kQueries = MT * 16;
   static constexpr int kStages = Stages;
   static constexpr int kBlocks = Blocks;  // per multiprocessor
-  static constexpr int kRows = kWarps * 32;
+  static constexpr int kKeys = kWarps * 32;
   static constexpr int kElements = 32;  // per stage, 64 bytes of a row
-  static constexpr int kKeyBytes = kRows * 64;
+  static constexpr int kKeyBytes = kKeys * 64;
   static constexpr int kStageBytes = kKeyBytes + kQueries * 64;
   static constexpr int kScanBytes = kStages * kStageBytes;
   static_assert(kWarps * kQueries * sizeof(Found) <= kScanBytes);
@@ -49,30 +49,30 @@ __device__ __forceinline__ float sum_of_quad(float v) {
 }
 
 __device__ __forceinline__ Found found_across(const Found& found, int mask) {
-  return {shuffle_xor(found.lo1, mask),  shuffle_xor(found.lo2, mask),
-          shuffle_xor(found.lo3, mask),  shuffle_xor(found.hi, mask),
-          shuffle_xor(found.row1, mask), shuffle_xor(found.row2, mask)};
+  return {shuffle_xor(found.lo1, mask),    shuffle_xor(found.lo2, mask),
+          shuffle_xor(found.lo3, mask),    shuffle_xor(found.hi, mask),
+          shuffle_xor(found.place1, mask), shuffle_xor(found.place2, mask)};
 }
 
 // Field by field: a choice between two structs would be one between two addresses.
 __device__ __forceinline__ Found pick(bool first, const Found& a, const Found& b) {
-  return {first ? a.lo1 : b.lo1, first ? a.lo2 : b.lo2,   first ? a.lo3 : b.lo3,
-          first ? a.hi : b.hi,   first ? a.row1 : b.row1, first ? a.row2 : b.row2};
+  return {first ? a.lo1 : b.lo1, first ? a.lo2 : b.lo2,       first ? a.lo3 : b.lo3,
+          first ? a.hi : b.hi,   first ? a.place1 : b.place1, first ? a.place2 : b.place2};
 }
 
-// The results of 32 rows and MT * 16 queries in a warp. Lane 4 g + j has the products of the
-// queries t * 16 + half * 8 + g and the rows m * 8 + 2 j + h, t < MT, m < 4, half and h < 2.
+// The results of 32 keys and MT * 16 queries in a warp. Lane 4 g + j has the products of the
+// queries t * 16 + half * 8 + g and the keys m * 8 + 2 j + h, t < MT, m < 4, half and h < 2.
 template <int MT>
 struct TileSums {
   float dot[MT][4][4];   // [t][m][half * 2 + h]
-  float key_norm[4][2];  // [m][h]; NaN where the row holds one
+  float key_norm[4][2];  // [m][h]; NaN where the key holds one
   unsigned live;         // bit m * 2 + h
 };
 
-// Bounds of the squared distances of one query to this lane's eight rows.
+// Bounds of the squared distances of one query to this lane's eight keys.
 template <int MT, int V>
 __device__ __forceinline__ Found bounds(const Problem& p, const TileSums<MT>& sums,
-                                        float query_norm, int first_row) {
+                                        float query_norm, int first_place) {
   Found found;
   found.clear();
 #pragma unroll
@@ -83,35 +83,36 @@ __device__ __forceinline__ Found bounds(const Problem& p, const TileSums<MT>& su
       const float c = fmaf(-2.0f, sums.dot[V / 2][m][V % 2 * 2 + h], norms);
       const float e = fmaf(norms, p.relative, p.absolute);
       const bool finite = fabsf(c) < infinity() && e < infinity();
-      // Out: a dead row, or a NaN, which counts as +inf. Undecided: anything else that overflowed.
+      // Out: a dead slot, or a NaN, which counts as +inf. Undecided: anything else that overflowed.
       const bool out = !(sums.live >> (m * 2 + h) & 1) || is_nan(sums.key_norm[m][h]);
       const float lo = out ? infinity() : finite ? c - e : -infinity();
       const float hi = !out && finite ? c + e : infinity();
-      found.take(lo, first_row + m * 8 + h);
+      found.take(lo, first_place + m * 8 + h);
       found.hi = fminf(found.hi, hi);
     }
   }
   return found;
 }
 
-// Bring together what the four lanes of a query found in their rows. Value V is query V / 2 * 16 +
+// Bring together what the four lanes of a query found in their keys. Value V is query V / 2 * 16 +
 // V % 2 * 8 + g. While there are more than two, a step halves those that a lane is responsible for:
 // in the end lane 4 g + j has value v < 2 of j * 16 + v * 8 + g (MT = 4) or v * 8 + g (MT = 1).
 // Recursive, so that nothing is indexed at run time and few are on their way at once.
 template <int MT, int Width, int Mask, int V>
 __device__ __forceinline__ Found collect(const Problem& p, const TileSums<MT>& sums,
-                                         const float* query_norms, int first_row) {
+                                         const float* query_norms, int first_place) {
   if constexpr (Mask == 4) {
-    return bounds<MT, V>(p, sums, query_norms[V / 2 * 16 + V % 2 * 8 + lane_id() / 4], first_row);
+    return bounds<MT, V>(p, sums, query_norms[V / 2 * 16 + V % 2 * 8 + lane_id() / 4], first_place);
   } else if constexpr (Width * 2 <= MT * 2) {
-    const Found low = collect<MT, Width * 2, Mask * 2, V>(p, sums, query_norms, first_row);
-    const Found high = collect<MT, Width * 2, Mask * 2, V + Width>(p, sums, query_norms, first_row);
+    const Found low = collect<MT, Width * 2, Mask * 2, V>(p, sums, query_norms, first_place);
+    const Found high =
+        collect<MT, Width * 2, Mask * 2, V + Width>(p, sums, query_norms, first_place);
     const bool upper = lane_id() & Mask;
     Found keep = pick(upper, high, low);
     keep.merge(found_across(pick(upper, low, high), Mask));
     return keep;
   } else {
-    Found keep = collect<MT, Width, Mask * 2, V>(p, sums, query_norms, first_row);
+    Found keep = collect<MT, Width, Mask * 2, V>(p, sums, query_norms, first_place);
     keep.merge(found_across(keep, Mask));
     return keep;
   }
@@ -123,7 +124,7 @@ __device__ __forceinline__ void tensor_scan(const Problem& p, const Slice& slice
                                             int64_t first_query, char* memory, float* query_norms,
                                             Found (&found)[2], float& largest) {
   constexpr int kTiles = Shape::kTiles, kStages = Shape::kStages, kElements = Shape::kElements;
-  constexpr int kRows = Shape::kRows, kQueries = Shape::kQueries;
+  constexpr int kKeys = Shape::kKeys, kQueries = Shape::kQueries;
   const int lane = lane_id(), warp = warp_id();
   const int64_t queries_left = p.batch - first_query;
   // Of 16 queries, in use.
@@ -137,23 +138,23 @@ __device__ __forceinline__ void tensor_scan(const Problem& p, const Slice& slice
     if (query != nullptr) my_query = reinterpret_cast<const char*>(query) + lane % 4 * 16;
   }
 
-  const int rows = static_cast<int>(slice.end - slice.begin);
-  const int row_bytes = p.dim * 2;
+  const int slots = static_cast<int>(slice.end - slice.begin);
+  const int key_bytes = p.dim * 2;
   const int steps = p.dim > kElements ? (p.dim + kElements - 1) / kElements : 1;
-  const int64_t eight_rows = p.key_stride * 16;  // in bytes
-  const int64_t next_rows = p.key_stride * 2 * kRows - static_cast<int64_t>(steps) * 64;
-  int fill_row = warp * 32 + lane / 4, fill_base = 0, fill_step = 0, fill_stage = 0;
+  const int64_t eight_keys = p.key_stride * 16;  // in bytes
+  const int64_t next_keys = p.key_stride * 2 * kKeys - static_cast<int64_t>(steps) * 64;
+  int fill_place = warp * 32 + lane / 4, fill_base = 0, fill_step = 0, fill_stage = 0;
   const char* fill_from = static_cast<const char*>(p.keys) +
-                          (slice.begin + fill_row) * p.key_stride * 2 + lane % 4 * 16;
+                          (slice.begin + fill_place) * p.key_stride * 2 + lane % 4 * 16;
   const auto fill = [&] {
-    if (fill_base < rows) {
+    if (fill_base < slots) {
       char* to = memory + fill_stage * Shape::kStageBytes;
-      const bool within = fill_step * 64 + lane % 4 * 16 < row_bytes;
+      const bool within = fill_step * 64 + lane % 4 * 16 < key_bytes;
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
         char* here = to + warp * 2048 + m * 512 + swapped(lane / 4, lane % 4);
-        if (within && fill_row + m * 8 < rows) {
-          copy16(here, fill_from + m * eight_rows);
+        if (within && fill_place + m * 8 < slots) {
+          copy16(here, fill_from + m * eight_keys);
         } else {
           copy_zeros(here);
         }
@@ -170,9 +171,9 @@ __device__ __forceinline__ void tensor_scan(const Problem& p, const Slice& slice
       fill_stage = fill_stage + 1 < kStages ? fill_stage + 1 : 0;
       if (++fill_step == steps) {
         fill_step = 0;
-        fill_base += kRows;
-        fill_row += kRows;
-        fill_from += next_rows;
+        fill_base += kKeys;
+        fill_place += kKeys;
+        fill_from += next_keys;
       }
     }
     commit_copies();
@@ -188,14 +189,14 @@ __device__ __forceinline__ void tensor_scan(const Problem& p, const Slice& slice
   float query_norm[2] = {0, 0};  // lane 4 g + j of warp t: shares of |x|^2, query t * 16 + 8 i + g
 
 #pragma unroll 1
-  for (int base = 0; base < rows; base += kRows) {
+  for (int base = 0; base < slots; base += kKeys) {
     TileSums<kTiles> sums;
-    const int tile_row = base + warp * 32;
-    float key_norm[4], radius[4];  // of row m * 8 + g
+    const int tile_place = base + warp * 32;
+    float key_norm[4], radius[4];  // of key m * 8 + g
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
-      const int row = tile_row + m * 8 + lane / 4;
-      radius[m] = row < rows ? radius_of(p, slice.begin + row) : -infinity();
+      const int place = tile_place + m * 8 + lane / 4;
+      radius[m] = place < slots ? radius_of(p, slice.begin + place) : -infinity();
       key_norm[m] = 0;
     }
 #pragma unroll
@@ -256,19 +257,19 @@ __device__ __forceinline__ void tensor_scan(const Problem& p, const Slice& slice
       const unsigned live = ballot(radius[m] != -infinity());
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int from = lane % 4 * 8 + h * 4;  // has row m * 8 + 2 j + h
+        const int from = lane % 4 * 8 + h * 4;  // has key m * 8 + 2 j + h
         sums.key_norm[m][h] = shuffle(norm, from);
         sums.live |= (live >> from & 1) << (m * 2 + h);
       }
     }
-    const int first_row = tile_row + lane % 4 * 2;
-    found[0].merge(collect<kTiles, 2, 1, 0>(p, sums, query_norms, first_row));
-    found[1].merge(collect<kTiles, 2, 1, 1>(p, sums, query_norms, first_row));
+    const int first_place = tile_place + lane % 4 * 2;
+    found[0].merge(collect<kTiles, 2, 1, 0>(p, sums, query_norms, first_place));
+    found[1].merge(collect<kTiles, 2, 1, 1>(p, sums, query_norms, first_place));
   }
   wait_for_copies<0>();
 }
 
-// Scan a slice and settle its queries; returns the largest radius that this thread has read.
+// Scan a slice and resolve its queries; returns the largest radius that this thread has read.
 template <class T, class Shape>
 __device__ __forceinline__ float tensor_lookup(const Problem& p, const Slice& slice) {
   constexpr int kQueries = Shape::kQueries;
@@ -290,7 +291,7 @@ __device__ __forceinline__ float tensor_lookup(const Problem& p, const Slice& sl
     records[(first + 8 + lane / 4) * kWarps + warp] = found[1];
   }
   __syncthreads();
-  settle_all<T, kQueries>(p, slice, {kWarps, 32, Shape::kRows}, records);
+  resolve_all<T, kQueries>(p, slice, {kWarps, 32, Shape::kKeys}, records);
   return largest;
 }
 

@@ -6,31 +6,11 @@
 #include <cstdint>
 #include <map>
 #include <mutex>
-#include <stdexcept>
-#include <string>
 #include <utility>
 
+#include "runtime.h"
+
 namespace grace::cuda {
-
-inline void check(cudaError_t status, const char* what) {
-  if (status == cudaSuccess) return;
-  throw std::runtime_error(std::string("grace_cuda: ") + what +
-                           " failed: " + cudaGetErrorString(status));
-}
-
-// While it lives, this thread may allocate although a stream is being captured.
-class RelaxedCapture {
- public:
-  RelaxedCapture() {
-    check(cudaThreadExchangeStreamCaptureMode(&mode_), "cudaThreadExchangeStreamCaptureMode");
-  }
-  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  RelaxedCapture(const RelaxedCapture&) = delete;
-  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
-
- private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-};
 
 // Hands out words that no two kernels use at the same time. Launches on one stream follow one
 // another, so a stream has its words for good (by its id: a handle may be given out again). A graph

@@ -8,14 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import sketch_layout
 from . import tickets, tiles
 from .lookup_kernel import lookup_kernel
-from .pruned_kernel import pruned_kernel
+from .pruned_kernel import QUERY_FLOATS, pruned_kernel
 
 _MOST_QUERIES = 4096  # per launch
 _MOST_SLICES = 1024
-_MOST_COUNTED = 1 << 30  # rows and steps of a slice
-_FLOATS = 72  # of a query's sketch, see pruned_kernel.py
+_MOST_COUNTED = 1 << 30  # slots and steps of a slice
 
 
 class _Sketch(NamedTuple):
@@ -55,7 +55,7 @@ def machine(device: torch.device) -> tuple[tuple[int, int], int]:
 
 
 def slices_of(tile: tiles.Tile, capacity: int, dim: int, batch: int, multiprocessors: int) -> int:
-    """Return how many slices the keys are cut into. It does not depend on the rows in use."""
+    """Return how many slices the keys are cut into. It does not depend on the slots in use."""
     blocks = -(-batch // tile.queries)
     wanted = max(1, multiprocessors * tile.resident // blocks)
     wanted = min(wanted, -(-capacity // tile.keys), _MOST_SLICES)
@@ -147,8 +147,8 @@ def _all(
     with tickets.launching_on(device):
         # torch's allocator gives these out per stream, and keeps them to a graph that captures.
         bounds = torch.empty((2 * at_once + blocks) * slices, dtype=torch.float32, device=device)
-        rows = torch.empty(at_once * slices, dtype=torch.int64, device=device)
-        workspace = bounds, rows, tickets.take(device, blocks)
+        slots = torch.empty(at_once * slices, dtype=torch.int64, device=device)
+        workspace = bounds, slots, tickets.take(device, blocks)
         sketching = None if sketch is None else (sketch, _room(tile, blocks * slices, device))
         if batch == at_once:
             answers = index, distance
@@ -220,7 +220,7 @@ def _launch(
             pruned_kernel[grid](
                 *arguments, *sketch, *room, sketch.head.shape[0] * sketch.head.shape[2],
                 *tiles.sketch_bound(tile, dim),
-                BLOCK_E=how.elements, SCAN_N=how.rows, SCAN_STAGES=how.stages, LIST=how.listed,
+                BLOCK_E=how.elements, SCAN_N=how.slots, SCAN_STAGES=how.stages, ROOM=how.room,
                 CHUNK=how.chunk, **options,
             )  # fmt: skip
     except Exception as error:
@@ -268,28 +268,17 @@ def _check(
 
 
 def _room(tile: tiles.Tile, programs: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return each program's workspace: its queries' sketches and its list of pairs."""
-    floats = (programs, tile.queries, _FLOATS)
+    """Return each program's workspace: its queries' sketches and its list of survivors."""
+    floats = (programs, tile.queries, QUERY_FLOATS)
     scratch = torch.empty(floats, dtype=torch.float32, device=device)
-    listed = tiles.sketched(tile).listed
-    return scratch, torch.empty((programs, listed), dtype=torch.int32, device=device)
+    room = tiles.sketched(tile).room
+    return scratch, torch.empty((programs, room), dtype=torch.int32, device=device)
 
 
 def _check_sketch(sketch: _Sketch, keys: Tensor) -> None:
     """Refuse what would be read or written out of bounds; `check_sketch` says more about it."""
-    blocks = len(sketch.head)
-    wanted = _Sketch(
-        ((keys.shape[1],), torch.float32),
-        ((64, keys.shape[1]), torch.bfloat16),
-        ((67,), torch.float32),
-        ((blocks, 10, 32), torch.int8),
-        ((blocks, 56, 32), torch.int8),
-        ((), torch.int64),
-        ((), torch.float32),
-        ((32,), torch.int64),
-        ((4,), torch.int64),
-    )
-    for name, tensor, (shape, dtype) in zip(_Sketch._fields, sketch, wanted, strict=True):
+    wanted = sketch_layout.layout(keys.shape[1], len(sketch.head))
+    for (name, (shape, dtype)), tensor in zip(wanted.items(), sketch, strict=True):
         if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
             raise ValueError(
                 f"{name} must be {dtype} {list(shape)} without gaps, "

@@ -22,9 +22,9 @@ import triton.language as tl
 
 _INF = tl.constexpr(float("inf"))
 _LARGEST = tl.constexpr(3.4028234663852886e38)
-_NO_ROW = tl.constexpr(2**62)
+_NO_SLOT = tl.constexpr(2**62)
 _SLICES = tl.constexpr(64)  # partials looked at together
-_RADII = tl.constexpr(16384)  # are read in the time that a pass over PAIRS rows takes, roughly
+_RADII = tl.constexpr(16384)  # are read in the time that a pass over PAIRS keys takes, roughly
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def _add_square(sums, x, k):
 
 @triton.jit
 def _squared_distances(query, key, wanted, D):
-    """The canonical s of R pairs of rows, given as pointers; NaN counts as +inf."""
+    """The canonical s of R pairs of a query and a key, as pointers; NaN counts as +inf."""
     place = (tl.arange(0, 32) * 8)[:, None] + tl.arange(0, 8)[None, :]
     sums = tl.zeros([query.shape[0], 32], tl.float64)
     for start in tl.range(0, D, 256, num_stages=3):
@@ -88,24 +88,24 @@ def _squared_distances(query, key, wanted, D):
 
 @triton.jit
 def _limit(radius):
-    """No key with a larger s lies within `radius`: sqrt(s) <= radius (1 + 2^-24)."""
+    """No key with a larger s lies within `radius`: Lemma 2 of docs/error-bounds.md."""
     return tl.where(radius < 0, -1.0, radius * radius * (1 + 2.0**-21) + 2.0**-140)
 
 
 @triton.jit
-def _largest_radius(radii, rows):
-    """The largest of radii[:rows]; a NaN is passed over."""
+def _largest_radius(radii, slots):
+    """The largest of radii[:slots]; a NaN is passed over."""
     largest = tl.full([4096], -_INF, tl.float32)
-    for start in range(0, rows, 4096):
+    for start in range(0, slots, 4096):
         at = start + tl.arange(0, 4096).to(tl.int64)
-        radius = tl.load(radii + at, mask=at < rows, other=-_INF)
+        radius = tl.load(radii + at, mask=at < slots, other=-_INF)
         largest = tl.where(radius > largest, radius, largest)
     return tl.max(largest, axis=0)
 
 
 @triton.jit
 def _direct_bounds(c, relative, absolute):
-    """Bounds of s from sums of squared differences."""
+    """Bounds of s from sums of squared differences (Lemma 9)."""
     error = c * relative + absolute
     # A NaN is exact: s counts as +inf. An overflow says that s is near the largest fp32 or beyond.
     low = tl.where(c <= _LARGEST, c - error, tl.where(c == c, _LARGEST - _LARGEST * relative, _INF))
@@ -115,7 +115,7 @@ def _direct_bounds(c, relative, absolute):
 @triton.jit
 def _dot_bounds(product, norm, square, relative, absolute):
     """Low bounds [BLOCK_N, BLOCK_B] of s from minus x.k, |k|^2 and |x|^2, and [BLOCK_B] what is to
-    be added to any of them for a high bound.
+    be added to any of them for a high bound (Lemma 10).
     """
     size = square[None, :] + norm[:, None]
     low = size + 2.0 * product - (size * relative + absolute)
@@ -135,9 +135,9 @@ def _any(flags, axis: tl.constexpr):
 def _scan(query, asks, square, keys, key_stride, radii, begin, end, D, relative, absolute,
           DIRECT: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
           BLOCK_D: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Walk the slice. Per group and query: the smallest low bound, the place of its row counted
-    from `begin`, the second smallest low bound and the smallest high bound, all [GROUPS, BLOCK_B];
-    the largest radius; whether a slot is live.
+    """Walk the slice. Per group and query: the smallest low bound, its place in the slice, that is,
+    its slot counted from `begin`, the second smallest low bound and the smallest high bound, all
+    [GROUPS, BLOCK_B]; the largest radius; whether a slot is live.
     """
     BLOCK_B: tl.constexpr = query.shape[0]
     MEMBERS: tl.constexpr = BLOCK_N // GROUPS
@@ -157,11 +157,11 @@ def _scan(query, asks, square, keys, key_stride, radii, begin, end, D, relative,
     steps = tl.cdiv((end - begin).to(tl.int32), BLOCK_N) * chunks
     for step in tl.range(0, steps, num_stages=STAGES):
         tile = step // chunks * BLOCK_N
-        row = begin + tile + tl.arange(0, BLOCK_N).to(tl.int64)
-        inside = row < end
+        slot = begin + tile + tl.arange(0, BLOCK_N).to(tl.int64)
+        inside = slot < end
         at = step % chunks * BLOCK_D + tl.arange(0, BLOCK_D)
         there = at < D
-        key = keys + row * key_stride
+        key = keys + slot * key_stride
         if DIRECT:
             k = tl.load(
                 key[:, None, None] + at[None, None, :],
@@ -185,7 +185,7 @@ def _scan(query, asks, square, keys, key_stride, radii, begin, end, D, relative,
             wide = k.to(tl.float32)
             norm += tl.sum(wide * wide, axis=1)
         if step % chunks == chunks - 1:
-            radius = tl.load(radii + row, mask=inside, other=-_INF)
+            radius = tl.load(radii + slot, mask=inside, other=-_INF)
             live = radius != -_INF
             some_live = some_live | live
             largest = tl.where(radius > largest, radius, largest)  # a NaN is passed over
@@ -214,10 +214,10 @@ def _scan(query, asks, square, keys, key_stride, radii, begin, end, D, relative,
 
 
 @triton.jit
-def _settle(low_1, place_1, low_2, high_1, some_live, source, source_stride, asked, asks,
-            keys, key_stride, radii, begin, end, n, D, BOUNDED: tl.constexpr,
-            BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr):  # fmt: skip
-    """Return the slice's candidate of each query: bounds of its s and its row (-1: none).
+def _resolve(low_1, place_1, low_2, high_1, some_live, source, source_stride, asked, asks,
+             keys, key_stride, radii, begin, end, n, D, BOUNDED: tl.constexpr,
+             BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr):  # fmt: skip
+    """Return the slice's candidate of each query: bounds of its s and its slot (-1: none).
 
     All keys whose low bound is at most the least high bound are candidates. Where they are several,
     s decides here, and both bounds are s.
@@ -231,26 +231,26 @@ def _settle(low_1, place_1, low_2, high_1, some_live, source, source_stride, ask
     # Groups with more candidates than they know: all, where nothing is known or everything is far.
     crowded = low_2 <= high[None, :]
     candidate = ((place_1 >= 0) & (low_1 <= high[None, :])) | crowded
-    row = begin + tl.max(tl.where(candidate, place_1, -1), axis=0)
-    row = tl.where(asks & some_live & _any(candidate, 0), row, -1)
+    slot = begin + tl.max(tl.where(candidate, place_1, -1), axis=0)
+    slot = tl.where(asks & some_live & _any(candidate, 0), slot, -1)
     several = _any(crowded, 0) | (tl.sum(candidate.to(tl.int32), axis=0) > 1)
-    unsettled = asks & some_live & several
-    if _any(unsettled, None):
-        candidate = candidate & unsettled[None, :]
+    unresolved = asks & some_live & several
+    if _any(unresolved, None):
+        candidate = candidate & unresolved[None, :]
         members = tl.cdiv(end - begin, BLOCK_N) * MEMBERS
         passes = tl.sum(tl.where(candidate, tl.where(crowded, members // PAIRS + 1, 1), 0))
         if BOUNDED:  # noqa: SIM102 (decided when compiled, and what follows while running)
             # Beyond the largest radius nothing matters, if finding it is worth the while.
             if passes * _RADII > n:
                 limit = _limit(_largest_radius(radii, n))
-                row = tl.where(unsettled, -1, row)
-                unsettled = unsettled & (low <= limit)
-                candidate = candidate & unsettled[None, :] & (low_1 <= limit)
+                slot = tl.where(unresolved, -1, slot)
+                unresolved = unresolved & (low <= limit)
+                candidate = candidate & unresolved[None, :] & (low_1 <= limit)
                 crowded = crowded & (low_2 <= limit)
-        low = tl.where(unsettled, _INF, low)
-        row = tl.where(unsettled, _NO_ROW, row)
+        low = tl.where(unresolved, _INF, low)
+        slot = tl.where(unresolved, _NO_SLOT, slot)
         while _any(candidate, None):
-            # One query, one of its groups: the row it knows, or all its rows.
+            # One query, one of its groups: the slot it knows, or all its slots.
             one = tl.min(tl.where(candidate, column * GROUPS + group, GROUPS * BLOCK_B))
             here = column * GROUPS + group == one
             whose = tl.arange(0, BLOCK_B) == one // GROUPS
@@ -261,75 +261,75 @@ def _settle(low_1, place_1, low_2, high_1, some_live, source, source_stride, ask
             scored = tl.where(every, members, 1)
             for start in range(0, scored, PAIRS):
                 at = start + tl.arange(0, PAIRS).to(tl.int64)
-                at_row = begin + at // MEMBERS * BLOCK_N + one % GROUPS * MEMBERS + at % MEMBERS
-                at_row = tl.where(every, at_row, known)
-                wanted = (at < scored) & (at_row < end)
-                wanted = wanted & (tl.load(radii + at_row, mask=wanted, other=-_INF) != -_INF)
-                s = _squared_distances(query, keys + at_row * key_stride, wanted, D)
+                at_slot = begin + at // MEMBERS * BLOCK_N + one % GROUPS * MEMBERS + at % MEMBERS
+                at_slot = tl.where(every, at_slot, known)
+                wanted = (at < scored) & (at_slot < end)
+                wanted = wanted & (tl.load(radii + at_slot, mask=wanted, other=-_INF) != -_INF)
+                s = _squared_distances(query, keys + at_slot * key_stride, wanted, D)
                 s_least = tl.min(tl.where(wanted, s, _INF), axis=0)
-                s_row = tl.min(tl.where(wanted & (s == s_least), at_row, _NO_ROW), axis=0)
-                nearer = whose & ((s_least < low) | ((s_least == low) & (s_row < row)))
+                s_slot = tl.min(tl.where(wanted & (s == s_least), at_slot, _NO_SLOT), axis=0)
+                nearer = whose & ((s_least < low) | ((s_least == low) & (s_slot < slot)))
                 low = tl.where(nearer, s_least, low)
-                row = tl.where(nearer, s_row, row)
+                slot = tl.where(nearer, s_slot, slot)
             candidate = candidate & (here == 0)
-        high = tl.where(unsettled, low, high)
-        row = tl.where(row == _NO_ROW, -1, row)
-    return low, high, row
+        high = tl.where(unresolved, low, high)
+        slot = tl.where(slot == _NO_SLOT, -1, slot)
+    return low, high, slot
 
 
 @triton.jit
-def _partials(rows, lows, highs, b, B, start, slices):
+def _partials(slots, lows, highs, b, B, start, slices):
     """Candidates [BLOCK_B, _SLICES] of the slices from `start` on, as other programs left them."""
     at = start + tl.arange(0, _SLICES)
     there = (b < B)[:, None] & (at < slices)[None, :]
     at = b[:, None] * slices + at[None, :]
-    row = tl.load(rows + at, mask=there, other=-1, cache_modifier=".cg")
+    slot = tl.load(slots + at, mask=there, other=-1, cache_modifier=".cg")
     low = tl.load(lows + at, mask=there, other=_INF, cache_modifier=".cg")
     high = tl.load(highs + at, mask=there, other=_INF, cache_modifier=".cg")
-    return row, low, high
+    return slot, low, high
 
 
 @triton.jit
-def _decide(rows, lows, highs, largest, b, B, slices, query, keys, key_stride, radii, D,
+def _decide(slots, lows, highs, largest, b, B, slices, query, keys, key_stride, radii, D,
             BOUNDED: tl.constexpr):  # fmt: skip
-    """Return the row that answers each query, or -1, and the distance."""
-    reach = tl.full([b.shape[0]], _INF, tl.float32)
+    """Return the slot that answers each query, or -1, and the distance."""
+    bound = tl.full([b.shape[0]], _INF, tl.float32)
     radius = tl.full([_SLICES], -_INF, tl.float32)
     for start in range(0, slices, _SLICES):
-        row, _low, high = _partials(rows, lows, highs, b, B, start, slices)
-        reach = tl.minimum(reach, tl.min(tl.where(row >= 0, high, _INF), axis=1))
+        slot, _low, high = _partials(slots, lows, highs, b, B, start, slices)
+        bound = tl.minimum(bound, tl.min(tl.where(slot >= 0, high, _INF), axis=1))
         at = start + tl.arange(0, _SLICES)
         radius = tl.maximum(
             radius, tl.load(largest + at, mask=at < slices, other=-_INF, cache_modifier=".cg")
         )
     if BOUNDED:
-        reach = tl.minimum(reach, _limit(tl.max(radius, axis=0)))
+        bound = tl.minimum(bound, _limit(tl.max(radius, axis=0)))
 
     best = tl.full([b.shape[0]], _INF, tl.float32)
-    best_row = tl.full([b.shape[0]], _NO_ROW, tl.int64)
+    best_slot = tl.full([b.shape[0]], _NO_SLOT, tl.int64)
     place = tl.arange(0, _SLICES)[None, :]
     for start in range(0, slices, _SLICES):
-        row, low, high = _partials(rows, lows, highs, b, B, start, slices)
-        contender = (row >= 0) & (low <= reach[:, None])
+        slot, low, high = _partials(slots, lows, highs, b, B, start, slices)
+        contender = (slot >= 0) & (low <= bound[:, None])
         # Each query's next contender at a time; most queries have one in all.
         while _any(contender, None):
             first = tl.min(tl.where(contender, place, _SLICES), axis=1)
             here = place == first[:, None]
-            one = tl.sum(tl.where(here, row, 0), axis=1)
+            one = tl.sum(tl.where(here, slot, 0), axis=1)
             s = tl.min(tl.where(here, low, _INF), axis=1)
             some = first < _SLICES
             known = s == tl.min(tl.where(here, high, _INF), axis=1)
             computed = _squared_distances(query, keys + one * key_stride, some & (known == 0), D)
             s = tl.where(known, s, computed)
-            nearer = some & ((s < best) | ((s == best) & (one < best_row)))
+            nearer = some & ((s < best) | ((s == best) & (one < best_slot)))
             best = tl.where(nearer, s, best)
-            best_row = tl.where(nearer, one, best_row)
+            best_slot = tl.where(nearer, one, best_slot)
             contender = contender & (place != first[:, None])
     d = tl.sqrt_rn(best)
-    hit = best_row < _NO_ROW
+    hit = best_slot < _NO_SLOT
     if BOUNDED:
-        hit = hit & (d <= tl.load(radii + best_row, mask=hit, other=-_INF))
-    return tl.where(hit, best_row, -1), tl.where(hit, d, _INF)
+        hit = hit & (d <= tl.load(radii + best_slot, mask=hit, other=-_INF))
+    return tl.where(hit, best_slot, -1), tl.where(hit, d, _INF)
 
 
 @triton.jit
@@ -356,14 +356,14 @@ def _write_rows(hidden, hidden_row, hidden_column, values, value_row, value_colu
 
 
 @triton.jit
-def _keep(bounds, rows, low, high, row, radius, slice_id, block, slices, b, B):
+def _keep(bounds, slots, low, high, slot, radius, slice_id, block, slices, b, B):
     """Leave the slice's candidates and its largest radius for the last program of the block."""
     lows, highs = bounds, bounds + B * slices
     largest = highs + B * slices + block * slices
     at = b * slices + slice_id
     tl.store(lows + at, low, mask=b < B)
     tl.store(highs + at, high, mask=b < B)
-    tl.store(rows + at, row, mask=b < B)
+    tl.store(slots + at, slot, mask=b < B)
     tl.store(largest + slice_id, radius)
 
 
@@ -376,7 +376,7 @@ def _last_to_arrive(tickets, block, slices):
 
 @triton.jit
 def _answer(source, source_stride, query_row, keys, key_stride, radii, index, distance, bounds,
-            rows, tickets, hidden, hidden_row, hidden_column, first_row, last_row,
+            slots, tickets, hidden, hidden_row, hidden_column, first_row, last_row,
             values, value_row, value_column, block, slices, B, S, R, D, V, BOUNDED: tl.constexpr,
             BLOCK_B: tl.constexpr, PAIRS: tl.constexpr):  # fmt: skip
     """Answer a block of queries from what all programs left, and write the rows."""
@@ -388,7 +388,7 @@ def _answer(source, source_stride, query_row, keys, key_stride, radii, index, di
         some = part + tl.arange(0, PAIRS).to(tl.int64)
         _asks, row_asked = _asked(query_row, some, stop, S)
         answer, d = _decide(
-            rows, lows, highs, largest, some, stop, slices, source + row_asked * source_stride,
+            slots, lows, highs, largest, some, stop, slices, source + row_asked * source_stride,
             keys, key_stride, radii, D, BOUNDED,
         )  # fmt: skip
         tl.store(index + some, answer, mask=some < stop)
@@ -411,22 +411,22 @@ def _answer(source, source_stride, query_row, keys, key_stride, radii, index, di
     do_not_specialize=["B", "S", "R", "C"],
     do_not_specialize_on_alignment=[
         "query_row", "first_row", "last_row", "radii", "count", "index", "distance", "bounds",
-        "rows", "tickets",
+        "slots", "tickets",
     ],
 )  # fmt: skip
 def lookup_kernel(
     source, source_stride, query_row,  # [S, D]; [B], None: row b asks
-    keys, key_stride, radii, count,  # [C, D], [C]; None: all rows
+    keys, key_stride, radii, count,  # [C, D], [C]; None: all slots
     index, distance,  # [B]
-    bounds, rows, tickets,  # workspace: fp32 [2 B + blocks, slices], int64 [B, slices]; zeros
+    bounds, slots, tickets,  # workspace: fp32 [2 B + blocks, slices], int64 [B, slices]; zeros
     hidden, hidden_row, hidden_column, first_row, last_row,  # [R, V], [B]; None: write nothing
     values, value_row, value_column,  # [C, V]
     B: tl.int64, S: tl.int64, R: tl.int64, C: tl.int64, D, V,
-    relative, absolute,  # the error of a coarse result
+    relative, absolute,  # the error of a coarse result, see tiles.error_bound
     BOUNDED: tl.constexpr,  # radii decide
     DIRECT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUPS: tl.constexpr,
-    PAIRS: tl.constexpr,  # of rows whose s is computed together
+    PAIRS: tl.constexpr,  # whose s is computed together
     STAGES: tl.constexpr,  # key tiles in flight
 ):  # fmt: skip
     slice_id, block = tl.program_id(0), tl.program_id(1)
@@ -453,15 +453,15 @@ def lookup_kernel(
         query, asks, square, keys, key_stride, radii, begin, end, D, relative, absolute,
         DIRECT, PRECISION, BLOCK_N, BLOCK_D, GROUPS, STAGES,
     )  # fmt: skip
-    low, high, row = _settle(
+    low, high, slot = _resolve(
         low_1, place_1, low_2, high_1, some_live, source, source_stride, asked, asks,
         keys, key_stride, radii, begin, end, n, D, BOUNDED, BLOCK_B, BLOCK_N, PAIRS,
     )  # fmt: skip
 
-    _keep(bounds, rows, low, high, row, radius, slice_id, block, slices, b, B)
+    _keep(bounds, slots, low, high, slot, radius, slice_id, block, slices, b, B)
     if _last_to_arrive(tickets, block, slices):
         _answer(
             source, source_stride, query_row, keys, key_stride, radii, index, distance, bounds,
-            rows, tickets, hidden, hidden_row, hidden_column, first_row, last_row,
+            slots, tickets, hidden, hidden_row, hidden_column, first_row, last_row,
             values, value_row, value_column, block, slices, B, S, R, D, V, BOUNDED, BLOCK_B, PAIRS,
         )  # fmt: skip

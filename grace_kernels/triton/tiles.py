@@ -18,8 +18,8 @@ class Tile:
         batch: the largest batch this row is for.
         direct: sum squared differences; otherwise norms and products on tensor cores.
         queries, keys, elements: BLOCK_B, BLOCK_N and BLOCK_D of the kernel.
-        groups: candidates kept per query; the rows of a tile are spread over them.
-        pairs: rows whose s is computed together where bounds do not decide.
+        groups: candidates kept per query; the slots of a tile are spread over them.
+        pairs: whose s is computed together where bounds do not decide.
         warps, stages: of a program; key tiles in flight.
         resident: programs per multiprocessor that the grid is made for.
     """
@@ -42,20 +42,20 @@ class Sketched:
 
     Args:
         elements: of its queries that are sketched at a time, BLOCK_E.
-        rows, stages: whose head codes are read at a time, SCAN_N, and tiles of those in flight.
-        listed: pairs of a row and a query that the head may leave, at least 32 per query.
+        slots, stages: whose head codes are read at a time, SCAN_N, and tiles of those in flight.
+        room: for survivors, pairs that the head may leave; at least 32 per query.
         chunk: of those, looked at together.
     """
 
     elements: int
-    rows: int
+    slots: int
     stages: int
-    listed: int
+    room: int
     chunk: int
 
 
 # By queries of a tile. 64 directions times queries times elements are 64 registers of a thread
-# (direct). Rows: ten codes each, so that a stage is 5 KiB.
+# (direct). Slots: ten codes each, so that a stage is 5 KiB.
 _SKETCHED = {
     1: Sketched(128, 512, 4, 2048, 32),
     2: Sketched(64, 512, 4, 2048, 32),
@@ -141,23 +141,8 @@ def error_bound(
 ) -> tuple[float, float]:
     """Return (relative, absolute) such that |coarse - s| <= relative * size + absolute.
 
-    `size` is the coarse result itself (direct) or |x|^2 + |k|^2 (dot). With u = 2^-24, S the exact
-    sum of squares and s its canonical value, which is within 2^-23 of it:
-
-    * direct: a difference carries one rounding (twice, being squared), the square one, and at most
-      `dim / elements + elements` additions follow in whatever order, so c is within g S, g = m u /
-      (1 - m u), m = dim / elements + elements + 4. 1.25 g covers the step from S to c.
-    * dot: squares and additions of the norms as above, of `norm_elements` at a time for |x|^2.
-      Products of 16-bit elements are exact; those of float32 taken as three of tf32 lose at most
-      2^-18. A step of a tensor core adds 16 (tf32: 8) products to its accumulator and errs by at
-      most 2^-18.8 of the sum of magnitudes: 17 addends, each cut off at the 24th bit of the
-      largest, with as much again for doing it in two halves and for the cut of the sum. Measured on
-      V100 to H100 by Fasi, Higham, Mikaitis and Pranesh (PeerJ CS 2021) and their successors, the
-      cuts are there or lower. All magnitudes together are at most |x| |k| <= (|x|^2 + |k|^2) / 2,
-      and twice x.k enters.
-
-    What underflows is less than 2^-123 per element, also where a unit flushes subnormal numbers.
-    Both bounds have room for the rounding of the bounds themselves.
+    `size` is the coarse result itself (direct, Lemma 9) or |x|^2 + |k|^2 (dot, Lemma 10), for which
+    a program squares `norm_elements` of the query at a time. See docs/error-bounds.md.
     """
     u = 2.0**-24
     chunks = -(-dim // tile.elements)
@@ -173,21 +158,10 @@ def error_bound(
 
 
 def sketch_bound(tile: Tile, dim: int) -> tuple[float, float]:
-    """Return (norm_error, spread), bounds of what a query's sketch loses to rounding.
+    """Return (norm_error, spread), bounds of what a query's sketch loses to rounding (Lemma 19).
 
     Of y = x - c as rounded, the kernel computes |y|^2, within norm_error of it relatively, and the
-    64 coordinates P y: all of them together are within `spread` |y| of P (x - c). With u = 2^-24,
-    E = BLOCK_E and |P| <= 1:
-
-    * |y|^2: a square is rounded once, and `dim / E + E` additions follow in whatever order.
-    * y: |P (y - (x - c))| <= u |y|, up to a relative u that the factor 1.05 covers.
-    * coordinates, direct: as |y|^2, and the magnitudes in a sum are at most |P_j| |y| <= |y|, so
-      each errs by g |y| and all 64 by 8 g |y|.
-    * coordinates, dot: y is taken as two bfloat16, of which a machine that cuts off where it should
-      round loses 2^-14 |y|. Their products with P are exact; steps of a tensor core err as in
-      `error_bound`, 1.02 for the magnitude of both parts; two additions per E elements follow.
-
-    What underflows is less than 2^-60, which the kernel adds.
+    64 coordinates P y: all of them together are within `spread` |y| of P (x - c).
     """
     u = 2.0**-24
     elements = sketched(tile).elements

@@ -385,12 +385,12 @@ def test_codebook_shows_entries_radii_and_cases_without_a_model(grace, saved, mo
 
 def test_codebook_shows_what_the_sketch_covers(grace, saved, monkeypatch):
     worthwhile = "grace_edit.codebook.sketch_upkeep.worthwhile"
-    monkeypatch.setattr(worthwhile, lambda rows, dim, size: rows >= 2)
+    monkeypatch.setattr(worthwhile, lambda slots: slots >= 2)
     sketch = json.loads(grace("codebook", saved, "--json").stdout)["sketch"]
     assert (sketch["rows"], sketch["active"], sketch["queries"]) == (2, True, 0)
     line = f"covers 2 rows, {sketch['bytes'] / 1e6:.1f} MB"
     assert line in grace("codebook", saved).stdout
-    monkeypatch.setattr(worthwhile, lambda rows, dim, size: rows >= 3)
+    monkeypatch.setattr(worthwhile, lambda slots: slots >= 3)
     assert "not in use, 0." in grace("codebook", saved).stdout
 
 

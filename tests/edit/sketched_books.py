@@ -23,7 +23,7 @@ WORTH = 40  # slots; more than a sketch lists as outliers, so that its bound of 
 
 
 def make_small_ones_worth_a_sketch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sketching, "worthwhile", lambda rows, dim, size: rows >= WORTH)
+    monkeypatch.setattr(sketching, "worthwhile", lambda slots: slots >= WORTH)
 
 
 def since_fit(book: Codebook) -> sketching.SinceFit:

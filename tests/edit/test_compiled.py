@@ -357,7 +357,7 @@ def test_a_compiled_prefill_with_a_plan_asks_in_one_operator_and_an_edit_compile
 def test_edits_that_fit_a_sketch_refit_it_and_put_it_out_of_use_compile_nothing(
     edited, monkeypatch, replace
 ):
-    monkeypatch.setattr(sketching, "worthwhile", lambda rows, dim, size: rows >= 8)
+    monkeypatch.setattr(sketching, "worthwhile", lambda slots: slots >= 8)
     first, second = stored(edited, replace, PROMPT), stored(edited, replace, OTHER)
     editor = edited("llama", replace=replace, capacity=64)
     book, graphs = editor.codebook, Graphs()
@@ -517,7 +517,7 @@ def test_a_loop_of_ones_own_over_a_static_cache_compiles_once_and_its_steps_run_
 def test_growth_past_the_capacity_and_its_undo_are_answered_by_a_compiled_model(
     monkeypatch, sketch
 ):
-    monkeypatch.setattr(sketching, "worthwhile", lambda rows, dim, size: sketch and rows >= 2)
+    monkeypatch.setattr(sketching, "worthwhile", lambda slots: sketch and slots >= 2)
     book = Codebook(2, 2, capacity=1)
     adaptor = GraceAdaptor(book, query="last", replace="last")
     compiled = torch.compile(adaptor.__call__, backend="eager", fullgraph=True)

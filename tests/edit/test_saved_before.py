@@ -79,7 +79,7 @@ def agrees(book: Codebook, expected: dict[str, Tensor], when: str) -> None:
 @pytest.fixture(params=NAMES)
 def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     least = 40 if request.param == "sketch" else 4096
-    monkeypatch.setattr(sketch_upkeep, "worthwhile", lambda rows, dim, size: rows >= least)
+    monkeypatch.setattr(sketch_upkeep, "worthwhile", lambda slots: slots >= least)
     return str(request.param)
 
 
@@ -104,7 +104,7 @@ def test_a_snapshot_of_4727689_loads_to_the_bit(name: str) -> None:
 
 
 def test_the_sketch_of_a_snapshot_is_used_as_it_was_saved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sketch_upkeep, "worthwhile", lambda rows, dim, size: rows >= 40)
+    monkeypatch.setattr(sketch_upkeep, "worthwhile", lambda slots: slots >= 40)
     monkeypatch.setattr(Sketch, "refit", lambda *_, **__: pytest.fail("the sketch was fitted"))
     book, _ = store.load(SAVED / "sketch")
     saved = load_file(SAVED / "sketch" / store.TENSORS)

@@ -29,7 +29,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_rule_is_about_rows_and_not_yet_measured() -> None:
-    assert [worthwhile(rows, 768, 2) for rows in (0, 4095, 4096, 10**6)] == [False] * 2 + [True] * 2
+    assert [worthwhile(rows) for rows in (0, 4095, 4096, 10**6)] == [False] * 2 + [True] * 2
 
 
 def test_a_sketch_stands_by_and_covers_nothing_until_enough_slots_are_in_use() -> None:
@@ -196,7 +196,7 @@ def test_an_interruption_while_the_sketch_is_told_misleads_nobody(
         assert state(book) == before
     agree(book)
     monkeypatch.undo()
-    monkeypatch.setattr(sketching, "worthwhile", lambda rows, dim, size: rows >= WORTH)
+    monkeypatch.setattr(sketching, "worthwhile", lambda slots: slots >= WORTH)
     add(book, 1)
     assert book.sketch.active  # type: ignore[union-attr]
     agree(book)
@@ -315,7 +315,7 @@ def test_threads_are_served_rightly_while_another_one_edits() -> None:
 
 
 def test_rekeying_gives_the_new_keys_a_sketch(edited: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sketching, "worthwhile", lambda rows, dim, size: rows >= 2)
+    monkeypatch.setattr(sketching, "worthwhile", lambda slots: slots >= 2)
     editor = edited("gpt2", capacity=8)
     for start in (10, 20, 30):
         assert editor.edit(run_of(start, 4), run_of(start + 8, 1)).success

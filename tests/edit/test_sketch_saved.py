@@ -95,7 +95,7 @@ def test_a_sketch_that_is_no_longer_worthwhile_is_left_in_its_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.save(busy(), tmp_path, {})
-    monkeypatch.setattr(sketching, "worthwhile", lambda *size: False)
+    monkeypatch.setattr(sketching, "worthwhile", lambda slots: False)
     loaded, _ = store.load(tmp_path)
     assert loaded.sketch is None
     loaded.check()

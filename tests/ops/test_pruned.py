@@ -76,7 +76,7 @@ def test_small_inputs_by_regime_are_answered_as_by_the_reference(
 
 
 def larger(dtype: torch.dtype) -> Iterator[Case]:
-    """Codebooks of several chunks, some of which the sketch settles and some not."""
+    """Codebooks of several chunks, some of which the sketch resolves and some not."""
     n, dim = 5000, 72
     keys, query = clustered(n, dim, dtype, 7)
     few = torch.full((n,), 0.5)
@@ -173,7 +173,7 @@ def test_an_outlier_that_no_query_is_within_costs_nothing(isa: str) -> None:
     assert sketch.counts()["scored"] < 400
 
 
-def test_what_the_sketch_cannot_settle_is_read_once(isa: str) -> None:
+def test_what_the_sketch_cannot_resolve_is_read_once(isa: str) -> None:
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(20_000, 300, generator=generator)
     radii = torch.full((20_000,), 1e4)

@@ -31,13 +31,13 @@ def pruned(case: SketchCase, rule: str) -> tuple[Tensor, Tensor]:
         if rule == "e forgotten":
             bound[:, :rows] += sketch._decode()[1][:rows]
     reach = sketch.radius_bound.expand(len(s))
-    listed = sketch.outliers[(sketch.outliers >= 0) & (sketch.outliers < n)]
-    listed = listed[live[listed] & (radii[listed] > sketch.radius_bound)]
-    if len(listed) and rule != "outliers forgotten":
-        hit = torch.where(d[:, listed] <= radii[listed], d[:, listed], math.inf)
-        found = (d[:, listed] <= radii[listed]).any(dim=1)
+    large = sketch.outliers[(sketch.outliers >= 0) & (sketch.outliers < n)]
+    large = large[live[large] & (radii[large] > sketch.radius_bound)]
+    if len(large) and rule != "outliers forgotten":
+        hit = torch.where(d[:, large] <= radii[large], d[:, large], math.inf)
+        found = (d[:, large] <= radii[large]).any(dim=1)
         reach = torch.where(found, torch.maximum(reach, hit.amin(dim=1)), reach)
-        uncovered = radii[listed[listed >= rows]].tolist()
+        uncovered = radii[large[large >= rows]].tolist()
         reach = reach.clamp(min=max(uncovered, default=-math.inf))
     if rule == "own radius alone":
         reach = radii.expand(len(s), n).nan_to_num(nan=-math.inf)

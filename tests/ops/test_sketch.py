@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import grace_kernels
-from grace_kernels import Sketch, reference, sketch
+from grace_kernels import Sketch, reference
+from grace_kernels.sketch_layout import COORDINATES, DIRECTIONS, MIDDLE, OUTLIERS, UNKNOWN
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -159,7 +160,7 @@ def fine_sketch_of_long_keys(seed: int) -> tuple[Sketch, Tensor, Tensor]:
     made = Sketch(45, 256, torch.float32)
     made.directions.copy_(along)
     made.scales.fill_(2.0**-14)
-    made.scales[-1] = 1e5
+    made.scales[MIDDLE] = 1e5
     made.extend(keys, 0, 45)
     return made, keys, query
 
@@ -177,8 +178,8 @@ def sketch_of_keys_along_a_direction(seed: int) -> tuple[Sketch, Tensor, Tensor]
     assert not (made.directions.double() @ across).any()
     rows += 2.0**17 * made.directions[0].double() + 30 * across - rows.mean(dim=0)
     keys, query = rows.float().split([45, 6])
-    made.scales[2] = 2.0**11
-    made.scales[-1] = 30.0
+    made.scales[COORDINATES] = 2.0**11
+    made.scales[MIDDLE] = 30.0
     made.extend(keys, 0, 45)
     return made, keys, query
 
@@ -234,7 +235,7 @@ def test_directions_are_not_longer_than_one_and_nearly_orthonormal() -> None:
         made = Sketch.fit(torch.randn(300, dim, generator=generator), torch.ones(300))
         gram = made.directions.double() @ made.directions.double().T
         assert torch.linalg.matrix_norm(made.directions.double(), 2) <= 1
-        rows = min(dim, sketch.DIRECTIONS)
+        rows = min(dim, DIRECTIONS)
         assert torch.allclose(gram[:rows, :rows], torch.eye(rows).double(), atol=0.02)
         assert not made.directions[rows:].any()
 
@@ -243,9 +244,9 @@ def test_a_scale_times_a_code_is_exact_in_float32() -> None:
     generator = torch.Generator().manual_seed(0)
     for factor in (1e-30, 1.0, 1e18):
         made = Sketch.fit(torch.randn(300, 90, generator=generator) * factor, torch.ones(300))
-        codes = torch.arange(-127, 128, dtype=torch.float32)[:, None]
-        product = made.scales[:-1] * codes
-        assert torch.equal(product.double(), made.scales[:-1].double() * codes.double())
+        codes = torch.arange(-UNKNOWN, UNKNOWN + 1, dtype=torch.float32)[:, None]
+        product = made.scales[:MIDDLE] * codes
+        assert torch.equal(product.double(), made.scales[:MIDDLE].double() * codes.double())
 
 
 @pytest.mark.parametrize("unit", [1e-12, 1e-6, 1e6, 1e12])
@@ -290,7 +291,7 @@ def test_the_radius_bound_holds_for_all_entries_but_the_outliers() -> None:
         made.update_radii_(radii, first, last)
         above = (radii > made.radius_bound).nonzero()[:, 0].tolist()
         assert set(above) <= set(made.outliers.tolist())
-        assert len(set(made.outliers.tolist()) - {-1}) == 32
+        assert len(set(made.outliers.tolist()) - {-1}) == OUTLIERS
 
 
 def test_a_few_outliers_leave_the_radius_bound_alone() -> None:

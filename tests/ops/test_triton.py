@@ -249,7 +249,7 @@ def test_a_blocker_in_one_slice_stops_an_answer_from_another(
 
 
 @pytest.mark.parametrize("radii_in_a_pass", [0, 10**6])
-def test_a_slice_settles_alike_with_and_without_the_largest_radius(
+def test_a_slice_resolves_alike_with_and_without_the_largest_radius(
     triton: ModuleType, monkeypatch: pytest.MonkeyPatch, radii_in_a_pass: int
 ) -> None:
     import triton.language as tl

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import grace_kernels
 from grace_kernels import Sketch
+from grace_kernels.sketch_layout import BLOCK, DIRECTIONS, ERROR, MIDDLE, OUTLIERS
 from grace_kernels.testing import random_codebook, same_bits
 
 from . import interpreter
@@ -189,15 +190,16 @@ def test_the_sketch_of_a_query_is_within_the_errors_it_states(
         sketch = Sketch.fit(keys, torch.ones(40))
         agree(query, keys, torch.ones(40), sketch)
         told = rooms[-1][0, :batch].double()
-        along, rho, lost = sketch._exact(query)
-        off = (told[:, :64] - along).square().sum(dim=1).sqrt()
-        assert (off <= told[:, 66] + lost).all()
-        rho = rho - sketch.scales[-1].double()
-        assert (told[:, 64] <= rho + lost).all()
-        assert (told[:, 65] >= rho - lost).all()
+        low, high, error = told[:, DIRECTIONS : DIRECTIONS + 3].unbind(dim=1)
+        coordinates, residual, rounding = sketch._exact(query)
+        off = (told[:, :DIRECTIONS] - coordinates).square().sum(dim=1).sqrt()
+        assert (off <= error + rounding).all()
+        residual = residual - sketch.scales[MIDDLE].double()
+        assert (low <= residual + rounding).all()
+        assert (high >= residual - rounding).all()
         # And they say something: no more than a thousandth of the query's distance from the centre.
         size = (query.double() - sketch.centre).square().sum(dim=1).sqrt()
-        assert (told[:, 66] <= 1e-3 * size + 2.0**-59).all()
+        assert (error <= 1e-3 * size + 2.0**-59).all()
 
 
 @pytest.mark.parametrize("batch", [1, 9])
@@ -212,13 +214,10 @@ def test_without_the_error_of_the_sketch_of_a_query_a_hit_would_be_lost(
             generator = torch.Generator().manual_seed(seed)
             keys = 100 * torch.randn(40, 60, generator=generator)
             sketch = Sketch.fit(keys, torch.zeros(40))
-            exact, rho, _ = sketch._exact(keys)
+            coordinates, residual, _ = sketch._exact(keys)
             stored, _ = sketch._decode()
-            stored = stored[:40]
             # The bound of each key's error is what it is, rounded up by nothing.
-            error = torch.cat([exact, rho[:, None]], 1) - torch.cat(
-                [stored[:, 1:], stored[:, :1]], 1
-            )
+            error = torch.cat([residual[:, None], coordinates], 1) - stored[:40]
             index, _ = grace_kernels.lookup(
                 keys[:batch], keys, torch.zeros(40), sketch=tight(sketch, error), backend="triton"
             )
@@ -228,9 +227,10 @@ def test_without_the_error_of_the_sketch_of_a_query_a_hit_would_be_lost(
     def tight(sketch: Sketch, error: Tensor) -> Sketch:
         # Codes of e in steps so fine that rounding up hides nothing, one key at a time.
         least = error.square().sum(dim=1).sqrt()
-        sketch.scales[1] = float(least[:batch].max()) / 126
-        code = (least / sketch.scales[1].double()).ceil().clamp(max=126)
-        sketch.head[:, 1] = torch.nn.functional.pad(code, (0, 24)).view(-1, 32).to(torch.int8)
+        sketch.scales[ERROR] = float(least[:batch].max()) / 126
+        code = (least / sketch.scales[ERROR].double()).ceil().clamp(max=126)
+        code = torch.nn.functional.pad(code, (0, 24)).view(-1, BLOCK)
+        sketch.head[:, ERROR] = code.to(torch.int8)
         return sketch
 
     assert hits() == 4 * batch
@@ -276,8 +276,8 @@ def test_a_slice_of_which_too_much_is_left_is_scanned_alone(
     # Nothing is out of reach; and then the list itself is too short.
     agree(near(keys, [7] * batch, 0.01), keys, torch.full((330,), 99.0), Sketch.fit(keys, radii))
     far = torch.full((330,), 99.0)
-    for listed in (4096, 32 * 16):
-        small_list(triton, monkeypatch, listed=listed)
+    for room in (4096, 32 * 16):
+        small_list(triton, monkeypatch, room=room)
         sketch = Sketch.fit(keys, far)
         agree(query, keys, far, sketch)
         assert counted(sketch) == {
@@ -289,7 +289,7 @@ def test_a_list_that_the_head_fills_is_not_relied_upon_though_the_tail_would_emp
     triton: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(triton, "slices_of", lambda *_: 1)
-    small_list(triton, monkeypatch, listed=32)
+    small_list(triton, monkeypatch, room=32)
     generator = torch.Generator().manual_seed(0)
     signs = torch.randn(16, 8, generator=generator).sign().repeat_interleave(48, 0)
     keys = torch.cat([20 * signs, torch.randn(768, 32, generator=generator)], dim=1)
@@ -301,7 +301,7 @@ def test_a_list_that_the_head_fills_is_not_relied_upon_though_the_tail_would_emp
 
 
 @pytest.mark.parametrize("batch", [1, 9])
-@pytest.mark.parametrize("outliers", [1, 32, 40])
+@pytest.mark.parametrize("outliers", [1, OUTLIERS, 40])
 def test_entries_with_large_radii_do_not_spoil_it(
     triton: ModuleType, batch: int, outliers: int
 ) -> None:
@@ -312,7 +312,7 @@ def test_entries_with_large_radii_do_not_spoil_it(
     index = agree(aside, keys, radii, sketch)
     assert (index >= 0).all()
     counts = counted(sketch)
-    if outliers <= 32:
+    if outliers <= OUTLIERS:
         assert counts["scanned"] == 0
         assert counts["scored"] <= 8 * batch
     # A query within a large radius: its group, nearer, blocks or answers.
@@ -427,7 +427,7 @@ def test_a_sketch_of_another_shape_is_refused(triton: ModuleType) -> None:
     op = torch.ops.grace_triton.pruned_lookup
     for place, wrong, message in (
         (0, torch.zeros(24), r"centre must be torch.float32 \[25\]"),
-        (1, torch.zeros(64, 25), "directions must be torch.bfloat16"),
+        (1, torch.zeros(DIRECTIONS, 25), "directions must be torch.bfloat16"),
         (4, tensors[4][:1], "tail must be"),
         (8, torch.zeros(4), "counters must be torch.int64"),
     ):
@@ -441,7 +441,7 @@ def test_the_bounds_of_all_rows_are_small_and_grow_with_the_width(triton: Module
     for capability in ((8, 0), (9, 0), (10, 0)):
         for table in tiles.table(capability).values():
             for tile in table:
-                assert tiles.sketched(tile).listed >= 32 * tile.queries
+                assert tiles.sketched(tile).room >= 32 * tile.queries
                 bounds = [tiles.sketch_bound(tile, dim) for dim in (64, 768, 4096, 11008)]
                 assert bounds == sorted(bounds)
                 assert bounds[2][1] < 4e-4

@@ -6,7 +6,6 @@ import math
 
 import torch
 
-from .sketch_upkeep import is_worth_one
 from .storage import Storage
 from .tensors import digest, same_bits
 
@@ -65,7 +64,7 @@ def _slots(storage: Storage) -> None:
 def _sketch(storage: Storage) -> None:
     slots, sketch = storage.slots, storage.slots.sketch
     upkeep, since = slots.sketch_upkeep, slots.sketch_upkeep.since_fit
-    wanted = is_worth_one(slots.keys, slots.capacity)
+    wanted = sketch_upkeep.worthwhile(slots.capacity)
     _require((sketch is not None) == wanted, "a sketch is missing, or there is one too many")
     if sketch is None:
         return

@@ -88,7 +88,7 @@ class SketchUpkeep:
     @classmethod
     def beside(cls, keys: Tensor) -> SketchUpkeep:
         """Return what is to stand beside new keys: a sketch that covers nothing yet, or none."""
-        if not is_worth_one(keys, len(keys)):
+        if not worthwhile(len(keys)):
             return cls(None)
         with torch.inference_mode(False):  # or nobody could write to it outside of that mode
             sketch = Sketch(len(keys), keys.shape[1], keys.dtype, keys.device)
@@ -97,7 +97,7 @@ class SketchUpkeep:
 
     def resized(self, keys: Tensor) -> SketchUpkeep:
         """Return what is to stand beside `keys`, the codebook's in new memory."""
-        if self.sketch is None or not is_worth_one(keys, len(keys)):
+        if self.sketch is None or not worthwhile(len(keys)):
             return SketchUpkeep.beside(keys)
         with torch.inference_mode(False):
             return replace(self, sketch=self.sketch.resized(len(keys)))
@@ -149,7 +149,7 @@ class SketchUpkeep:
         if sketch is None:
             return
         if not since.slots:
-            if is_worth_one(keys, in_use):
+            if worthwhile(in_use):
                 self._fit(sketch, keys, radii, in_use)
             return
         since.written += len(self._fresh)
@@ -244,11 +244,6 @@ class SketchUpkeep:
         sketch.active = not hopeless
         self.sketch = sketch
         self.since_fit = SinceFit(slots, written, unknown, bool(hopeless))
-
-
-def is_worth_one(keys: Tensor, slots: int) -> bool:
-    """Say whether `slots` keys like these `[C, D]` are worth a sketch."""
-    return worthwhile(slots, keys.shape[1], keys.element_size())
 
 
 def _runs(slots: set[int], capacity: int) -> Iterator[tuple[int, int]]:

@@ -65,8 +65,8 @@ cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 threads, void**
   Problem p = *static_cast<const Problem*>(arguments[0]);
   p.relative *= controls.margin_scale;
   p.absolute *= controls.margin_scale;
-  p.sketch.along *= controls.margin_scale;
-  p.sketch.square *= controls.margin_scale;
+  p.sketch.margin.coordinates *= controls.margin_scale;
+  p.sketch.margin.square *= controls.margin_scale;
   controls.tickets = p.tickets;
   std::fill(p.index, p.index + p.batch, 0x5a5a5a5a5a5a5a5a);
   std::fill(p.distance, p.distance + p.batch, -NAN);

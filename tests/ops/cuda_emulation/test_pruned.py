@@ -9,6 +9,18 @@ import torch
 from torch import Tensor
 
 from grace_kernels import Sketch, reference
+from grace_kernels.sketch_layout import (
+    BLOCK,
+    COORDINATES,
+    COUNTERS,
+    DIRECTIONS,
+    ERROR,
+    HEAD,
+    HEAD_NUMBERS,
+    MIDDLE,
+    OUTLIERS,
+    RESIDUAL,
+)
 from grace_kernels.testing import INF, NAN, SketchCase, random_codebook, same_bits
 
 from .emulator import Emulator
@@ -40,7 +52,7 @@ def expect(
     assert counts[0] == len(query)
     assert counts[1] == len(query) * min(int(sketch.covered), n)
     assert 0 <= counts[3] <= len(query) * n
-    return dict(zip(("queries", "pairs", "scored", "scanned"), counts, strict=True))
+    return dict(zip(COUNTERS, counts, strict=True))
 
 
 def clusters(
@@ -67,7 +79,7 @@ def repeated(case: SketchCase, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("part", range(8))
 def test_random_codebooks_are_answered_as_without_a_sketch(part: int, emulator: Emulator) -> None:
-    settled = 0
+    resolved = 0
     for seed in range(part * 30, part * 30 + 30):
         case = random_codebook(seed)
         sketch = case.sketch()
@@ -75,8 +87,8 @@ def test_random_codebooks_are_answered_as_without_a_sketch(part: int, emulator: 
             counts = expect(
                 emulator, repeated(case, seed), case.keys, case.radii, sketch, case.count
             )
-        settled += counts["scanned"] < counts["pairs"]
-    assert settled >= 5
+        resolved += counts["scanned"] < counts["pairs"]
+    assert resolved >= 5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -95,7 +107,7 @@ def test_most_keys_are_never_read(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", [1, 6, 20])
-def test_the_tail_settles_what_the_head_leaves_open(
+def test_the_tail_resolves_what_the_head_leaves_open(
     dtype: torch.dtype, batch: int, emulator: Emulator
 ) -> None:
     # Eight of 64 equal directions show an eighth of a squared distance.
@@ -147,21 +159,22 @@ def test_no_list_is_longer_than_there_is_room_for(emulator: Emulator) -> None:
 def exact_sketch(stored: Tensor, off: float, dim: int, dtype: torch.dtype, radii: Tensor) -> Sketch:
     """Make a sketch by hand: of whole numbers `[N, M]`, the first M coordinates of keys.
 
-    A key is off by exactly `off`; a last number besides, if there is one, is what rho is. Nothing
+    A key is off by exactly `off`; a last number besides, if there is one, is the residual. Nothing
     is lost, so that bounds are as sharp as they can be.
     """
     sketch = Sketch(len(stored), dim, dtype)
-    directions = min(stored.shape[1], 64 if dim <= 64 else 8, dim)
+    directions = min(stored.shape[1], DIRECTIONS if dim <= DIRECTIONS else HEAD, dim)
     sketch.directions[:directions, :directions] = torch.eye(directions)
-    sketch.scales[1], sketch.scales[-1] = off or 1.0, 0.0
-    codes = torch.zeros(len(stored), 66, dtype=torch.int8)
-    codes[:, 1] = int(off > 0)
-    codes[:, 2 : 2 + directions] = stored[:, :directions].to(torch.int8)
+    sketch.scales[ERROR], sketch.scales[MIDDLE] = off or 1.0, 0.0
+    codes = torch.zeros(len(stored), COORDINATES + DIRECTIONS, dtype=torch.int8)
+    codes[:, ERROR] = int(off > 0)
+    coordinates = codes[:, COORDINATES:]
+    coordinates[:, :directions] = stored[:, :directions].to(torch.int8)
     if stored.shape[1] > directions:
-        codes[:, 0] = stored[:, directions].to(torch.int8)
-    row = torch.arange(len(stored))
-    sketch.head[row // 32, :, row % 32] = codes[:, :10]
-    sketch.tail[row // 32, :, row % 32] = codes[:, 10:]
+        codes[:, RESIDUAL] = stored[:, directions].to(torch.int8)
+    slot = torch.arange(len(stored))
+    sketch.head[slot // BLOCK, :, slot % BLOCK] = codes[:, :HEAD_NUMBERS]
+    sketch.tail[slot // BLOCK, :, slot % BLOCK] = codes[:, HEAD_NUMBERS:]
     sketch.rows = len(stored)
     sketch.active = True
     sketch.update_radii_(radii, 0, len(stored))
@@ -280,7 +293,7 @@ def test_rows_not_covered_are_scanned_and_the_others_are_not(
 
 
 @pytest.mark.parametrize("batch", [1, 8, 9, 70])
-@pytest.mark.parametrize("many", [3, 32, 50])
+@pytest.mark.parametrize("many", [3, OUTLIERS, 50])
 def test_a_few_large_radii_do_not_make_everything_a_candidate(
     many: int, batch: int, emulator: Emulator
 ) -> None:
@@ -292,7 +305,7 @@ def test_a_few_large_radii_do_not_make_everything_a_candidate(
             large = radii.clone()
             large[out] = radius
             counts = expect(emulator, query, keys, large, Sketch.fit(keys, large))
-            if many <= 32 and radius == 12.0:
+            if many <= OUTLIERS and radius == 12.0:
                 assert counts["scored"] + counts["scanned"] < 0.2 * counts["pairs"]
 
 
@@ -398,9 +411,10 @@ def test_what_is_no_sketch_of_these_keys_is_refused(emulator: Emulator) -> None:
     query, keys, radii, sketch = clusters(torch.float32, 100, 24, 2)
     with emulator.device() as controls:
         for at, wrong, message in (
-            (0, torch.zeros(25), "centre must have 24 elements, got 25"),
+            (0, torch.zeros(25), r"centre must have shape \[24\], got \[25\]"),
             (3, sketch.head.float(), "head must be contiguous and of the dtype"),
-            (4, sketch.tail[:3], "tail must have 7168 elements, got 5376"),
+            (4, sketch.tail[:3], r"tail must have shape \[4, 56, 32\], got \[3, 56, 32\]"),
+            (4, sketch.tail.view(4, 32, 56), r"tail must have shape \[4, 56, 32\], got"),
             (8, torch.zeros(8, dtype=torch.int64)[::2], "counters must be contiguous"),
         ):
             tensors = [*sketch.tensors()]

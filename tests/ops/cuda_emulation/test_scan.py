@@ -238,7 +238,7 @@ def test_a_count_outside_its_range_acts_as_the_nearer_bound(
 
 
 @pytest.mark.parametrize("batch", [1, 4, 9, 17])
-def test_every_slice_settles_its_own_ties(batch: int, emulator: Emulator) -> None:
+def test_every_slice_resolves_its_own_ties(batch: int, emulator: Emulator) -> None:
     # More ties in every group than a group remembers, dead slots among them.
     keys = torch.ones(400, 24, dtype=torch.bfloat16)
     radii = torch.full((400,), 9.0)

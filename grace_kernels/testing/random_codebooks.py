@@ -6,7 +6,6 @@ GPU.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .reference import squared_distances
-from .sketch import Sketch
-
-INF, NAN = math.inf, math.nan
+from ..reference import squared_distances
+from ..sketch import Sketch
+from .inputs import INF, NAN
 
 
 class Draw:
@@ -158,10 +156,6 @@ def _massive(draw: Draw, n: int, dim: int) -> Tensor:
     keys = draw.normal(n, dim)
     keys[:, draw.below(dim)] = 200.0 + draw.normal(n)
     return keys
-
-
-def _norms(draw: Draw, n: int, dim: int) -> Tensor:
-    return draw.normal(n, dim) * (10 ** (2 * draw.normal(n, 1))).clamp(max=9e3)
 
 
 def _not_finite(draw: Draw, n: int, dim: int) -> Tensor:
