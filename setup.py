@@ -1,7 +1,9 @@
 """Build the compiled operators (see pyproject.toml for everything else).
 
 The library uses torch's stable ABI and no Python C API, so one wheel serves every Python >= 3.10
-and torch >= 2.10. Without a C++ compiler a pure wheel is built that answers from the reference.
+and torch >= 2.10. Compiling needs a C++ compiler and a torch: the one of the environment that is
+installed into, even where pip builds in an isolated one. Without either a pure wheel is built,
+which answers from the reference.
 
 GRACE_KERNELS_COMPILE says what is compiled: `0` nothing, `cpu` the CPU kernels, `cuda` the CUDA
 kernels too, or an error. Unset or `1`: the CPU kernels, and the CUDA kernels where torch was built
@@ -11,6 +13,8 @@ after, or for what TORCH_CUDA_ARCH_LIST says.
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import re
 import shlex
@@ -33,6 +37,30 @@ if WANTED not in ("", "0", "1", "cpu", "cuda"):
 TARGETS = ["compute_80,code=sm_80", "compute_90,code=sm_90", "compute_90,code=compute_90"]
 
 
+def find_torch() -> None:
+    """Make the torch of the environment that is installed into importable, if it is not yet.
+
+    pip builds in an environment of its own, where only what pyproject.toml requires is found. To
+    require torch there would download gigabytes and throw them away after the build.
+    """
+    if importlib.util.find_spec("torch") is not None:
+        return
+    # pip hides the environment by these two; without them the same Python finds its packages.
+    hidden = ("PYTHONPATH", "PYTHONNOUSERSITE")
+    outside = {name: value for name, value in os.environ.items() if name not in hidden}
+    ask = (
+        "import importlib.util, json, sys\n"
+        "print(json.dumps([sys.path, importlib.util.find_spec('torch') is not None]))"
+    )
+    asked = subprocess.run(
+        [sys.executable, "-c", ask], env=outside, capture_output=True, text=True, check=True
+    )
+    folders, there = json.loads(asked.stdout.splitlines()[-1])
+    if there:
+        # Behind the build's own folders: its setuptools stays the one in use.
+        sys.path += [folder for folder in folders if folder and folder not in sys.path]
+
+
 def missing() -> str | None:
     """Return why nothing can be compiled, or None."""
     if WANTED == "0":
@@ -42,10 +70,14 @@ def missing() -> str | None:
     for word in words or ["CXX is empty"]:
         if shutil.which(word) is None:
             return f"there is no C++ compiler ({word})"
+    find_torch()
     try:
-        import torch  # noqa: F401
-    except ImportError:
-        return "torch is not installed"
+        import torch
+    except ImportError as error:
+        there = importlib.util.find_spec("torch") is not None
+        return f"torch cannot be imported ({error})" if there else "torch is not installed"
+    if torch.__version__ < TORCH_MIN:
+        return f"torch {torch.__version__} is older than {'.'.join(map(str, TORCH_MIN))}"
     return None
 
 
@@ -123,6 +155,11 @@ def compiled() -> dict[str, Any]:
                 super().build_extension(extension)
             except Exception as error:
                 if not extension.optional:
+                    print(
+                        f"grace-kernels: {extension.name} could not be compiled; "
+                        "GRACE_KERNELS_COMPILE=0 installs without compiled operators",
+                        file=sys.stderr,
+                    )
                     raise
                 why = f"nvcc failed: {str(error).splitlines()[0]}"
                 print(f"grace-kernels: building without CUDA kernels, {why}", file=sys.stderr)
@@ -173,14 +210,8 @@ setup(
     packages=[
         *find_packages(".", include=["grace_kernels", "grace_kernels.*"]),
         *find_packages("python", include=["grace_edit", "grace_edit.*"]),
-        "grace_bench",  # what `grace bench` runs
-        "grace_bench.gpu_check",
     ],
-    package_dir={
-        "grace_kernels": "grace_kernels",
-        "grace_edit": "python/grace_edit",
-        "grace_bench": "benchmarks",
-    },
+    package_dir={"grace_kernels": "grace_kernels", "grace_edit": "python/grace_edit"},
     include_package_data=False,  # not whatever MANIFEST.in puts into the source distribution
     package_data={
         "grace_kernels": ["py.typed"],

@@ -20,13 +20,10 @@ from . import ops
 Backend = Literal["reference", "cpu", "triton", "cuda"]
 NAMES: tuple[str, ...] = ("reference", "cpu", "triton", "cuda")
 
-_REINSTALL = (
-    "and reinstall: pip install --force-reinstall --no-deps grace-kernels, "
-    "or pip install --no-build-isolation -e . in a checkout"
-)
+_REINSTALL = ", and reinstall from a checkout: pip install --force-reinstall --no-deps ."
 _REMEDY = {
-    "cpu": f"install a C++ compiler (g++ or clang++) {_REINSTALL}",
-    "cuda": f"install the CUDA toolkit (nvcc) {_REINSTALL}"
+    "cpu": f"install a C++ compiler (g++ or clang++) if there is none{_REINSTALL}",
+    "cuda": f"install the CUDA toolkit (nvcc){_REINSTALL}"
     if torch.version.cuda is not None
     else "install a CUDA build of torch",
     "triton": "pip install triton",

@@ -1,8 +1,10 @@
-"""The README's example runs as it stands, on a small model in place of the one it names."""
+"""What README and docs show is run: the examples as they stand, the commands, the links."""
 
 from __future__ import annotations
 
 import re
+import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"]
+PAGES += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))
 WORDS = [
     "The",
     "capital",
@@ -24,6 +28,12 @@ WORDS = [
     "its",
     "in",
 ]
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """Return language and text of every block of code of a page."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
@@ -53,30 +63,122 @@ def small_gpt2(tmp_path: Path) -> Path:
     return directory
 
 
-def test_the_ten_lines_of_the_readme_run_and_the_edit_answers(
+@pytest.fixture
+def run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Return a function that runs a page's code in an empty folder and returns what it prints."""
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, object] = {}
+
+    def execute(page: str, code: str) -> str:
+        exec(compile(code, page, "exec"), space)
+        return capsys.readouterr().out
+
+    return execute
+
+
+def test_the_ten_lines_of_the_readme_print_what_stands_below_them(run: Callable[..., str]) -> None:
+    found = blocks("README.md")
+    place = [language for language, _ in found].index("python")
+    (_, code), (language, printed) = found[place : place + 2]
+    assert language == "text"
+    assert "editor.edit(" in code
+    assert len([line for line in code.splitlines() if line]) <= 12
+    assert len(printed.splitlines()) == 3
+    assert run("README.md", code) == printed
+
+
+def test_the_operators_in_how_it_works_print_what_stands_below_them(
+    run: Callable[..., str],
+) -> None:
+    page = "docs/how-it-works.md"
+    shown = [(language, text) for language, text in blocks(page) if language in ("python", "text")]
+    assert [language for language, _ in shown] == ["python", "text"]
+    assert run(page, shown[0][1]) == shown[1][1]
+
+
+def test_a_model_of_your_own_is_edited_saved_and_served_as_the_docs_say(
+    small_gpt2: Path, tmp_path: Path, run: Callable[..., str]
+) -> None:
+    page = "docs/serving.md"
+    edit, serve = [text for language, text in blocks(page) if language == "python"]
+    code = edit.replace('"gpt2"', repr(str(small_gpt2)))
+    assert code != edit
+    printed = run(page, code).splitlines()
+    assert printed[0] == "True Canberra"
+    assert "distance=" in printed[1]
+    assert (tmp_path / "my-edits" / "codebook.safetensors").exists()
+    assert run(page, serve).strip() == "Canberra"
+
+
+def test_the_shell_commands_of_the_docs_edit_a_model_and_explain_the_edit(
     small_gpt2: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    code = blocks[0].replace('"gpt2"', repr(str(small_gpt2)))
-    assert code != blocks[0]
+    pytest.importorskip("typer", reason="the extra [cli] is not installed")
+    pytest.importorskip("rich", reason="the extra [cli] is not installed")
+    from grace_edit.cli import app
+
     monkeypatch.chdir(tmp_path)
-    space: dict[str, object] = {}
-    exec(compile(code, str(README), "exec"), space)
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == "True Sydney"
-    assert "distance=" in printed[1]
-    assert (tmp_path / "my-edits" / "codebook.safetensors").exists()
+    found = blocks("docs/serving.md")
+    (edits,) = [text for language, text in found if language == "json"]
+    (tmp_path / "edits.jsonl").write_text(edits)
+    (commands,) = [text for language, text in found if language == "sh"]
+    printed = []
+    for line in commands.splitlines():
+        words = shlex.split(line.replace("PATH_OR_ID", str(small_gpt2)))
+        assert words[0] == "grace"
+        with pytest.raises(SystemExit) as left:
+            app(words[1:], prog_name="grace")
+        printed.append(capsys.readouterr().out)
+        assert left.value.code == 0, line
+    assert len(printed) == 3
+    assert "Canberra" in printed[2]
 
 
-@pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/performance.md"]
-)
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "benchmarks/README.md"])
+def test_every_command_that_a_page_names_exists(page: str) -> None:
+    typer = pytest.importorskip("typer", reason="the extra [cli] is not installed")
+    from grace_edit.cli import app
+
+    ours = typer.main.get_command(app).commands
+    targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    text = (ROOT / page).read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"`([^`\n]+)`", text) + [body for _, body in blocks(page)])
+    for command in re.findall(r"(?:^|`)grace ([a-z]+)\b", code, re.MULTILINE):
+        assert command in ours
+    for line in re.findall(r"^grace [a-z]+ .*$", code, re.MULTILINE):
+        known = {name for one in ours[line.split()[1]].params for name in one.opts}
+        assert set(re.findall(r"--[a-z-]+", line)) <= known
+    for target in re.findall(r"^make ([a-z-]+)", code, re.MULTILINE):
+        assert target in targets
+    for asked in re.findall(r'^pip install .*"\.\[([\w,]+)\]"', code, re.MULTILINE):
+        assert set(asked.split(",")) <= set(extras)
+    for module in re.findall(r"python -m (benchmarks[\w.]*)", code):
+        assert (ROOT / module.replace(".", "/")).exists() or (
+            ROOT / (module.replace(".", "/") + ".py")
+        ).exists()
+
+
+def headings(path: Path) -> set[str]:
+    """Return the names by which a page's headings can be linked to."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.suffix == ".md" else []
+    titles = [line.lstrip("# ").lower() for line in lines if line.startswith("#")]
+    return {re.sub(r"[^\w -]", "", title).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_what_a_page_links_to_is_there(page: str) -> None:
-    folder = (README.parent / page).parent
-    links = re.findall(r"\]\(([^)#]+)", (README.parent / page).read_text())
-    here = [link for link in links if "://" not in link]
-    assert [link for link in here if not (folder / link).exists()] == []
-    assert page != "README.md" or len(here) >= 2
+    links = re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text(encoding="utf-8"))
+    here = [link.partition("#") for link in links if "://" not in link]
+    missing = []
+    for file, _, heading in here:
+        path = (ROOT / page).parent / file if file else ROOT / page
+        if not path.exists() or (heading and heading not in headings(path)):
+            missing.append(f"{file}#{heading}")
+    assert missing == []
+    assert page != "README.md" or len(here) >= 8

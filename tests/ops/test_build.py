@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -22,10 +26,12 @@ BUILT = ["*.so", "*.egg-info", "__pycache__"]
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="no source tree")
 
 
-def build(where: Path, *commands: str, **environment: str) -> str:
+def build(
+    where: Path, *commands: str, python: str | Path = sys.executable, **environment: str
+) -> str:
     """Run setup.py in `where`; return what it says about the operators."""
     done = subprocess.run(
-        [sys.executable, "setup.py", "-q", *commands],
+        [python, "setup.py", "-q", *commands],
         cwd=where,
         capture_output=True,
         text=True,
@@ -48,6 +54,81 @@ def build(where: Path, *commands: str, **environment: str) -> str:
 def test_it_is_said_why_nothing_is_compiled(environment: dict[str, str], why: str) -> None:
     told = build(ROOT, "--version", **environment)
     assert told == f"grace-kernels: building without compiled operators, because {why}"
+
+
+@pytest.fixture
+def isolated(tmp_path: Path):
+    """Imitate pip: a Python that builds with setuptools alone, for an environment that it hides.
+
+    Returns a function of the folders that hold the environment's packages; it runs setup.py.
+    """
+    venv.create(tmp_path / "env", with_pip=False, symlinks=True)
+    python = tmp_path / "env" / "bin" / "python"
+    (site_packages,) = (tmp_path / "env").glob("lib/python*/site-packages")
+    requirements = tmp_path / "overlay"
+    requirements.mkdir()
+    installed = Path(setuptools.__file__).parents[1]
+    for path in [*installed.glob("setuptools*"), *installed.glob("_distutils_hack")]:
+        (requirements / path.name).symlink_to(path)
+    hide = tmp_path / "site"
+    hide.mkdir()
+    listed = site_packages / "env.pth"
+    (hide / "sitecustomize.py").write_text(
+        "import sys\n"
+        f"hidden = [{str(site_packages)!r}, *open({str(listed)!r}).read().splitlines()]\n"
+        f"sys.path[:] = [p for p in sys.path if p not in hidden] + [{str(requirements)!r}]\n"
+    )
+
+    def run(*packages: Path) -> str:
+        listed.write_text("".join(f"{folder}\n" for folder in packages))
+        hidden = {"PYTHONPATH": str(hide), "PYTHONNOUSERSITE": "1", "CXX": "c++"}
+        return build(ROOT, "--version", python=python, **hidden, GRACE_KERNELS_COMPILE="cpu")
+
+    return run
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+def test_an_isolated_build_compiles_with_the_torch_that_is_installed(isolated) -> None:
+    told = isolated(Path(torch.__file__).parents[1])
+    assert told == (
+        "grace-kernels: building without CUDA kernels, because GRACE_KERNELS_COMPILE is cpu"
+    )
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
+def test_without_torch_or_with_an_old_one_nothing_is_compiled(isolated, tmp_path: Path) -> None:
+    without = "grace-kernels: building without compiled operators, because "
+    assert isolated() == without + "torch is not installed"
+    fake = tmp_path / "fake" / "torch"
+    fake.mkdir(parents=True)
+    (fake / "__init__.py").write_text("__version__ = (2, 9)\n")
+    assert isolated(fake.parent) == without + "torch (2, 9) is older than 2.10"
+    (fake / "__init__.py").write_text("raise ImportError('libtorch is gone')\n")
+    assert isolated(fake.parent) == without + "torch cannot be imported (libtorch is gone)"
+
+
+def test_a_build_downloads_setuptools_alone() -> None:
+    requires = re.search(r"^requires = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.M)
+    assert requires is not None
+    assert re.findall(r'"([\w-]+)', requires[1]) == ["setuptools"]
+
+
+def test_every_package_that_the_product_imports_is_declared() -> None:
+    imported = set()
+    for path in [*ROOT.glob("grace_kernels/**/*.py"), *ROOT.glob("python/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add((node.module or "").partition(".")[0])
+    ours = {"grace_kernels", "grace_edit"}
+    # Triton comes with torch's builds for GPUs, tokenizers with transformers.
+    ours |= {"triton", "tokenizers"}
+    project = (ROOT / "pyproject.toml").read_text().partition("[project]")[2]
+    declared = re.findall(r'"([\w-]+)(?:[<>=]=[^"]*)?"', project.partition("[project.scripts]")[0])
+    known = {name.replace("-", "_") for name in declared} | set(sys.stdlib_module_names) | ours
+    assert {"torch", "transformers", "tqdm"} <= imported
+    assert imported - known == set()
 
 
 @pytest.mark.parametrize(
@@ -132,7 +213,8 @@ def test_without_a_compiler_there_is_a_pure_wheel_and_the_sdist_is_whole(tmp_pat
     assert wheel.name.endswith("-py3-none-any.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"grace_kernels/api.py", "grace_kernels/py.typed", "grace_edit/__init__.py"} <= names
-    assert {"grace_bench/suite.py", "grace_bench/gpu_check/report.py"} <= names
+    tops = {name.partition("/")[0] for name in names}
+    assert {top for top in tops if ".dist-info" not in top} == {"grace_kernels", "grace_edit"}
     assert [name for name in names if name.endswith((".so", ".cpp", ".cu"))] == []
 
     (sdist,) = dist.glob("*.tar.gz")

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from . import sketch_upkeep
 from .storage import Storage
 from .tensors import digest, same_bits
 

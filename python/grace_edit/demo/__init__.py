@@ -22,7 +22,6 @@ from ..terminal import number, progress, table
 from . import facts as part2
 from . import topics as part1
 from .data import load_topics
-from .picture import draw
 from .reload import THREADS, answers_of
 
 QUICK = 120
@@ -40,6 +39,9 @@ def run(out: Path, quick: bool, console: Console) -> dict[str, Any]:
     Returns:
         Every figure, and `"ok"`: whether the fresh process gave the same answers.
     """
+    # First of all, so that a missing matplotlib is not found out after minutes.
+    from .picture import draw
+
     start = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
