@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rows import Settings
+from .measurements import Settings
 
 LAYER = 4  # of the encoder; its input is taken, later layers do not run
 KEYS, QUERIES = 10_000, 4_000

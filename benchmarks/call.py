@@ -10,14 +10,14 @@ import torch
 import grace_kernels
 from grace_kernels import Sketch
 
-from .rows import Progress, Row, Settings
+from .measurements import Measurement, Progress, Settings
 from .timing import interleaved
 
 WIDTH = 768
 SIZES = (0, 8)
 
 
-def run(settings: Settings, progress: Progress) -> list[Row]:
+def run(settings: Settings, progress: Progress) -> list[Measurement]:
     """Measure one query among no keys and among eight, in float32."""
     found = []
     for done, n in enumerate(SIZES, 1):
@@ -54,7 +54,7 @@ def run(settings: Settings, progress: Progress) -> list[Row]:
         times = interleaved({**ours, **peers}, 2 * settings.budget, most=settings.pick(100, 25))
         for name, took in times.items():
             found.append(
-                Row(
+                Measurement(
                     "call",
                     kind="ours" if name in ours else "peer",
                     name=name,

@@ -1,13 +1,16 @@
-"""Peers of the lookups on a CPU, each in the best way in which its answers are right.
+"""What ours stand beside on a CPU and on a GPU, each in the best way in which it is right.
 
-A peer finds the nearest key of each query; none tests radii or writes values. It may prepare
-whatever a server could keep, such as norms or an index, and gets keys in float32, or in bfloat16
-where it can read them. The data are exact in both.
+A peer may prepare whatever a server could keep, such as norms or an index. On a CPU it finds the
+nearest key of each query, and neither tests radii nor writes values; the keys are exact in float32
+and in bfloat16, and it reads what it can. On a GPU it answers a lookup, radii included, from keys
+of the type that ours read. None certifies its winner, so each is compared with the right answer
+before it is timed.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Answer = tuple[Tensor, Tensor | None]
-"""Index and distance of the nearest key of each query; None from a peer that gives no distance."""
+from .gate import Answer
 
 SLOW, FAR = 0.25, 10.0
 """Seconds a call, and times the fastest right peer's: what takes longer than both is not asked for
@@ -28,16 +30,26 @@ FEW = 8
 
 @dataclass(frozen=True)
 class Book:
-    """Keys `[N, D]` in both types, with what may be kept about them between queries."""
+    """Keys `[N, D]` and radii `[N]`, with what may be kept about them between queries.
 
-    wide: Tensor
-    narrow: Tensor
-    threads: int
+    `given` are the same keys in float32, where a peer may keep them so beside the narrow ones.
+    """
+
+    keys: Tensor
+    radii: Tensor
+    threads: int = 1
+    given: Tensor | None = None
+
+    @functools.cached_property
+    def wide(self) -> Tensor:
+        """The keys in float32."""
+        return self.keys.float() if self.given is None else self.given
 
     @functools.cached_property
     def norms(self) -> Tensor:
-        """Squared norms `[N]` float32."""
-        return torch.cat([part.square().sum(dim=1) for part in self.wide.split(1 << 14)])
+        """Squared norms `[N]` float32, made in slices: a copy in float32 may not fit."""
+        keys = self.keys if self.given is None else self.given
+        return torch.cat([part.float().square().sum(dim=1) for part in keys.split(1 << 14)])
 
     @functools.cached_property
     def indexes(self) -> dict[str, Any]:
@@ -117,7 +129,7 @@ def _compiled(function: Callable[..., Any], *case: Any) -> Callable[..., Any]:
 
 def _compile(book: Book, query: Tensor) -> Callable[[], Answer]:
     """torch.compile of the plain formula: differences for few queries, a product for many."""
-    keys = book.wide if query.dtype == torch.float32 else book.narrow
+    keys = book.wide if query.dtype == torch.float32 else book.keys
     if len(query) > FEW:
         call = _compiled(_scored, query.dtype)
 
@@ -165,7 +177,7 @@ def _usearch(book: Book, query: Tensor) -> Callable[[], Answer]:
         options, keys, rows = {}, book.wide.numpy(), query.numpy()
     else:
         options = {"dtype": "bf16"}
-        keys, rows = (t.view(torch.uint16).numpy() for t in (book.narrow, query))
+        keys, rows = (t.view(torch.uint16).numpy() for t in (book.keys, query))
 
     def ask() -> Answer:
         found = search(keys, rows, 1, MetricKind.L2sq, exact=True, threads=book.threads, **options)
@@ -231,11 +243,144 @@ def _ways() -> tuple[Peer, ...]:
     )
 
 
-PEERS = _ways()
+ON_CPU = _ways()
 COMPILING = ("torch.compile", "PyKeOps argmin")
 """Those that compile for many seconds; a quick run does without."""
 COLD = ("torch product", "faiss IndexFlatL2", "usearch exact")
 """Those that are measured with cold caches too."""
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Return `a @ b` with a float32 result: a bf16 one would round distances to 8 bits."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def _covered(radii: Tensor, index: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
+    hit = distance <= radii[index]
+    return torch.where(hit, index, -1), torch.where(hit, distance, math.inf)
+
+
+def _found(keys: Tensor, radii: Tensor, query: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the answer of what only names the nearest key: its distance again, in float64."""
+    difference = query.double() - keys[index].double()
+    return _covered(radii, index, difference.square().sum(dim=1).float().sqrt())
+
+
+def _least(
+    dots: Tensor, keys: Tensor, radii: Tensor, norms: Tensor, query: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Answer from products `[B, N]`."""
+    return _found(keys, radii, query, (norms - 2 * dots).min(dim=1).indices)
+
+
+def _difference(keys: Tensor, radii: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+    """Answer from differences, squared and summed in float32: torch.compile fuses them."""
+    difference = query.float()[None, :, :] - keys.float()[:, None, :]
+    return _found(keys, radii, query, difference.square().sum(dim=2).min(dim=0).indices)
+
+
+def _keys_query(book: Book, query: Tensor) -> Callable[[], Answer]:
+    keys, radii, norms = book.keys, book.radii, book.norms
+
+    def ask() -> Answer:
+        scores = norms[:, None] - 2 * product(keys, query.T)
+        return _found(keys, radii, query, scores.min(dim=0).indices)
+
+    return ask
+
+
+def _query_keys(book: Book, query: Tensor) -> Callable[[], Answer]:
+    keys, radii, norms = book.keys, book.radii, book.norms
+    return lambda: _least(product(query, keys.T), keys, radii, norms, query)
+
+
+def _cdist_covered(book: Book, query: Tensor) -> Callable[[], Answer]:
+    """The published code's way: all in float32, the codebook anew at every call."""
+
+    def ask() -> Answer:
+        found = torch.cdist(book.keys.float(), query.float()).min(dim=0)
+        return _covered(book.radii, found.indices, found.values)
+
+    return ask
+
+
+@functools.cache
+def _for_a_gpu(function: Callable[..., Any], compiler: str, *case: Any) -> Callable[..., Any]:
+    torch._dynamo.reset()  # what was compiled for another case is not asked again
+    return torch.compile(function, dynamic=False, fullgraph=True, backend=compiler)
+
+
+def _compile_covered(book: Book, query: Tensor) -> Callable[[], Answer]:
+    """One fused pass for few queries, else a product first.
+
+    The product stays outside: torch.compile would call the same library, and cannot trace this form
+    of it in every version.
+    """
+    keys, radii = book.keys, book.radii
+    case = "inductor" if keys.is_cuda else "eager", *keys.shape, keys.dtype, len(query)
+    if len(query) <= FEW:
+        direct = _for_a_gpu(_difference, *case)
+        return lambda: direct(keys, radii, query)
+    after = _for_a_gpu(_least, *case)
+    return lambda: after(product(query, keys.T), keys, radii, book.norms, query)
+
+
+def _flash_kmeans(book: Book, query: Tensor) -> Callable[[], Answer]:
+    """flash-kmeans: the assignment step of its Euclidean k-means."""
+    from flash_kmeans.assign_euclid_triton import euclid_assign_triton
+
+    x, keys, norms = query[None], book.keys[None], book.norms[None]
+
+    def ask() -> Answer:
+        found = euclid_assign_triton(x, keys, x.float().square().sum(dim=-1), c_sq=norms)
+        return _found(book.keys, book.radii, query, found[0].long())
+
+    return ask
+
+
+def _fastkmeans(book: Book, query: Tensor) -> Callable[[], Answer]:
+    """fastkmeans: the assignment of one chunk."""
+    from fastkmeans.triton_kernels import chunked_kmeans_kernel
+
+    def ask() -> Answer:
+        index = torch.empty(len(query), dtype=torch.int32, device=query.device)
+        norms = query.float().square().sum(dim=1)
+        chunked_kmeans_kernel(query, norms, book.keys, book.norms, index)
+        return _found(book.keys, book.radii, query, index.long())
+
+    return ask
+
+
+def _vector_quantize(book: Book, query: Tensor) -> Callable[[], Answer]:
+    """vector-quantize-pytorch: the distances of its Euclidean codebook, kept in float32."""
+    from vector_quantize_pytorch.vector_quantize_pytorch import cdist as distances
+
+    def ask() -> Answer:
+        found = distances(query.float()[None], book.wide[None])[0]
+        return _found(book.keys, book.radii, query, found.argmin(dim=1))
+
+    return ask
+
+
+COMPILED = Peer("torch.compile", "", "", _compile_covered)
+ON_GPU = (
+    Peer("cuBLAS keys @ query", "", "", _keys_query),
+    Peer("cuBLAS query @ keys", "", "", _query_keys),
+    Peer("cdist", "", "", _cdist_covered),
+    Peer("flash-kmeans", "", "flash_kmeans", _flash_kmeans),
+    Peer("fastkmeans", "", "fastkmeans", _fastkmeans),
+    Peer("vector-quantize-pytorch", "", "vector_quantize_pytorch", _vector_quantize),
+)
+"""Those on a GPU, any type of keys; the package is the module that says whether it is installed."""
+
+
+def is_there(peer: Peer) -> bool:
+    """Tell whether a peer on a GPU is installed."""
+    return not peer.package or importlib.util.find_spec(peer.package) is not None
 
 
 def limit_threads(threads: int) -> None:

@@ -1,4 +1,4 @@
-"""Pictures of a run, from its rows alone, as PNG and SVG."""
+"""Pictures of a run, from its measurements alone, as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .goals import ours_and_best, shares
-from .rows import Row, Run, ratio, select
+from .goals import families, key_bytes, on_a_gpu, ours_and_best, roof, shares
+from .measurements import Measured, Measurement, Run, ratio, select
 
 # Okabe and Ito's colours, which stay apart for the colour-blind; markers differ too.
 BLUE, SKY, GREEN, YELLOW, ORANGE, RED, PINK, GREY = (
@@ -32,42 +32,43 @@ WIDTH_COLOURS = (BLUE, RED, GREEN, ORANGE)
 
 
 def draw(run: Run, out: Path, stem: str) -> list[Path]:
-    """Write `<stem>-<kind>.png` and `.svg` of every kind there are rows for; return the paths."""
+    """Write `<stem><kind>.png` and `.svg` of every kind there are figures for; return the paths."""
     import matplotlib
     from matplotlib.figure import Figure
 
     out.mkdir(parents=True, exist_ok=True)
-    kinds: dict[str, Callable[[Any, Sequence[Row]], bool]] = {
-        "latency": latency,
-        "roofline": roofline,
-        "speedup": speedup,
-        "survivors": survivors,
+    kinds: dict[str, Callable[[Any, Measured], bool]] = {
+        "": on_gpu,
+        "-latency": latency,
+        "-roofline": roofline,
+        "-speedup": speedup,
+        "-survivors": survivors,
     }
     written = []
     style = {"svg.hashsalt": stem, "font.size": 9, "axes.titlesize": 10}
-    with matplotlib.rc_context(style):  # the same file from the same rows
+    with matplotlib.rc_context(style):  # the same file from the same figures
         for kind, make in kinds.items():
             figure = Figure(layout="constrained")
-            if not make(figure, run.rows):
+            if not make(figure, run.measured):
                 continue
             figure.draw_without_rendering()
             figure.set_layout_engine("none")  # it is laid out: not again for every file
             for ending in ("png", "svg"):
-                path = out / f"{stem}-{kind}.{ending}"
+                path = out / f"{stem}{kind}.{ending}"
                 meta = {"Date": None} if ending == "svg" else {}
                 figure.savefig(path, dpi=120, metadata=meta)
                 written.append(path)
     return written
 
 
-def _data(rows: Sequence[Row]) -> str:
-    return "activations" if select(rows, part="nearest", data="activations") else "isotropic"
+def _data(measured: Measured) -> str:
+    return "activations" if select(measured, part="nearest", data="activations") else "isotropic"
 
 
-def latency(figure: Any, rows: Sequence[Row]) -> bool:
+def latency(figure: Any, measured: Measured) -> bool:
     """Time of a call against the number of keys: a panel per width and batch, and the roofline."""
-    data = _data(rows)
-    found = [r for r in rows if r.part == "nearest" and r.data == data and r.cache == "warm"]
+    data = _data(measured)
+    found = [r for r in measured if r.part == "nearest" and r.data == data and r.cache == "warm"]
     found = [r for r in found if r.device == "cpu" and r.median is not None]
     batches = sorted({r.batch or 0 for r in found})
     widths = sorted({r.width or 0 for r in found})
@@ -75,7 +76,7 @@ def latency(figure: Any, rows: Sequence[Row]) -> bool:
         return False
     figure.set_size_inches(1.2 + 3.4 * len(batches), 1.6 + 3.0 * len(widths))
     axes = figure.subplots(len(widths), len(batches), squeeze=False, sharex=True, sharey="row")
-    bandwidth = next((r.median for r in select(rows, part="read")), None)
+    bandwidth = next((r.median for r in select(measured, part="read")), None)
     for line, width in zip(axes, widths, strict=True):
         for axis, batch in zip(line, batches, strict=True):
             here = [r for r in found if (r.width, r.batch) == (width, batch)]
@@ -98,7 +99,7 @@ def latency(figure: Any, rows: Sequence[Row]) -> bool:
     return True
 
 
-def _lines(axis: Any, here: Sequence[Row]) -> None:
+def _lines(axis: Any, here: Sequence[Measurement]) -> None:
     for (part, dtype), (label, colour, marker) in OURS.items():
         mine = sorted(select(here, part=part, dtype=dtype, kind="ours"), key=lambda r: r.keys or 0)
         x = [r.keys for r in mine]
@@ -187,9 +188,9 @@ def _legend(figure: Any, axes: Any) -> None:
     )
 
 
-def roofline(figure: Any, rows: Sequence[Row]) -> bool:
+def roofline(figure: Any, measured: Measured) -> bool:
     """Share of the speed of merely reading the keys, against the number of keys, cold caches."""
-    found = [(row, share) for row, share in shares(rows) if row.median is not None]
+    found = [(row, share) for row, share in shares(measured) if row.median is not None]
     datas = list(dict.fromkeys(row.data for row, _ in found))
     if not datas:
         return False
@@ -224,17 +225,17 @@ def roofline(figure: Any, rows: Sequence[Row]) -> bool:
     return True
 
 
-def speedup(figure: Any, rows: Sequence[Row]) -> bool:
+def speedup(figure: Any, measured: Measured) -> bool:
     """Bars: times faster than the best right peer."""
     kinds = (
         ("nearest", "fp32", "nearest, all fp32", SKY),
         ("nearest", None, "nearest, each at its best", BLUE),
         ("lookup", None, "lookup, each at its best", GREEN),
     )
-    data = _data(rows)
+    data = _data(measured)
     found: dict[tuple[int, int, int], dict[str, float]] = {}
     for part, dtype, label, _ in kinds:
-        for mine, peer in ours_and_best(rows, part, dtype=dtype):
+        for mine, peer in ours_and_best(measured, part, dtype=dtype):
             if mine.data == data and mine.device == "cpu":
                 key = (mine.batch or 0, mine.width or 0, mine.keys or 0)
                 found.setdefault(key, {})[label] = ratio(mine, peer)
@@ -279,9 +280,9 @@ def speedup(figure: Any, rows: Sequence[Row]) -> bool:
     return True
 
 
-def survivors(figure: Any, rows: Sequence[Row]) -> bool:
+def survivors(figure: Any, measured: Measured) -> bool:
     """What a sketch leaves, and the time with it and without, against the radius."""
-    left = select(rows, part="pruned", name="survivors", batch=1)
+    left = select(measured, part="pruned", name="survivors", batch=1)
     codebooks = sorted({(r.keys or 0, r.width or 0) for r in left})
     if not codebooks:
         return False
@@ -308,7 +309,7 @@ def survivors(figure: Any, rows: Sequence[Row]) -> bool:
             timed = sorted(
                 (r.radius, r.median)
                 for r in select(
-                    rows,
+                    measured,
                     part="pruned",
                     name=name,
                     batch=1,
@@ -336,4 +337,54 @@ def survivors(figure: Any, rows: Sequence[Row]) -> bool:
             loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize=8
         )
     figure.suptitle("lookup through a sketch: bf16 keys like activations, one query that misses")
+    return True
+
+
+GPU_STYLES = {
+    "triton": ("Triton", BLUE, "o"),
+    "cuda": ("CUDA", RED, "s"),
+    "cuBLAS": ("cuBLAS", GREEN, "^"),
+    "torch.compile": ("torch.compile", PINK, "v"),
+    "cdist": ("cdist", GREY, "x"),
+    "flash-kmeans": ("flash-kmeans", ORANGE, "D"),
+    "fastkmeans": ("fastkmeans", SKY, "P"),
+    "vector-quantize-pytorch": ("vector-quantize-pytorch", "#8C6D31", "*"),
+}
+
+
+def on_gpu(figure: Any, measured: Measured) -> bool:
+    """Time of a lookup on a GPU against the bytes of 16-bit keys: a panel per batch."""
+    cases = [
+        (next(iter(ours.values())), {**ours, **families(peers)})
+        for ours, peers in on_a_gpu(measured)
+    ]
+    cases = [(one, found) for one, found in cases if (one.part, one.dtype) == ("lookup", "bf16")]
+    batches = sorted({one.batch or 0 for one, _ in cases})
+    if not batches:
+        return False
+    figure.set_size_inches(0.8 + 3.6 * len(batches), 4.4)
+    axes = figure.subplots(1, len(batches), squeeze=False, sharey=True)
+    for axis, batch in zip(axes[0], batches, strict=True):
+        here = [(key_bytes(one), one, found) for one, found in cases if one.batch == batch]
+        here.sort(key=lambda entry: entry[0])
+        for name in dict.fromkeys(name for _, _, found in here for name in found):
+            label, colour, marker = GPU_STYLES.get(name, (name, BLUE, "o"))
+            line = [(size, found[name]) for size, _, found in here if name in found]
+            line = [(size, one) for size, one in line if one.median is not None]
+            width = 2.2 if any(one.kind == "ours" for _, one in line) else 1
+            for right in (True, False):
+                some = [(x, one.median) for x, one in line if (one.answers != "wrong") == right]
+                style = {"marker": marker, "lw": width, "label": label, "color": colour}
+                if not right:
+                    style |= {"marker": "$?$", "ls": "", "ms": 8, "label": "wrong answers"}
+                if some:
+                    axis.plot(*zip(*some, strict=True), **{"ms": 4, **style})
+        roofs = [(size, roof(measured, one)) for size, one, _ in here]
+        if roofs and roofs[0][1]:
+            axis.plot(*zip(*roofs, strict=True), color="black", ls=":", lw=1.2, label="roof")
+        axis.set(xscale="log", yscale="log", title=f"B = {batch}", xlabel="bytes of keys")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("µs per call, median")
+    _legend(figure, axes)
+    figure.suptitle("lookup, bf16 keys, replays of a graph, cold caches")
     return True

@@ -1,0 +1,220 @@
+"""Part operators on a GPU: `lookup` and `adapt_` beside their peers.
+
+Each type, number and width of keys has codebooks of its own, enough of them for cold caches.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import grace_kernels
+from grace_kernels import Backend
+
+from . import gpu, peers
+from .gate import Answer, right_answers
+from .gpu import BF16, FP16, FP32, Call, Contestants
+from .measurements import Measurement, Progress, Settings
+from .peers import Book, Peer
+
+K, M = 1000, 1_000_000
+# The most telling shapes first: a time that ends leaves out the last.
+HEAD = (
+    (BF16, 4096, 100 * K),
+    (BF16, 768, K),
+    (BF16, 768, 100 * K),
+    (BF16, 4096, 10 * K),
+    (BF16, 768, 10 * K),
+)
+WRITES = ((BF16, 768, 10 * K), (BF16, 4096, 100 * K))
+REST = (
+    (BF16, 4096, M),
+    (BF16, 768, M),
+    (BF16, 4096, K),
+    (BF16, 11008, 100 * K),
+    (BF16, 11008, 10 * K),
+    (BF16, 11008, K),
+    (BF16, 11008, M),
+)
+OTHERS = ((FP32, 768, 100 * K), (FP32, 4096, 10 * K), (FP32, 768, 10 * K), (FP16, 4096, 100 * K))
+SMALL = ((FP32, 64, 300), (BF16, 48, 200))  # of a rehearsal
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is measured together: `op` is `lookup` or `adapt_`; a compiled peer stands alone."""
+
+    op: str
+    dtype: torch.dtype
+    dim: int
+    keys: int
+    batch: int
+    compiled: bool = False
+
+    @property
+    def codebook(self) -> tuple[Any, ...]:
+        """What shapes have in common that are measured on the same codebooks."""
+        return self.dtype, self.dim, self.keys, self.op
+
+    @property
+    def key_bytes(self) -> int:
+        """What one pass over the keys reads."""
+        return self.keys * self.dim * self.dtype.itemsize
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """Columns that all its measurements have in common."""
+        what = {"part": self.op, "data": "isotropic", "dtype": gpu.NAMES[self.dtype]}
+        return {**what, "keys": self.keys, "width": self.dim, "batch": self.batch}
+
+
+def first_shapes(settings: Settings) -> list[Shape]:
+    """Return the most telling shapes, in order."""
+    if settings.device != "cuda":
+        return [Shape("lookup", *book, batch) for book in SMALL for batch in (1, 8)]
+    batches = settings.pick((1, 8, 64, 512), (1, 64))
+    return [Shape("lookup", *b, n) for b in settings.pick(HEAD, HEAD[:3]) for n in batches]
+
+
+def other_shapes(settings: Settings) -> list[Shape]:
+    """Return the other shapes, in order: writes, compiled peers, and what is rarer."""
+    if settings.device != "cuda":
+        return [Shape("adapt_", *SMALL[0], 8), Shape("lookup", *SMALL[0], 1, True)]
+    head = settings.pick(HEAD, HEAD[:3])
+    found = [Shape("adapt_", *book, batch) for book in WRITES for batch in (1, 64)]
+    found += [Shape("lookup", *book, batch, True) for book in head for batch in (1, 64)]
+    if settings.quick:
+        return found
+    found += [Shape("lookup", *book, batch) for book in REST for batch in (1, 8, 64, 512)]
+    found += [Shape("lookup", *book, batch) for book in OTHERS for batch in (1, 8, 64)]
+    found += [Shape("lookup", *book, batch, True) for book in REST[:4] for batch in (1, 64)]
+    return found + [Shape("lookup", *book, batch, True) for book in head for batch in (8, 512)]
+
+
+def run(settings: Settings, progress: Progress) -> Iterator[Measurement]:
+    """Measure the most telling shapes, and name the peers that are not there."""
+    about = {"part": "lookup", "device": settings.device, "kind": "peer", "answers": "absent"}
+    for peer in peers.ON_GPU:
+        if not peers.is_there(peer):
+            why = f"not installed: pip install {peer.name}"
+            yield Measurement(**about, name=peer.name, note=why)
+    yield from _each(first_shapes(settings), settings, progress)
+
+
+def more(settings: Settings, progress: Progress) -> Iterator[Measurement]:
+    """Measure the other shapes."""
+    yield from _each(other_shapes(settings), settings, progress)
+
+
+def _each(shapes: list[Shape], settings: Settings, progress: Progress) -> Iterator[Measurement]:
+    device, done = gpu.device_of(settings), 0
+    for _, group in itertools.groupby(shapes, key=lambda shape: shape.codebook):
+        books: list[tuple[Book, Tensor]] = []
+        for shape in group:
+            columns = {**shape.columns, "device": settings.device}
+            try:
+                if time.monotonic() > settings.until:
+                    raise TimeoutError(gpu.LATE)
+                books = books or codebooks(shape, device)
+                yield from _measure(shape, books, columns, device)
+            except (TimeoutError, MemoryError) as why:
+                name = "torch.compile" if shape.compiled else "all"
+                yield Measurement(**columns, name=name, answers="absent", note=str(why))
+            progress(done := done + 1, len(shapes))
+        del books
+        gpu.release(device)
+
+
+def codebooks(shape: Shape, device: torch.device) -> list[tuple[Book, Tensor]]:
+    """Return codebooks that together are eight times the L2 cache, with their values."""
+    number = gpu.how_many(device, shape.key_bytes)
+    gpu.room_for(device, number * shape.key_bytes)
+    generator = torch.Generator(device).manual_seed(shape.keys)
+    radii = torch.full((shape.keys,), math.sqrt(2 * shape.dim) / 3, device=device)
+
+    def normal(width: int) -> Tensor:
+        made = torch.empty(shape.keys, width, dtype=shape.dtype, device=device)
+        return made.normal_(generator=generator)
+
+    wide = shape.dim if shape.op == "adapt_" else 1
+    return [(Book(normal(shape.dim), radii), normal(wide)) for _ in range(number)]
+
+
+def queries(keys: Tensor, batch: int, seed: int) -> Tensor:
+    """Return random queries, every second one near a key."""
+    generator = torch.Generator(keys.device).manual_seed(seed)
+    query = torch.randn(batch, keys.shape[1], device=keys.device, generator=generator)
+    at = torch.randint(len(keys), (batch,), device=keys.device, generator=generator)
+    query[::2] = keys[at[::2]].float() + 0.1 * query[::2]
+    return query.to(keys.dtype)
+
+
+def _measure(
+    shape: Shape, books: list[tuple[Book, Tensor]], columns: dict[str, Any], device: torch.device
+) -> Iterator[Measurement]:
+    asked = [(book, queries(book.keys, shape.batch, n)) for n, (book, _) in enumerate(books)]
+    right = [
+        right_answers(query, book.keys, book.radii, operations=("lookup",))["lookup"]
+        for book, query in asked[:2]
+    ]
+    values = [value for _, value in books]
+    hidden = None
+    if shape.op == "adapt_":
+        hidden = torch.zeros(shape.batch, shape.dim, dtype=shape.dtype, device=device)
+    contestants = {} if shape.compiled else _ours(asked, values, hidden, device)
+    for peer in (peers.COMPILED,) if shape.compiled else peers.ON_GPU:
+        if peers.is_there(peer):
+            contestants[peer.name] = "peer", partial(_peer, peer, asked, values, hidden)
+    return gpu.measured(columns, contestants, right, device, hidden, values)
+
+
+def _ours(
+    asked: Sequence[tuple[Book, Tensor]],
+    values: Sequence[Tensor],
+    hidden: Tensor | None,
+    device: torch.device,
+) -> Contestants:
+    count = torch.tensor(len(asked[0][0].keys), device=device)
+    rows = torch.arange(len(asked[0][1]), device=device)
+
+    def call(backend: Backend, book: Book, query: Tensor, value: Tensor) -> Answer:
+        how: dict[str, Any] = {"count": count, "backend": backend}
+        if hidden is None:
+            return grace_kernels.lookup(query, book.keys, book.radii, **how)
+        where = query, rows, rows, rows + 1
+        return grace_kernels.adapt_(hidden, *where, book.keys, book.radii, value, **how)
+
+    def calls(backend: Backend) -> list[Call]:
+        every = zip(asked, values, strict=True)
+        return [partial(call, backend, book, query, value) for (book, query), value in every]
+
+    return {backend: ("ours", partial(calls, backend)) for backend in gpu.ours(device)}
+
+
+def _peer(
+    peer: Peer,
+    asked: Sequence[tuple[Book, Tensor]],
+    values: Sequence[Tensor],
+    hidden: Tensor | None,
+) -> list[Call]:
+    calls = [peer.asks(book, query) for book, query in asked]
+    if hidden is None:
+        return calls
+    return [
+        partial(writing, call, value, hidden) for call, value in zip(calls, values, strict=True)
+    ]
+
+
+def writing(call: Call, values: Tensor, hidden: Tensor) -> Answer:
+    """Do with a peer's answer what `adapt_` does: write the value of a hit to a row of `hidden`."""
+    index, distance = call()
+    hidden.copy_(torch.where((index >= 0)[:, None], values[index.clamp(min=0)], hidden))
+    return index, distance
