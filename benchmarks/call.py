@@ -53,18 +53,8 @@ def run(settings: Settings, progress: Progress) -> list[Measurement]:
             raise RuntimeError("nearest gives a wrong index; nothing was measured")
         times = interleaved({**ours, **peers}, 2 * settings.budget, most=settings.pick(100, 25))
         for name, took in times.items():
-            found.append(
-                Measurement(
-                    "call",
-                    kind="ours" if name in ours else "peer",
-                    name=name,
-                    dtype="fp32",
-                    keys=n,
-                    width=WIDTH,
-                    batch=1,
-                    cache="warm",
-                    **took.columns("us"),
-                )
-            )
+            about = {"kind": "ours" if name in ours else "peer", "name": name, "dtype": "fp32"}
+            about |= {"keys": n, "width": WIDTH, "batch": 1, "cache": "warm"}
+            found.append(Measurement("call", **about, **took.columns("us")))
         progress(done, len(SIZES))
     return found

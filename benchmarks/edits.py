@@ -123,18 +123,11 @@ def edited(
         note = f"{len(timed)} timed, {steps[name] / len(edits):.1f} training steps per edit"
         if refused[name]:
             note += f"; {refused[name]} of {len(edits)} refused"
-        found.append(
-            Measurement(
-                **case,
-                dtype="fp32",
-                width=editor.codebook.keys.shape[1],
-                name=name,
-                kind="peer" if name.startswith("published") else "ours",
-                answers="wrong" if refused[name] else "",
-                note=note,
-                **Times.of(timed).columns("edits/s", 1),
-            )
-        )
+        about = {**case, "dtype": "fp32", "width": editor.codebook.keys.shape[1], "name": name}
+        about["kind"] = "peer" if name.startswith("published") else "ours"
+        answers = "wrong" if refused[name] else ""
+        times = Times.of(timed).columns("edits/s", 1)
+        found.append(Measurement(**about, answers=answers, note=note, **times))
     return found
 
 
@@ -188,21 +181,12 @@ def inserts(count: int, width: int, seconds: float) -> list[Measurement]:
     times = interleaved({"Codebook.insert": insert, "published append": append}, seconds)
     answers = {"Codebook.insert": "exact" if found_again(book, inserted) else "wrong"}
     answers["published append"] = "rounded" if found == nearest else "wrong"
+    about = {"part": "edits", "data": "isotropic", "dtype": "fp32", "radius": RADIUS}
+    about |= {"keys": count, "width": width, "batch": 1}
+    kinds = {"Codebook.insert": "ours", "published append": "peer"}
     return [
-        Measurement(
-            part="edits",
-            data="isotropic",
-            dtype="fp32",
-            keys=count,
-            width=width,
-            batch=1,
-            radius=RADIUS,
-            name=name,
-            kind="peer" if name.startswith("published") else "ours",
-            answers=answers[name],
-            **t.columns("edits/s", 1),
-        )
-        for name, t in times.items()
+        Measurement(**about, name=n, kind=kinds[n], answers=answers[n], **t.columns("edits/s", 1))
+        for n, t in times.items()
     ]
 
 

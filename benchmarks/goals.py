@@ -126,28 +126,17 @@ def pruned(
     return found
 
 
-def _faiss(batch: int, wanted: float) -> Callable[[Measured], Found]:
+def _sketched(
+    name: str, batch: int, narrow: float, wide: float, million: bool = False
+) -> Callable[[Measured], Found]:
+    """Find lookups through a sketch beside `name`; 4096 is wide."""
+
     def find(measured: Measured) -> Found:
-        for one, other in pruned(measured, "faiss IndexFlatL2"):
-            if one.batch == batch and one.keys == 100_000:
-                yield where(one), ratio(one, other), wanted
+        for one, other in pruned(measured, name, million):
+            if one.batch == batch and (million or one.keys == 100_000):
+                yield where(one), ratio(one, other), narrow if (one.width or 0) < 4096 else wide
 
     return find
-
-
-def _read(batch: int) -> Callable[[Measured], Found]:
-    def find(measured: Measured) -> Found:
-        for one, other in pruned(measured, "read the keys"):
-            if one.batch == batch and one.keys == 100_000:
-                wanted = 6.0 if (one.width or 0) < 4096 else 25.0
-                yield where(one), ratio(one, other), wanted if batch == 1 else wanted / 2
-
-    return find
-
-
-def _million(measured: Measured) -> Found:
-    for one, other in pruned(measured, "read the keys", million=True):
-        yield where(one), ratio(one, other), 30.0
 
 
 def worst_cases(measured: Measured) -> list[tuple[Measurement, float]]:
@@ -200,6 +189,7 @@ def _steps(measured: Measured) -> Found:
             yield f"{one.name}, {one.keys:,} entries", one.median, 0.0
 
 
+_FAISS, _READ = "faiss IndexFlatL2", "read the keys"
 _GOALS: tuple[tuple[str, Callable[[Measured], Found], bool], ...] = (
     ("brute force, 1 query: at least 2 times the best right peer", _brute(1, 2.0), False),
     ("brute force, 8 queries: at least 3 times", _brute(8, 3.0), False),
@@ -208,11 +198,23 @@ _GOALS: tuple[tuple[str, Callable[[Measured], Found], bool], ...] = (
     ("8 queries, all with float32 keys: at least 3 times", _brute(8, 3.0, "fp32"), False),
     ("64 queries, all with float32 keys: at least once", _brute(64, 1.0, "fp32"), False),
     ("1 query, cold, 100,000 keys: at least 0.8 of the speed of reading", _bandwidth, False),
-    ("sketch, 1 query: at least 20 times faiss IndexFlatL2", _faiss(1, 20.0), False),
-    ("sketch, 8 queries: at least 10 times faiss IndexFlatL2", _faiss(8, 10.0), False),
-    ("sketch, 1 query: at least 6 (768) or 25 (4096) times reading the keys", _read(1), False),
-    ("sketch, 8 queries: at least 3 (768) or 12.5 (4096) times reading", _read(8), False),
-    ("sketch, a million keys of 4096: at least 30 times reading them", _million, False),
+    ("sketch, 1 query: at least 20 times faiss IndexFlatL2", _sketched(_FAISS, 1, 20, 20), False),
+    ("sketch, 8 queries: at least 10 times faiss IndexFlatL2", _sketched(_FAISS, 8, 10, 10), False),
+    (
+        "sketch, 1 query: at least 6 (768) or 25 (4096) times reading the keys",
+        _sketched(_READ, 1, 6, 25),
+        False,
+    ),
+    (
+        "sketch, 8 queries: at least 3 (768) or 12.5 (4096) times reading",
+        _sketched(_READ, 8, 3, 12.5),
+        False,
+    ),
+    (
+        "sketch, a million keys of 4096: at least 30 times reading them",
+        _sketched(_READ, 1, 30, 30, million=True),
+        False,
+    ),
     ("sketch where it proves nothing: at most 1.15 of the time without", _worst, True),
     ("sketch: at most 10 % of the keys' bytes", _share_of_keys, True),
     ("fitting a sketch of 100,000 × 4096: at most 60 s", _fit, True),
@@ -289,28 +291,24 @@ def key_bytes(one: Measurement) -> int:
     return (one.keys or 0) * (one.width or 0) * (4 if one.dtype == "fp32" else 2)
 
 
-def _peers(least: float, most: float, wanted: float) -> Callable[[Measured], Found]:
-    """Find cases with so many megabytes of keys, and the best right peer's time over ours."""
+def _over(
+    wanted: float,
+    megabytes: tuple[float, float] = (0, math.inf),
+    name: str = "",
+    dtypes: Sequence[str] = ("bf16", "fp16", "fp32"),
+) -> Callable[[Measured], Found]:
+    """Find the time of a peer, or of the best right one, over ours, for some sizes of keys."""
 
     def find(measured: Measured) -> Found:
         for ours, peers in on_a_gpu(measured):
-            mine, peer = best(ours), best(peers)
-            if mine and peer and least < key_bytes(mine) / 1e6 <= most:
-                yield (
-                    f"{mine.part}, {where(mine)}, {mine.dtype}; {peer.name}",
-                    ratio(mine, peer),
-                    wanted,
-                )
+            mine, peer = best(ours), peers.get(name) if name else best(peers)
+            if mine is None or peer is None or peer.median is None or mine.dtype not in dtypes:
+                continue
+            if megabytes[0] < key_bytes(mine) / 1e6 <= megabytes[1]:
+                told = f"{mine.part}, {where(mine)}, {mine.dtype}; {peer.name}"
+                yield told, ratio(mine, peer), wanted
 
     return find
-
-
-def _cdist(measured: Measured) -> Found:
-    for ours, peers in on_a_gpu(measured):
-        mine, peer = best(ours), peers.get("cdist")
-        if mine and peer and peer.median is not None:
-            wanted = 5.0 if mine.dtype == "fp32" else 10.0
-            yield f"{mine.part}, {where(mine)}, {mine.dtype}", ratio(mine, peer), wanted
 
 
 def _roofs(measured: Measured) -> Found:
@@ -330,11 +328,13 @@ def _with_sketches(worst: bool, wanted: float) -> Callable[[Measured], Found]:
     return find
 
 
+_NARROW = ("bf16", "fp16")
 _GPU_GOALS: tuple[tuple[str, Callable[[Measured], Found], bool], ...] = (
-    ("keys up to 20 MB: at least 2 times the best right peer", _peers(0, 20, 2.0), False),
-    ("20 to 250 MB: at least 1.2 times", _peers(20, 250, 1.2), False),
-    ("beyond: at least 1.05 times", _peers(250, math.inf, 1.05), False),
-    ("at least 10 (fp32 keys: 5) times cdist", _cdist, False),
+    ("keys up to 20 MB: at least 2 times the best right peer", _over(2.0, (0, 20)), False),
+    ("20 to 250 MB: at least 1.2 times", _over(1.2, (20, 250)), False),
+    ("beyond: at least 1.05 times", _over(1.05, (250, math.inf)), False),
+    ("at least 10 times cdist, 16-bit keys", _over(10.0, name="cdist", dtypes=_NARROW), False),
+    ("at least 5 times cdist, float32 keys", _over(5.0, name="cdist", dtypes=("fp32",)), False),
     ("up to 8 queries, 400 MB or more: at least 0.9 of the copy bandwidth", _roofs, False),
     ("sketch: at most 0.5 of the time without", _with_sketches(False, 0.5), True),
     (

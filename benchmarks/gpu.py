@@ -9,8 +9,11 @@ every call. Eager: calls from Python over the same codebooks by the host's clock
 from __future__ import annotations
 
 import gc
+import itertools
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -35,6 +38,71 @@ Call = Callable[[], Answer]
 def device_of(settings: Settings) -> torch.device:
     """Return the GPU, or in a rehearsal the CPU."""
     return torch.device("cuda", 0) if settings.device == "cuda" else torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is measured together: `part` is `lookup`, `adapt_` or `pruned`.
+
+    A compiled peer is measured alone: compiling takes seconds.
+    """
+
+    part: str
+    dtype: torch.dtype
+    dim: int
+    keys: int
+    batch: int
+    compiled: bool = False
+    data: str = "isotropic"
+
+    @property
+    def codebook(self) -> tuple[Any, ...]:
+        """What shapes have in common that are measured on the same codebooks."""
+        return self.part, self.data, self.dtype, self.dim, self.keys
+
+    @property
+    def key_bytes(self) -> int:
+        """What one pass over the keys reads."""
+        return self.keys * self.dim * self.dtype.itemsize
+
+
+Columns = dict[str, Any]
+
+
+def each(
+    shapes: Sequence[Shape],
+    settings: Settings,
+    progress: Progress,
+    make: Callable[[Shape, torch.device], Any],
+    measure: Callable[[Shape, Any, Columns, torch.device], Iterator[Measurement]],
+) -> Iterator[Measurement]:
+    """Measure shapes in order, those next to each other on the codebooks that they share.
+
+    Args:
+        shapes: what is measured; what is begun too late, or does not fit, is said to be absent.
+        settings: of the run.
+        progress: called after every shape.
+        make: makes the codebooks of a shape.
+        measure: measures a shape on them; gets the columns of all its measurements.
+    """
+    device, done = device_of(settings), 0
+    for _, group in itertools.groupby(shapes, key=lambda shape: shape.codebook):
+        books = None
+        for shape in group:
+            about = {"part": shape.part, "device": settings.device, "data": shape.data}
+            about |= {"dtype": NAMES[shape.dtype], "keys": shape.keys, "width": shape.dim}
+            columns: Columns = {**about, "batch": shape.batch}
+            try:
+                if time.monotonic() > settings.until:
+                    raise TimeoutError(LATE)
+                books = books or make(shape, device)
+                yield from measure(shape, books, columns, device)
+            except (TimeoutError, MemoryError) as why:
+                name = "torch.compile" if shape.compiled else "all"
+                yield Measurement(**columns, name=name, answers="absent", note=str(why))
+            progress(done := done + 1, len(shapes))
+        del books
+        release(device)
 
 
 def ours(device: torch.device) -> tuple[Backend, ...]:

@@ -5,11 +5,8 @@ Each type, number and width of keys has codebooks of its own, enough of them for
 
 from __future__ import annotations
 
-import itertools
 import math
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,7 +18,7 @@ from grace_kernels import Backend
 
 from . import gpu, peers
 from .gate import Answer, right_answers
-from .gpu import BF16, FP16, FP32, Call, Contestants
+from .gpu import BF16, FP16, FP32, Call, Columns, Contestants, Shape
 from .measurements import Measurement, Progress, Settings
 from .peers import Book, Peer
 
@@ -48,34 +45,6 @@ OTHERS = ((FP32, 768, 100 * K), (FP32, 4096, 10 * K), (FP32, 768, 10 * K), (FP16
 SMALL = ((FP32, 64, 300), (BF16, 48, 200))  # of a rehearsal
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What is measured together: `op` is `lookup` or `adapt_`; a compiled peer stands alone."""
-
-    op: str
-    dtype: torch.dtype
-    dim: int
-    keys: int
-    batch: int
-    compiled: bool = False
-
-    @property
-    def codebook(self) -> tuple[Any, ...]:
-        """What shapes have in common that are measured on the same codebooks."""
-        return self.dtype, self.dim, self.keys, self.op
-
-    @property
-    def key_bytes(self) -> int:
-        """What one pass over the keys reads."""
-        return self.keys * self.dim * self.dtype.itemsize
-
-    @property
-    def columns(self) -> dict[str, Any]:
-        """Columns that all its measurements have in common."""
-        what = {"part": self.op, "data": "isotropic", "dtype": gpu.NAMES[self.dtype]}
-        return {**what, "keys": self.keys, "width": self.dim, "batch": self.batch}
-
-
 def first_shapes(settings: Settings) -> list[Shape]:
     """Return the most telling shapes, in order."""
     if settings.device != "cuda":
@@ -100,37 +69,13 @@ def other_shapes(settings: Settings) -> list[Shape]:
 
 
 def run(settings: Settings, progress: Progress) -> Iterator[Measurement]:
-    """Measure the most telling shapes, and name the peers that are not there."""
-    about = {"part": "lookup", "device": settings.device, "kind": "peer", "answers": "absent"}
-    for peer in peers.ON_GPU:
-        if not peers.is_there(peer):
-            why = f"not installed: pip install {peer.name}"
-            yield Measurement(**about, name=peer.name, note=why)
-    yield from _each(first_shapes(settings), settings, progress)
+    """Measure the most telling shapes."""
+    return gpu.each(first_shapes(settings), settings, progress, codebooks, _measure)
 
 
 def more(settings: Settings, progress: Progress) -> Iterator[Measurement]:
     """Measure the other shapes."""
-    yield from _each(other_shapes(settings), settings, progress)
-
-
-def _each(shapes: list[Shape], settings: Settings, progress: Progress) -> Iterator[Measurement]:
-    device, done = gpu.device_of(settings), 0
-    for _, group in itertools.groupby(shapes, key=lambda shape: shape.codebook):
-        books: list[tuple[Book, Tensor]] = []
-        for shape in group:
-            columns = {**shape.columns, "device": settings.device}
-            try:
-                if time.monotonic() > settings.until:
-                    raise TimeoutError(gpu.LATE)
-                books = books or codebooks(shape, device)
-                yield from _measure(shape, books, columns, device)
-            except (TimeoutError, MemoryError) as why:
-                name = "torch.compile" if shape.compiled else "all"
-                yield Measurement(**columns, name=name, answers="absent", note=str(why))
-            progress(done := done + 1, len(shapes))
-        del books
-        gpu.release(device)
+    return gpu.each(other_shapes(settings), settings, progress, codebooks, _measure)
 
 
 def codebooks(shape: Shape, device: torch.device) -> list[tuple[Book, Tensor]]:
@@ -144,7 +89,7 @@ def codebooks(shape: Shape, device: torch.device) -> list[tuple[Book, Tensor]]:
         made = torch.empty(shape.keys, width, dtype=shape.dtype, device=device)
         return made.normal_(generator=generator)
 
-    wide = shape.dim if shape.op == "adapt_" else 1
+    wide = shape.dim if shape.part == "adapt_" else 1
     return [(Book(normal(shape.dim), radii), normal(wide)) for _ in range(number)]
 
 
@@ -158,7 +103,7 @@ def queries(keys: Tensor, batch: int, seed: int) -> Tensor:
 
 
 def _measure(
-    shape: Shape, books: list[tuple[Book, Tensor]], columns: dict[str, Any], device: torch.device
+    shape: Shape, books: list[tuple[Book, Tensor]], columns: Columns, device: torch.device
 ) -> Iterator[Measurement]:
     asked = [(book, queries(book.keys, shape.batch, n)) for n, (book, _) in enumerate(books)]
     right = [
@@ -167,12 +112,11 @@ def _measure(
     ]
     values = [value for _, value in books]
     hidden = None
-    if shape.op == "adapt_":
+    if shape.part == "adapt_":
         hidden = torch.zeros(shape.batch, shape.dim, dtype=shape.dtype, device=device)
     contestants = {} if shape.compiled else _ours(asked, values, hidden, device)
     for peer in (peers.COMPILED,) if shape.compiled else peers.ON_GPU:
-        if peers.is_there(peer):
-            contestants[peer.name] = "peer", partial(_peer, peer, asked, values, hidden)
+        contestants[peer.name] = "peer", partial(_peer, peer, asked, values, hidden)
     return gpu.measured(columns, contestants, right, device, hidden, values)
 
 

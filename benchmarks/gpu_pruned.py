@@ -8,9 +8,7 @@ the keys have no structure and the radii cover everything, so that a sketch only
 
 from __future__ import annotations
 
-import itertools
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +22,7 @@ from grace_kernels import Sketch
 
 from . import gpu
 from .gate import Answer, right_answers
+from .gpu import Columns, Shape
 from .measurements import Measurement, Progress, Settings
 from .pruned import MILLION, SURVIVORS
 
@@ -42,84 +41,68 @@ class Sketched:
     sketch: Sketch
 
 
-def shapes(settings: Settings) -> list[tuple[str, torch.dtype, int, int, int]]:
-    """Return data, type, keys, width and batch of what is measured, in order."""
+def shapes(settings: Settings) -> list[Shape]:
+    """Return what is measured, in order."""
     if settings.device != "cuda":
-        return [(SPECTRUM, gpu.FP32, 3000, 96, 1), (COVERED, gpu.BF16, 3000, 400, 8)]
-    sizes = [(100_000, 4096), (100_000, 768)]
+        return [
+            Shape("pruned", gpu.FP32, 96, 3000, 1, data=SPECTRUM),
+            Shape("pruned", gpu.BF16, 400, 3000, 8, data=COVERED),
+        ]
+    sizes = [(4096, 100_000), (768, 100_000)]
     found = [(data, *size) for data in (SPECTRUM, COVERED) for size in sizes]
-    found += settings.pick([(SPECTRUM, MILLION, 4096), (SPECTRUM, MILLION, 768)], [])
-    return [(data, gpu.BF16, n, dim, batch) for data, n, dim in found for batch in (1, 8)]
+    found += settings.pick([(SPECTRUM, 4096, MILLION), (SPECTRUM, 768, MILLION)], [])
+    return [Shape("pruned", gpu.BF16, d, n, b, data=data) for data, d, n in found for b in (1, 8)]
 
 
 def run(settings: Settings, progress: Progress) -> Iterator[Measurement]:
     """Measure every backend with a sketch and without."""
-    device, every = gpu.device_of(settings), shapes(settings)
-    for done, ((data, dtype, n, dim), group) in enumerate(
-        itertools.groupby(every, key=lambda shape: shape[:-1])
-    ):
-        progress(2 * done, len(every))
-        about = {"part": "pruned", "device": settings.device, "data": data}
-        about |= {"dtype": gpu.NAMES[dtype], "keys": n, "width": dim}
-        try:
-            if time.monotonic() > settings.until:
-                raise TimeoutError(gpu.LATE)
-            books = sketched(data, dtype, n, dim, device)
-        except (TimeoutError, MemoryError) as why:
-            yield Measurement(**about, name="all", answers="absent", note=str(why))
-            continue
-        share = 100 * books[0].sketch.nbytes / books[0].keys.nbytes
-        told = {"name": "sketch, share of the keys", "unit": "%", "median": share}
-        yield Measurement(**about, **told)
-        for *_, batch in group:
-            yield from _with_and_without(books, {**about, "batch": batch}, device)
-        del books
-        gpu.release(device)
+    return gpu.each(shapes(settings), settings, progress, sketched, _with_and_without)
 
 
-def sketched(
-    data: str, dtype: torch.dtype, n: int, dim: int, device: torch.device
-) -> list[Sketched]:
+def sketched(shape: Shape, device: torch.device) -> list[Sketched]:
     """Return codebooks whose keys, and whose sketches, are together eight times the L2 cache.
 
     So many sketches are copies of few, each with its own radii: the slots that survive are few
     enough for their keys to be shared.
     """
-    each, codes = n * dim * dtype.itemsize, 74 * n
-    books = gpu.how_many(device, each)
+    n, codes = shape.keys, 74 * shape.keys
+    books = gpu.how_many(device, shape.key_bytes)
     copies = max(books, gpu.how_many(device, codes))
-    gpu.room_for(device, books * each + copies * codes)
+    gpu.room_for(device, books * shape.key_bytes + copies * codes)
     generator = torch.Generator(device).manual_seed(n)
-    made = [_drawn(data, dtype, n, dim, generator) for _ in range(books)]
+    made = [_drawn(shape, generator) for _ in range(books)]
     for at in range(books, copies):
         book = made[at % books]
         made.append(Sketched(book.keys, book.radii.clone(), book.query, book.sketch.resized(n)))
     return made
 
 
-def _drawn(data: str, dtype: torch.dtype, n: int, dim: int, generator: torch.Generator) -> Sketched:
-    device = generator.device
-    variance = torch.arange(1, dim + 1, device=device) ** (EXPONENT if data == SPECTRUM else 0.0)
+def _drawn(shape: Shape, generator: torch.Generator) -> Sketched:
+    device, n, dim = generator.device, shape.keys, shape.dim
+    like = shape.data == SPECTRUM
+    variance = torch.arange(1, dim + 1, device=device) ** (EXPONENT if like else 0.0)
     turn = torch.linalg.qr(torch.randn(dim, dim, device=device, generator=generator)).Q
     turn = variance.sqrt()[:, None] * turn
 
     def drawn(rows: int) -> Tensor:
         return torch.randn(rows, dim, device=device, generator=generator) @ turn
 
-    keys = torch.empty(n, dim, dtype=dtype, device=device)
+    keys = torch.empty(n, dim, dtype=shape.dtype, device=device)
     for part in keys.split(max(1, (1 << 28) // dim)):
         part.copy_(drawn(len(part)))
-    query = drawn(8).to(dtype)
+    query = drawn(8).to(shape.dtype)
     distance = grace_kernels.nearest(query, keys, torch.zeros(n, device=device))[1]
-    radius = float(distance.median()) / DISTANT if data == SPECTRUM else math.inf
+    radius = float(distance.median()) / DISTANT if like else math.inf
     radii = torch.full((n,), radius, device=device)
     return Sketched(keys, radii, query, Sketch.fit(keys, radii))
 
 
 def _with_and_without(
-    books: list[Sketched], about: dict[str, Any], device: torch.device
+    shape: Shape, books: list[Sketched], about: Columns, device: torch.device
 ) -> Iterator[Measurement]:
-    count, batch = torch.tensor(len(books[0].keys), device=device), about["batch"]
+    share = 100 * books[0].sketch.nbytes / books[0].keys.nbytes
+    yield Measurement(**about, name="sketch, share of the keys", unit="%", median=share)
+    count, batch = torch.tensor(shape.keys, device=device), shape.batch
     right = [
         right_answers(b.query[:batch], b.keys, b.radii, operations=("lookup",))["lookup"]
         for b in books[:2]
@@ -133,11 +116,9 @@ def _with_and_without(
     for backend in gpu.ours(device):
         for name, with_sketch in ((f"{backend}, sketch", True), (backend, False)):
             ask = partial(call, backend, with_sketch)
-            contestant: gpu.Contestants = {
-                name: ("ours", lambda a=ask: [partial(a, b) for b in books])
-            }
+            calls = [partial(ask, book) for book in books]
             books[0].sketch.counters.zero_()
-            yield from gpu.measured(about, contestant, right, device)
+            yield from gpu.measured(about, {name: ("ours", lambda c=calls: c)}, right, device)
             counts = books[0].sketch.counts()
             if counts["pairs"]:
                 scored, scanned = (100 * counts[k] / counts["pairs"] for k in ("scored", "scanned"))

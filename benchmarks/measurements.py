@@ -24,23 +24,11 @@ Progress = Callable[[int, int], object]
 
 @dataclass(frozen=True)
 class Measurement:
-    """One thing that was timed, in one case.
+    """One thing that was timed, in one case; README.md says what each column means.
 
-    Attributes:
-        part: the part of the suite, a key of `suite.PARTS` (`operators` writes `nearest`, `lookup`
-            and `adapt_`).
-        device: `cpu`, `cuda`, or `rehearsal` for a CPU in the place of a GPU.
-        data: what the keys are like, such as `isotropic` or `activations`.
-        dtype: of the keys that this contestant reads.
-        keys, width, batch: N, D and B of the case.
-        radius: of every entry, where it matters.
-        cache: `warm` or `cold`, where both are measured; on a GPU `eager` too.
-        name: of the contestant.
-        kind: `ours`, `peer`, or `bound` for what a contestant cannot do without.
-        answers: `exact` (the reference's bits), `rounded` (the right indices, distances that
-            round), `wrong`, `absent` (could not be had: `note` says why), or empty.
-        unit: of median, p20 and p80.
-        note: whatever else has to be known.
+    `kind` is `ours`, `peer`, or `bound` for what a contestant cannot do without. `answers` is
+    `exact` (the reference's bits), `rounded` (the right indices, distances that round), `wrong`,
+    `absent` (could not be had: `note` says why), or empty.
     """
 
     part: str

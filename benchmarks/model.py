@@ -278,19 +278,10 @@ class Bench:
         return [*self._prefills(seconds), *self._generations(seconds), *self._steps()]
 
     def _one(self, data: str, c: Contestant, **columns: Any) -> Measurement:
-        return Measurement(
-            part="model",
-            data=data,
-            dtype="fp32",
-            keys=len(self.keys),
-            width=self.keys.shape[1],
-            batch=1,
-            radius=float(self.radii[0]),
-            name=c.name,
-            kind=c.kind,
-            answers=c.answers,
-            **columns,
-        )
+        about = {"part": "model", "data": data, "dtype": "fp32", "keys": len(self.keys), "batch": 1}
+        about |= {"width": self.keys.shape[1], "radius": float(self.radii[0])}
+        about |= {"name": c.name, "kind": c.kind, "answers": c.answers}
+        return Measurement(**about, **columns)
 
     def _prefills(self, seconds: float) -> list[Measurement]:
         """Time prefills, and in these very prefills the lookups."""

@@ -114,13 +114,7 @@ def keys_and_queries(
             for part in keys.split(1 << 13):
                 part.copy_(part.bfloat16())
 
-            def query(
-                batch: int,
-                among: int,
-                keys: Tensor = keys,
-                others: Tensor = others,
-                step: float = step,
-            ) -> Tensor:
+            def query(batch: int, among: int, keys=keys, others=others, step=step) -> Tensor:  # type: ignore
                 source = torch.Generator().manual_seed(batch)
                 rows = others[:batch].clone()
                 near = torch.randint(among, (batch,), generator=source)
@@ -240,17 +234,9 @@ def _measurements(
         part, kind, called, dtype, way = name
         answers, note = verdicts.get(name, ("", ""))
         radius = float(case.book.radii[0]) if part != "nearest" else None
-        yield Measurement(
-            part,
-            kind=kind,
-            name=called,
-            dtype=dtype,
-            answers=answers,
-            radius=radius,
-            note="; ".join(filter(None, (way, note))),
-            **columns,
-            **times[name].columns("ms"),
-        )
+        about = {"kind": kind, "name": called, "dtype": dtype, "answers": answers}
+        about |= {"radius": radius, "note": "; ".join(filter(None, (way, note)))}
+        yield Measurement(part, **about, **columns, **times[name].columns("ms"))
 
 
 def million(settings: Settings) -> list[Measurement]:

@@ -10,7 +10,6 @@ before it is timed.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -152,14 +151,14 @@ def _faiss(book: Book, query: Tensor, kind: str) -> Callable[[], Answer]:
 
     faiss.omp_set_num_threads(book.threads)
     if kind not in book.indexes:
-        dim = book.wide.shape[1]
+        dim = book.keys.shape[1]
         if kind == "flat":
             index = faiss.IndexFlatL2(dim)
         else:
             coded = faiss.ScalarQuantizer.QT_bf16
             index = faiss.IndexScalarQuantizer(dim, coded, faiss.METRIC_L2)
-        for part in book.wide.split(1 << 14):
-            index.add(part.numpy())
+        for part in book.keys.split(1 << 14):
+            index.add(part.float().numpy())
         book.indexes[kind] = index
     index, rows = book.indexes[kind], query.float().numpy()
 
@@ -265,7 +264,7 @@ def _covered(radii: Tensor, index: Tensor, distance: Tensor) -> tuple[Tensor, Te
 
 
 def _found(keys: Tensor, radii: Tensor, query: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the answer of what only names the nearest key: its distance again, in float64."""
+    """Return the answer, the distance to the nearest key anew, in float64."""
     difference = query.double() - keys[index].double()
     return _covered(radii, index, difference.square().sum(dim=1).float().sqrt())
 
@@ -329,58 +328,13 @@ def _compile_covered(book: Book, query: Tensor) -> Callable[[], Answer]:
     return lambda: after(product(query, keys.T), keys, radii, book.norms, query)
 
 
-def _flash_kmeans(book: Book, query: Tensor) -> Callable[[], Answer]:
-    """flash-kmeans: the assignment step of its Euclidean k-means."""
-    from flash_kmeans.assign_euclid_triton import euclid_assign_triton
-
-    x, keys, norms = query[None], book.keys[None], book.norms[None]
-
-    def ask() -> Answer:
-        found = euclid_assign_triton(x, keys, x.float().square().sum(dim=-1), c_sq=norms)
-        return _found(book.keys, book.radii, query, found[0].long())
-
-    return ask
-
-
-def _fastkmeans(book: Book, query: Tensor) -> Callable[[], Answer]:
-    """fastkmeans: the assignment of one chunk."""
-    from fastkmeans.triton_kernels import chunked_kmeans_kernel
-
-    def ask() -> Answer:
-        index = torch.empty(len(query), dtype=torch.int32, device=query.device)
-        norms = query.float().square().sum(dim=1)
-        chunked_kmeans_kernel(query, norms, book.keys, book.norms, index)
-        return _found(book.keys, book.radii, query, index.long())
-
-    return ask
-
-
-def _vector_quantize(book: Book, query: Tensor) -> Callable[[], Answer]:
-    """vector-quantize-pytorch: the distances of its Euclidean codebook, kept in float32."""
-    from vector_quantize_pytorch.vector_quantize_pytorch import cdist as distances
-
-    def ask() -> Answer:
-        found = distances(query.float()[None], book.wide[None])[0]
-        return _found(book.keys, book.radii, query, found.argmin(dim=1))
-
-    return ask
-
-
 COMPILED = Peer("torch.compile", "", "", _compile_covered)
 ON_GPU = (
     Peer("cuBLAS keys @ query", "", "", _keys_query),
     Peer("cuBLAS query @ keys", "", "", _query_keys),
     Peer("cdist", "", "", _cdist_covered),
-    Peer("flash-kmeans", "", "flash_kmeans", _flash_kmeans),
-    Peer("fastkmeans", "", "fastkmeans", _fastkmeans),
-    Peer("vector-quantize-pytorch", "", "vector_quantize_pytorch", _vector_quantize),
 )
-"""Those on a GPU, any type of keys; the package is the module that says whether it is installed."""
-
-
-def is_there(peer: Peer) -> bool:
-    """Tell whether a peer on a GPU is installed."""
-    return not peer.package or importlib.util.find_spec(peer.package) is not None
+"""Those on a GPU, for keys of any type."""
 
 
 def limit_threads(threads: int) -> None:

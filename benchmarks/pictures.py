@@ -8,16 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from .goals import families, key_bytes, on_a_gpu, ours_and_best, roof, shares
-from .measurements import Measured, Measurement, Run, ratio, select
+from .measurements import Measured, Run, ratio, select
 
 # Okabe and Ito's colours, which stay apart for the colour-blind; markers differ too.
-BLUE, SKY, GREEN, YELLOW, ORANGE, RED, PINK, GREY = (
-    "#0072B2", "#56B4E9", "#009E73", "#F0E442", "#E69F00", "#D55E00", "#CC79A7", "#777777",
-)  # fmt: skip
-OURS = {
-    ("nearest", "bf16"): ("nearest, bf16 keys", BLUE, "o"),
-    ("nearest", "fp32"): ("nearest, fp32 keys", SKY, "s"),
-}
+BLUE, SKY, GREEN, ORANGE, RED = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00"
+PINK, GREY, BROWN, BLACK = "#CC79A7", "#777777", "#8C6D31", "#000000"
+OURS = {"bf16": ("nearest, bf16 keys", BLUE, "o"), "fp32": ("nearest, fp32 keys", SKY, "s")}
 PEERS = {
     "torch product": (GREEN, "^"),
     "torch.compile": (PINK, "v"),
@@ -25,10 +21,18 @@ PEERS = {
     "faiss IndexFlatL2": (ORANGE, "D"),
     "faiss bf16 codes": (ORANGE, "d"),
     "usearch exact": (RED, "P"),
-    "scikit-learn argmin": ("#8C6D31", "*"),
-    "PyKeOps argmin": ("#000000", "+"),
+    "scikit-learn argmin": (BROWN, "*"),
+    "PyKeOps argmin": (BLACK, "+"),
+}
+ON_A_GPU = {
+    "triton": (BLUE, "o"),
+    "cuda": (RED, "s"),
+    "cuBLAS": (GREEN, "^"),
+    "torch.compile": (PINK, "v"),
+    "cdist": (GREY, "x"),
 }
 WIDTH_COLOURS = (BLUE, RED, GREEN, ORANGE)
+WRONG = {"marker": "$?$", "ls": "", "ms": 8, "label": "wrong answers"}
 
 
 def draw(run: Run, out: Path, stem: str) -> list[Path]:
@@ -38,7 +42,7 @@ def draw(run: Run, out: Path, stem: str) -> list[Path]:
 
     out.mkdir(parents=True, exist_ok=True)
     kinds: dict[str, Callable[[Any, Measured], bool]] = {
-        "": on_gpu,
+        "": times_on_a_gpu,
         "-latency": latency,
         "-roofline": roofline,
         "-speedup": speedup,
@@ -61,6 +65,12 @@ def draw(run: Run, out: Path, stem: str) -> list[Path]:
     return written
 
 
+def _plot(axis: Any, points: Sequence[tuple[Any, Any]], **style: Any) -> None:
+    """Draw a line, if there is a point."""
+    if points:
+        axis.plot(*zip(*points, strict=True), **style)
+
+
 def _data(measured: Measured) -> str:
     return "activations" if select(measured, part="nearest", data="activations") else "isotropic"
 
@@ -68,8 +78,8 @@ def _data(measured: Measured) -> str:
 def latency(figure: Any, measured: Measured) -> bool:
     """Time of a call against the number of keys: a panel per width and batch, and the roofline."""
     data = _data(measured)
-    found = [r for r in measured if r.part == "nearest" and r.data == data and r.cache == "warm"]
-    found = [r for r in found if r.device == "cpu" and r.median is not None]
+    found = select(measured, part="nearest", data=data, cache="warm", device="cpu")
+    found = sorted((r for r in found if r.median is not None), key=lambda r: r.keys or 0)
     batches = sorted({r.batch or 0 for r in found})
     widths = sorted({r.width or 0 for r in found})
     if not batches:
@@ -79,11 +89,13 @@ def latency(figure: Any, measured: Measured) -> bool:
     bandwidth = next((r.median for r in select(measured, part="read")), None)
     for line, width in zip(axes, widths, strict=True):
         for axis, batch in zip(line, batches, strict=True):
-            here = [r for r in found if (r.width, r.batch) == (width, batch)]
+            here = select(found, width=width, batch=batch)
             _lines(axis, here)
             sizes = sorted({r.keys or 0 for r in here})
-            if bandwidth:
-                _roof(axis, sizes, width, bandwidth)
+            for size, name, dash in ((2, "bf16", ":"), (4, "fp32", "-.")) if bandwidth else ():
+                label = f"roofline, {name}: bytes / read bandwidth"
+                roofs = [(n, n * width * size / bandwidth / 1e6) for n in sizes]
+                _plot(axis, roofs, color="black", ls=dash, lw=1.2, label=label)
             axis.set(xscale="log", yscale="log", title=f"width {width}, B = {batch}")
             _plain(axis, "x", "y")
             axis.grid(alpha=0.3)
@@ -99,62 +111,22 @@ def latency(figure: Any, measured: Measured) -> bool:
     return True
 
 
-def _lines(axis: Any, here: Sequence[Measurement]) -> None:
-    for (part, dtype), (label, colour, marker) in OURS.items():
-        mine = sorted(select(here, part=part, dtype=dtype, kind="ours"), key=lambda r: r.keys or 0)
+def _lines(axis: Any, here: Measured) -> None:
+    for dtype, (label, colour, marker) in OURS.items():
+        mine = select(here, dtype=dtype, kind="ours")
         x = [r.keys for r in mine]
-        axis.plot(
-            x,
-            [r.median for r in mine],
-            color=colour,
-            marker=marker,
-            lw=2.2,
-            ms=5,
-            label=label,
-            zorder=3,
+        style = {"color": colour, "marker": marker, "lw": 2.2, "ms": 5, "label": label}
+        axis.plot(x, [r.median for r in mine], **style, zorder=3)
+        axis.fill_between(
+            x, [r.p20 for r in mine], [r.p80 for r in mine], color=colour, alpha=0.2, lw=0
         )
-        low, high = ([getattr(r, name) for r in mine] for name in ("p20", "p80"))
-        axis.fill_between(x, low, high, color=colour, alpha=0.2, lw=0)
     for name, (colour, marker) in PEERS.items():
         for dtype, dash in (("fp32", "-"), ("bf16", "--")):
-            peers = sorted(
-                select(here, name=name, dtype=dtype, kind="peer"), key=lambda r: r.keys or 0
-            )
-            right = [r for r in peers if r.answers != "wrong"]
-            wrong = [r for r in peers if r.answers == "wrong"]
-            if right:
-                axis.plot(
-                    [r.keys for r in right],
-                    [r.median for r in right],
-                    color=colour,
-                    marker=marker,
-                    ls=dash,
-                    lw=1,
-                    ms=4,
-                    label=f"{name}, {dtype}",
-                )
-            if wrong:
-                axis.plot(
-                    [r.keys for r in wrong],
-                    [r.median for r in wrong],
-                    color=colour,
-                    marker="$?$",
-                    ls="",
-                    ms=8,
-                    label="wrong answers",
-                )
-
-
-def _roof(axis: Any, sizes: Sequence[int], width: int, bandwidth: float) -> None:
-    for size, name, dash in ((2, "bf16", ":"), (4, "fp32", "-.")):
-        axis.plot(
-            sizes,
-            [n * width * size / bandwidth / 1e6 for n in sizes],
-            color="black",
-            ls=dash,
-            lw=1.2,
-            label=f"roofline, {name}: bytes / read bandwidth",
-        )
+            peers = select(here, name=name, dtype=dtype, kind="peer")
+            style = {"marker": marker, "ls": dash, "lw": 1, "ms": 4, "label": f"{name}, {dtype}"}
+            for wrong in (False, True):
+                some = [(r.keys, r.median) for r in peers if (r.answers == "wrong") == wrong]
+                _plot(axis, some, color=colour, **(WRONG if wrong else style))
 
 
 def _plain(axis: Any, *which: str) -> None:
@@ -177,43 +149,28 @@ def _legend(figure: Any, axes: Any) -> None:
     for axis in axes.flat:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    columns = max(1, min(4, int(figure.get_size_inches()[0] // 2.6)))
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        loc="outside lower center",
-        ncols=columns,
-        frameon=False,
-        fontsize=8,
-    )
+    style = {"ncols": max(1, min(4, int(figure.get_size_inches()[0] // 2.6))), "fontsize": 8}
+    where = "outside lower center"
+    figure.legend(handles.values(), handles.keys(), loc=where, frameon=False, **style)
 
 
 def roofline(figure: Any, measured: Measured) -> bool:
     """Share of the speed of merely reading the keys, against the number of keys, cold caches."""
-    found = [(row, share) for row, share in shares(measured) if row.median is not None]
-    datas = list(dict.fromkeys(row.data for row, _ in found))
+    found = [(one, share) for one, share in shares(measured) if one.median is not None]
+    datas = list(dict.fromkeys(one.data for one, _ in found))
     if not datas:
         return False
     figure.set_size_inches(1.0 + 4.0 * len(datas), 4.2)
     axes = figure.subplots(1, len(datas), squeeze=False, sharey=True)
+    widths = sorted({one.width or 0 for one, _ in found})
     for axis, data in zip(axes[0], datas, strict=True):
-        widths = sorted({row.width or 0 for row, _ in found})
         for width, colour in zip(widths, WIDTH_COLOURS, strict=False):
             for dtype, dash, marker in (("bf16", "-", "o"), ("fp32", "--", "s")):
-                line = sorted(
-                    (row.keys or 0, 100 * share)
-                    for row, share in found
-                    if (row.data, row.width, row.dtype) == (data, width, dtype)
-                )
-                if line:
-                    axis.plot(
-                        *zip(*line, strict=True),
-                        color=colour,
-                        ls=dash,
-                        marker=marker,
-                        ms=5,
-                        label=f"width {width}, {dtype}",
-                    )
+                case = (data, width, dtype)
+                here = [(m, s) for m, s in found if (m.data, m.width, m.dtype) == case]
+                line = sorted((one.keys or 0, 100 * share) for one, share in here)
+                style = {"ls": dash, "marker": marker, "ms": 5, "label": f"width {width}, {dtype}"}
+                _plot(axis, line, color=colour, **style)
         axis.axhline(100, color="black", lw=1, ls=":")
         axis.set(xscale="log", xlabel="keys", title=f"keys: {data}")
         _plain(axis, "x")
@@ -249,21 +206,11 @@ def speedup(figure: Any, measured: Measured) -> bool:
         for number, (_, _, label, colour) in enumerate(kinds):
             heights = [found[key].get(label, math.nan) for key in keys]
             places = [i + (number - 1) * 0.27 for i in range(len(keys))]
-            bars = axis.bar(
-                places, [h - 1 for h in heights], 0.26, bottom=1, color=colour, label=label
-            )
+            over = [h - 1 for h in heights]
+            bars = axis.bar(places, over, 0.26, bottom=1, color=colour, label=label)
             for bar, height in zip(bars, heights, strict=True):
                 if math.isfinite(height):
-                    axis.annotate(
-                        f"{height:.1f}",
-                        (bar.get_x() + bar.get_width() / 2, height),
-                        (0, 2 if height >= 1 else -2),
-                        textcoords="offset points",
-                        ha="center",
-                        va="bottom" if height >= 1 else "top",
-                        fontsize=6,
-                        rotation=90,
-                    )
+                    _above(axis, bar.get_x() + bar.get_width() / 2, height)
         labels = [f"{_short(n)} × {width}" for _, width, n in keys]
         axis.set_xticks(range(len(keys)), labels, rotation=40, ha="right")
         axis.axhline(1, color="black", lw=1)
@@ -280,6 +227,14 @@ def speedup(figure: Any, measured: Measured) -> bool:
     return True
 
 
+def _above(axis: Any, place: float, height: float) -> None:
+    """Write a height at the end of its bar."""
+    up = height >= 1
+    style = {"ha": "center", "va": "bottom" if up else "top", "fontsize": 6, "rotation": 90}
+    offset = {"xytext": (0, 2 if up else -2), "textcoords": "offset points"}
+    axis.annotate(f"{height:.1f}", (place, height), **offset, **style)
+
+
 def survivors(figure: Any, measured: Measured) -> bool:
     """What a sketch leaves, and the time with it and without, against the radius."""
     left = select(measured, part="pruned", name="survivors", batch=1)
@@ -293,72 +248,38 @@ def survivors(figure: Any, measured: Measured) -> bool:
         line = sorted((r.radius, r.median) for r in left if (r.keys, r.width) == (n, width))
         floor = min((m for _, m in line if m), default=1e-4)
         some = [(x, m if m else math.nan) for x, m in line]
-        axes[0].plot(*zip(*some, strict=True), color=colour, marker="o", label=what)
-        none = [x for x, m in line if not m]
-        if none:
-            axes[0].plot(
-                none,
-                [floor / 3] * len(none),
-                color=colour,
-                marker="v",
-                mfc="none",
-                ls="",
-                label=f"{what}: none",
-            )
-        for name, dash, told in (("lookup, sketch", "-", "with"), ("lookup", "--", "without")):
-            timed = sorted(
-                (r.radius, r.median)
-                for r in select(
-                    measured,
-                    part="pruned",
-                    name=name,
-                    batch=1,
-                    keys=n,
-                    width=width,
-                    data="activations",
-                )
-                if r.median is not None
-            )
-            if timed:
-                axes[1].plot(
-                    *zip(*timed, strict=True),
-                    color=colour,
-                    ls=dash,
-                    marker="o" if told == "with" else "s",
-                    label=f"{what}, {told} a sketch",
-                )
+        _plot(axes[0], some, color=colour, marker="o", label=what)
+        none = [(x, floor / 3) for x, m in line if not m]
+        _plot(axes[0], none, color=colour, marker="v", mfc="none", ls="", label=f"{what}: none")
+        case = {"part": "pruned", "batch": 1, "keys": n, "width": width, "data": "activations"}
+        for name, dash, marker, told in (
+            ("lookup, sketch", "-", "o", "with"),
+            ("lookup", "--", "s", "without"),
+        ):
+            found = [r for r in select(measured, **case, name=name) if r.median is not None]
+            timed = sorted((r.radius, r.median) for r in found)
+            label = f"{what}, {told} a sketch"
+            _plot(axes[1], timed, color=colour, ls=dash, marker=marker, label=label)
     axes[0].set(yscale="log", ylabel="pairs scored or scanned, %")
     axes[1].set(yscale="log", ylabel="ms per lookup, median")
     for axis in axes:
         _plain(axis, "y")
         axis.set_xlabel("radius ε of every entry")
         axis.grid(alpha=0.3)
-        axis.legend(
-            loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize=8
-        )
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
+        axis.legend(**below, ncols=2, frameon=False, fontsize=8)
     figure.suptitle("lookup through a sketch: bf16 keys like activations, one query that misses")
     return True
 
 
-GPU_STYLES = {
-    "triton": ("Triton", BLUE, "o"),
-    "cuda": ("CUDA", RED, "s"),
-    "cuBLAS": ("cuBLAS", GREEN, "^"),
-    "torch.compile": ("torch.compile", PINK, "v"),
-    "cdist": ("cdist", GREY, "x"),
-    "flash-kmeans": ("flash-kmeans", ORANGE, "D"),
-    "fastkmeans": ("fastkmeans", SKY, "P"),
-    "vector-quantize-pytorch": ("vector-quantize-pytorch", "#8C6D31", "*"),
-}
-
-
-def on_gpu(figure: Any, measured: Measured) -> bool:
-    """Time of a lookup on a GPU against the bytes of 16-bit keys: a panel per batch."""
+def times_on_a_gpu(figure: Any, measured: Measured) -> bool:
+    """Time of a lookup on a GPU against the bytes of bfloat16 keys: a panel per batch."""
     cases = [
         (next(iter(ours.values())), {**ours, **families(peers)})
         for ours, peers in on_a_gpu(measured)
     ]
     cases = [(one, found) for one, found in cases if (one.part, one.dtype) == ("lookup", "bf16")]
+    cases.sort(key=lambda entry: key_bytes(entry[0]))
     batches = sorted({one.batch or 0 for one, _ in cases})
     if not batches:
         return False
@@ -366,22 +287,18 @@ def on_gpu(figure: Any, measured: Measured) -> bool:
     axes = figure.subplots(1, len(batches), squeeze=False, sharey=True)
     for axis, batch in zip(axes[0], batches, strict=True):
         here = [(key_bytes(one), one, found) for one, found in cases if one.batch == batch]
-        here.sort(key=lambda entry: entry[0])
         for name in dict.fromkeys(name for _, _, found in here for name in found):
-            label, colour, marker = GPU_STYLES.get(name, (name, BLUE, "o"))
+            colour, marker = ON_A_GPU.get(name, (BLUE, "o"))
             line = [(size, found[name]) for size, _, found in here if name in found]
-            line = [(size, one) for size, one in line if one.median is not None]
-            width = 2.2 if any(one.kind == "ours" for _, one in line) else 1
-            for right in (True, False):
-                some = [(x, one.median) for x, one in line if (one.answers != "wrong") == right]
-                style = {"marker": marker, "lw": width, "label": label, "color": colour}
-                if not right:
-                    style |= {"marker": "$?$", "ls": "", "ms": 8, "label": "wrong answers"}
-                if some:
-                    axis.plot(*zip(*some, strict=True), **{"ms": 4, **style})
+            width = 2.2 if line[0][1].kind == "ours" else 1
+            style = {"marker": marker, "lw": width, "ms": 4, "label": name}
+            for wrong in (False, True):
+                some = [(x, m.median) for x, m in line if (m.answers == "wrong") == wrong]
+                some = [point for point in some if point[1] is not None]
+                _plot(axis, some, color=colour, **(WRONG if wrong else style))
         roofs = [(size, roof(measured, one)) for size, one, _ in here]
-        if roofs and roofs[0][1]:
-            axis.plot(*zip(*roofs, strict=True), color="black", ls=":", lw=1.2, label="roof")
+        if roofs[0][1]:
+            _plot(axis, roofs, color="black", ls=":", lw=1.2, label="roof")
         axis.set(xscale="log", yscale="log", title=f"B = {batch}", xlabel="bytes of keys")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("µs per call, median")

@@ -21,9 +21,11 @@ import grace_kernels
 from grace_kernels import Sketch
 from grace_kernels.testing import same_bits
 
+from . import peers
 from .activations import Resampler, real_activations
-from .gate import judged, nearest_few, right_answers
+from .gate import Answer, judged, nearest_few, right_answers
 from .measurements import Measurement, Progress, Settings
+from .operators import absence
 from .timing import MOST, Call, fastest, interleaved, memory, reads
 
 RADII = (1.0, 2.0, 3.0)
@@ -31,7 +33,8 @@ SWEEP = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
 ASKED = 64  # queries, half of them from other sentences, half near keys
 CHECKED = 8  # of each half, whose answers the reference gives too
 PRUNED, BRUTE, READ = "lookup, sketch", "lookup", "read the keys"
-SURVIVORS, FAISS = "survivors", "faiss IndexFlatL2"
+SURVIVORS = "survivors"
+FAISS = next(peer for peer in peers.ON_CPU if peer.name == "faiss IndexFlatL2")
 MILLION = 1_000_000
 
 
@@ -144,16 +147,19 @@ def _typical(book: Codebook, settings: Settings) -> list[Measurement]:
         _figure(book, "fit", "s", book.fit_seconds),
         _figure(book, "sketch, share of the keys", "%", share),
     ]
-    index, absent = _faiss(book, settings.threads)
+    beside: peers.Book | None = peers.Book(book.keys, book.radii, settings.threads)
+    try:
+        FAISS.asks(beside, book.query[:1].float())
+    except ImportError as error:
+        beside = None
+        why = {"answers": "absent", "note": absence(FAISS, error)}
+        about = {**book.columns, "name": FAISS.name, "kind": "peer", "dtype": "fp32"}
+        found += [Measurement("pruned", **about, **why, radius=radius) for radius in RADII]
     for radius in settings.pick(SWEEP, RADII):
         book.set_radius(radius)
-        found += _one_radius(book, radius, 1, settings, index if radius in RADII else None)
+        found += _one_radius(book, radius, 1, settings, beside if radius in RADII else None)
         if radius in RADII:
-            found += _one_radius(book, radius, 8, settings, index)
-            if absent:
-                faiss = {**book.columns, "name": FAISS, "kind": "peer", "dtype": "fp32"}
-                why = {"answers": "absent", "note": absent}
-                found.append(Measurement("pruned", **faiss, **why, radius=radius))
+            found += _one_radius(book, radius, 8, settings, beside)
     return found
 
 
@@ -161,21 +167,8 @@ def _figure(book: Codebook, name: str, unit: str, value: float) -> Measurement:
     return Measurement("pruned", name=name, unit=unit, median=value, **book.columns)
 
 
-def _faiss(book: Codebook, threads: int) -> tuple[Any, str]:
-    """Return the index, or why there is none."""
-    try:
-        import faiss
-    except ImportError:
-        return None, "not installed: pip install faiss-cpu"
-    faiss.omp_set_num_threads(threads)
-    index = faiss.IndexFlatL2(book.keys.shape[1])
-    for some in book.keys.split(1 << 14):
-        index.add(some.float().numpy())
-    return index, ""
-
-
 def _one_radius(
-    book: Codebook, radius: float, batch: int, settings: Settings, index: Any
+    book: Codebook, radius: float, batch: int, settings: Settings, beside: peers.Book | None
 ) -> list[Measurement]:
     misses, hits = (list(some.split(batch)) for some in book.halves)
     codebook = book.keys, book.radii
@@ -193,12 +186,11 @@ def _one_radius(
         )
         told |= {name + what: (answers, "") for name, answers in found_.items()}
     brute_hits = timed.pop(f"{BRUTE}, hits")
-    if index is not None:
+    if beside is not None:
         answers = [call() for call in brute_hits]
         right = torch.cat([a[0] for a in answers]), torch.cat([a[1] for a in answers])
-        rows = [some.float().numpy() for some in misses]
-        timed[FAISS] = [partial(index.search, some, 1) for some in rows]
-        told[FAISS] = _judged(index, book.halves[1], right)
+        timed[FAISS.name] = [FAISS.asks(beside, some) for some in misses]
+        told[FAISS.name] = _where_a_hit_is(FAISS.asks(beside, book.halves[1])(), right)
     if radius in RADII:
         timed |= {f"{READ}: {way}": [call] for way, call in reads(book.keys).items()}
         timed[f"{READ}: nearest"] = [
@@ -213,7 +205,7 @@ def _one_radius(
             continue
         answers_, note = told.get(name, ("", ""))
         name, _, way = name.partition(": ")
-        kind = "peer" if "faiss" in name else "bound" if name == READ else "ours"
+        kind = "peer" if name == FAISS.name else "bound" if name == READ else "ours"
         about = {**columns, "name": name, "kind": kind, "answers": answers_, "note": way or note}
         if kind == "peer":
             about["dtype"] = "fp32"
@@ -221,11 +213,11 @@ def _one_radius(
     return found
 
 
-def _judged(index: Any, query: Tensor, right: tuple[Tensor, Tensor]) -> tuple[str, str]:
-    """Judge faiss where there is a hit; of a miss it would have to test the radius."""
-    distance, slot = (torch.from_numpy(a[:, 0]) for a in index.search(query.float().numpy(), 1))
+def _where_a_hit_is(got: Answer, right: tuple[Tensor, Tensor]) -> tuple[str, str]:
+    """Judge a search where there is a hit; of a miss it would have to test the radius."""
     hit = right[0] >= 0
-    return judged((slot[hit], distance[hit].sqrt()), (right[0][hit], right[1][hit]))
+    distance = None if got[1] is None else got[1][hit]
+    return judged((got[0][hit], distance), (right[0][hit], right[1][hit]))
 
 
 def _survivors(book: Codebook, groups: list[Tensor], columns: dict[str, Any]) -> Measurement:

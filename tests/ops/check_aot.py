@@ -8,7 +8,7 @@ exactly as the launcher would launch it:
 * the exact distance is not fused and flushes nothing, its root is correctly rounded, and arrivals
   are counted with acquire and release.
 
-    python benchmarks/check_aot.py [--arch 90 ...] [--dtype bfloat16 ...] [--operation lookup ...]
+    python tests/ops/check_aot.py [--arch 90 ...] [--dtype bfloat16 ...] [--operation lookup ...]
         [--first-row] [--json FILE] [--markdown FILE]
 
 Needs triton with the assemblers it ships, and no GPU. Exit status 1 if a check fails.
