@@ -2,21 +2,15 @@
 
 The model is the packaged MiniLM (6 layers, width 384), the text the docstrings of the standard
 library, the activations the input of encoder layer 4: what an editor would look up there.
-
-Usage: python -m benchmarks.activations [--dims 384 768 4096] [--rows 12000]
-prints how far the nearest key is for real and for resampled activations.
 """
 
 from __future__ import annotations
 
-import argparse
 import ast
 import functools
 import re
 import sysconfig
-import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -25,15 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .rows import Settings
+from .measurements import Progress, Settings
 
 LAYER = 4  # of the encoder; its input is taken, later layers do not run
 KEYS, QUERIES = 10_000, 4_000
 NOISE = 0.05  # share of the variance of resampled activations
 _TOKENS = 1024  # in a batch
 _PIECE = 1 << 25  # elements resampled at a time
-
-Progress = Callable[[int, int], object]
 
 
 def sentences() -> list[str]:
@@ -219,31 +211,3 @@ def _real(file: Path | None, wanted: int) -> tuple[Tensor, Tensor] | None:
     if file is not None:
         torch.save({"mean": made.mean, "last": made.last}, file)
     return split(made.mean)
-
-
-def main() -> None:
-    """Print how near the nearest key is, real and resampled."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dims", type=int, nargs="+", default=[384, 768, 4096])
-    parser.add_argument("--rows", type=int, default=KEYS)
-    arguments = parser.parse_args()
-    made = activations(sentences()[: KEYS + QUERIES])
-    for name in ("mean", "last"):
-        keys, query = split(getattr(made, name))
-        print(f"{name}: nearest, median {nearest_median(query, keys):.2f} (real)")
-        for dim in arguments.dims:
-            generator = torch.Generator().manual_seed(0)
-            start = time.perf_counter()
-            like = Resampler(keys, query, dim, generator)
-            rows, some = like.draw(keys, arguments.rows), like.draw(query, 500)
-            norms = [float(x.norm(dim=1).median()) for x in (rows, keys)]
-            print(
-                f"  {arguments.rows} x {dim}: {nearest_median(some, rows):.2f}, scaled by "
-                f"{like.scale:.3f}, eigenvalues ~ rank^{like.exponent:.2f}, norm of a key "
-                f"{norms[0]:.1f} (real {norms[1]:.1f}), "
-                f"{time.perf_counter() - start:.1f} s"
-            )
-
-
-if __name__ == "__main__":
-    main()

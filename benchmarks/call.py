@@ -10,14 +10,14 @@ import torch
 import grace_kernels
 from grace_kernels import Sketch
 
-from .rows import Progress, Row, Settings
+from .measurements import Measurement, Progress, Settings
 from .timing import interleaved
 
 WIDTH = 768
 SIZES = (0, 8)
 
 
-def run(settings: Settings, progress: Progress) -> list[Row]:
+def run(settings: Settings, progress: Progress) -> list[Measurement]:
     """Measure one query among no keys and among eight, in float32."""
     found = []
     for done, n in enumerate(SIZES, 1):
@@ -53,18 +53,8 @@ def run(settings: Settings, progress: Progress) -> list[Row]:
             raise RuntimeError("nearest gives a wrong index; nothing was measured")
         times = interleaved({**ours, **peers}, 2 * settings.budget, most=settings.pick(100, 25))
         for name, took in times.items():
-            found.append(
-                Row(
-                    "call",
-                    kind="ours" if name in ours else "peer",
-                    name=name,
-                    dtype="fp32",
-                    keys=n,
-                    width=WIDTH,
-                    batch=1,
-                    cache="warm",
-                    **took.columns("us"),
-                )
-            )
+            about = {"kind": "ours" if name in ours else "peer", "name": name, "dtype": "fp32"}
+            about |= {"keys": n, "width": WIDTH, "batch": 1, "cache": "warm"}
+            found.append(Measurement("call", **about, **took.columns("us")))
         progress(done, len(SIZES))
     return found

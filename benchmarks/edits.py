@@ -27,9 +27,9 @@ from grace_edit.codebook.codebook import Codebook
 from torch import Tensor, nn
 
 from .gate import right_answers
+from .measurements import Measurement, Progress, Settings
 from .model import LAYER, build, random_tokens
 from .published import PublishedAdaptor
-from .rows import Progress, Row, Settings
 from .timing import Times, interleaved
 
 WIDTH = 768
@@ -39,8 +39,8 @@ _CHECKED = 16  # of the first and of the last inserts: whether they are found
 _APPENDED = 2_000  # the published way, one by one
 
 
-def run(settings: Settings, progress: Progress) -> list[Row]:
-    """Measure edits per second; return the rows of part `edits`."""
+def run(settings: Settings, progress: Progress) -> list[Measurement]:
+    """Measure edits per second; return what part `edits` measures."""
     seconds = settings.pick(5.0, 1.0) * settings.budget
     steps = [lambda: classifier(settings.pick(10, 1)), lambda: causal(settings.pick(8, 1))]
     for keys in settings.pick((1_000, 10_000, 100_000), (10_000,)):
@@ -48,9 +48,9 @@ def run(settings: Settings, progress: Progress) -> list[Row]:
     return _each(steps, progress)
 
 
-def growth(settings: Settings, progress: Progress) -> list[Row]:
-    """Measure growth; return the rows of part `growth`."""
-    steps: list[Callable[[], list[Row]]] = [
+def growth(settings: Settings, progress: Progress) -> list[Measurement]:
+    """Measure growth; return what part `growth` measures."""
+    steps: list[Callable[[], list[Measurement]]] = [
         lambda keys=keys: imports(keys, WIDTH, settings.pick(3, 1))
         for keys in settings.pick((1_000, 10_000, 100_000), (10_000,))
     ]
@@ -58,16 +58,18 @@ def growth(settings: Settings, progress: Progress) -> list[Row]:
     return _each([*steps, lambda: one_by_one(marks, WIDTH)], progress)
 
 
-def _each(steps: Sequence[Callable[[], list[Row]]], progress: Progress) -> list[Row]:
-    rows = []
+def _each(
+    steps: Sequence[Callable[[], list[Measurement]]], progress: Progress
+) -> list[Measurement]:
+    found = []
     for done, step in enumerate(steps):
         progress(done, len(steps))
-        rows += step()
+        found += step()
     progress(len(steps), len(steps))
-    return rows
+    return found
 
 
-def classifier(edits: int) -> list[Row]:
+def classifier(edits: int) -> list[Measurement]:
     """Edit the demo's classifier, and a copy of it by the published recipe."""
     from grace_edit.demo import topics
     from grace_edit.demo.data import load_topics
@@ -77,7 +79,7 @@ def classifier(edits: int) -> list[Row]:
     try:
         model, tokenizer = topics.build_model(data)
     except ModuleNotFoundError as error:
-        return [Row(**case, name="GraceEditor.edit", answers="absent", note=str(error))]
+        return [Measurement(**case, name="GraceEditor.edit", answers="absent", note=str(error))]
     stream = topics.stream_of(model, tokenizer, data.stream[: 20 * (edits + 1)])
     wrong = [(request.text, request.topic) for request, fails in stream if fails]
     paper = {"policy": "paper", "recipe": "paper", "replace": "all"}
@@ -91,7 +93,7 @@ def classifier(edits: int) -> list[Row]:
     return edited(case, editors, wrong[: edits + 1])
 
 
-def causal(edits: int) -> list[Row]:
+def causal(edits: int) -> list[Measurement]:
     """Edit GPT-2's smallest configuration."""
     model = build({})
     prompts = random_tokens(model, edits + 1, 3)[:, :8].tolist()
@@ -103,7 +105,7 @@ def causal(edits: int) -> list[Row]:
 
 def edited(
     case: dict[str, Any], editors: dict[str, GraceEditor], edits: Sequence[tuple[Any, Any]]
-) -> list[Row]:
+) -> list[Measurement]:
     """Make the same edits with some editors in turn, the first one untimed."""
     seconds: dict[str, list[float]] = {name: [] for name in editors}
     refused = dict.fromkeys(editors, 0)
@@ -115,25 +117,18 @@ def edited(
             seconds[name].append(time.perf_counter() - start)
             refused[name] += not result.success
             steps[name] += result.steps
-    rows = []
+    found = []
     for name, editor in editors.items():
         timed = seconds[name][1:]
         note = f"{len(timed)} timed, {steps[name] / len(edits):.1f} training steps per edit"
         if refused[name]:
             note += f"; {refused[name]} of {len(edits)} refused"
-        rows.append(
-            Row(
-                **case,
-                dtype="fp32",
-                width=editor.codebook.keys.shape[1],
-                name=name,
-                kind="peer" if name.startswith("published") else "ours",
-                answers="wrong" if refused[name] else "",
-                note=note,
-                **Times.of(timed).columns("edits/s", 1),
-            )
-        )
-    return rows
+        about = {**case, "dtype": "fp32", "width": editor.codebook.keys.shape[1], "name": name}
+        about["kind"] = "peer" if name.startswith("published") else "ours"
+        answers = "wrong" if refused[name] else ""
+        times = Times.of(timed).columns("edits/s", 1)
+        found.append(Measurement(**about, answers=answers, note=note, **times))
+    return found
 
 
 def random_entries(count: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,7 +154,7 @@ def _edits(count: int, width: int, first: int) -> Iterator[tuple[Tensor, list[in
         yield keys[i % count] * (1 + i // count), [first + i], values[i % count]
 
 
-def inserts(count: int, width: int, seconds: float) -> list[Row]:
+def inserts(count: int, width: int, seconds: float) -> list[Measurement]:
     """Insert into a codebook of `count` entries and append to another one the published way.
 
     Raises:
@@ -186,21 +181,12 @@ def inserts(count: int, width: int, seconds: float) -> list[Row]:
     times = interleaved({"Codebook.insert": insert, "published append": append}, seconds)
     answers = {"Codebook.insert": "exact" if found_again(book, inserted) else "wrong"}
     answers["published append"] = "rounded" if found == nearest else "wrong"
+    about = {"part": "edits", "data": "isotropic", "dtype": "fp32", "radius": RADIUS}
+    about |= {"keys": count, "width": width, "batch": 1}
+    kinds = {"Codebook.insert": "ours", "published append": "peer"}
     return [
-        Row(
-            part="edits",
-            data="isotropic",
-            dtype="fp32",
-            keys=count,
-            width=width,
-            batch=1,
-            radius=RADIUS,
-            name=name,
-            kind="peer" if name.startswith("published") else "ours",
-            answers=answers[name],
-            **t.columns("edits/s", 1),
-        )
-        for name, t in times.items()
+        Measurement(**about, name=n, kind=kinds[n], answers=answers[n], **t.columns("edits/s", 1))
+        for n, t in times.items()
     ]
 
 
@@ -218,12 +204,12 @@ def _seconds(function: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-def _grown(keys: int, width: int, name: str, columns: dict[str, Any], **other: Any) -> Row:
+def _grown(keys: int, width: int, name: str, columns: dict[str, Any], **other: Any) -> Measurement:
     about = {"part": "growth", "data": "isotropic", "dtype": "fp32", "radius": RADIUS}
-    return Row(**about, keys=keys, width=width, name=name, **columns, **other)
+    return Measurement(**about, keys=keys, width=width, name=name, **columns, **other)
 
 
-def imports(count: int, width: int, rounds: int) -> list[Row]:
+def imports(count: int, width: int, rounds: int) -> list[Measurement]:
     """Import, save, load and outgrow a codebook of `count` entries, some times.
 
     Raises:
@@ -233,15 +219,15 @@ def imports(count: int, width: int, rounds: int) -> list[Row]:
     labels = [(i,) for i in range(count)]
     new = next(_edits(1, width, 10 * count))
     every = [_lived(entries, labels, new) for _ in range(rounds)]
-    rows = []
+    found = []
     for name in every[0][0]:
         columns = Times.of([taken[name] for taken, _ in every]).columns("s")
-        rows.append(
+        found.append(
             _grown(count, width, name, columns, note=f"{rounds} runs" if rounds > 1 else "one run")
         )
     for name, size in every[0][1].items():
-        rows.append(_grown(count, width, name, {"unit": "MB", "median": size}))
-    return rows
+        found.append(_grown(count, width, name, {"unit": "MB", "median": size}))
+    return found
 
 
 def _lived(
@@ -268,13 +254,13 @@ def _megabytes(*tensors: Tensor) -> float:
     return sum(tensor.nbytes for tensor in tensors) / 1e6
 
 
-def one_by_one(marks: Sequence[int], width: int) -> list[Row]:
+def one_by_one(marks: Sequence[int], width: int) -> list[Measurement]:
     """Insert into a codebook that begins empty; seconds up to each number of entries.
 
     Growth of its memory and the first fits of its sketch are among them. Beside it the published
     way, up to 2000 entries.
     """
-    rows = []
+    found = []
     book = Codebook(width, width, radius=RADIUS, capacity=64)
     keys, values, radii = random_entries(max(marks), width)
     other = PublishedAdaptor(nn.Identity(), keys[:1], values[:1], radii[:1])
@@ -286,8 +272,8 @@ def one_by_one(marks: Sequence[int], width: int) -> list[Row]:
         if i + 1 in marks:
             name = "inserts from none on"
             columns = {"unit": "s", "median": mine, "note": "one run"}
-            rows.append(_grown(i + 1, width, name, columns))
+            found.append(_grown(i + 1, width, name, columns))
             if i < _APPENDED:
                 columns["median"] = theirs
-                rows.append(_grown(i + 1, width, f"published {name}", columns, kind="peer"))
-    return rows
+                found.append(_grown(i + 1, width, f"published {name}", columns, kind="peer"))
+    return found

@@ -5,9 +5,9 @@ random weights. Its codebook stands at the MLP of a late block. Keys are that la
 tokens of random sequences, with noise that is half as long as the nearest of them is far; the
 radius is as much smaller than that as ε = 1 is at a middle layer of a pretrained MiniLM (0.2).
 
-In the rows of this part `data` says what ran: a prefill, a generation (prefill included), the
-lookup alone as it is timed inside such prefills, so with the caches that the layers before leave,
-or a decode step, whose operators are counted and not timed.
+The column `data` says what ran: a prefill, a generation (prefill included), the lookup alone as it
+is timed inside such prefills, so with the caches that the layers before leave, or a decode step,
+whose operators are counted and not timed.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import grace_kernels
 
+from .measurements import Measurement, Progress, Settings
 from .published import wrap
-from .rows import Progress, Row, Settings
 from .timing import Times, interleaved
 
 LAYER = "transformer.h.8.mlp"
@@ -65,22 +65,22 @@ FULL = Size({}, LAYER, (1_000, 100_000), 32, NEW, 12.0)
 QUICK = Size({}, LAYER, (10_000,), 8, 2, 1.0)
 
 
-def run(settings: Settings, progress: Progress) -> list[Row]:
-    """Measure every number of entries; return the rows of part `model`."""
+def run(settings: Settings, progress: Progress) -> list[Measurement]:
+    """Measure every number of entries; return what part `model` measures."""
     return measure(settings.pick(FULL, QUICK), settings.budget, progress)
 
 
-def measure(size: Size, budget: float, progress: Progress) -> list[Row]:
+def measure(size: Size, budget: float, progress: Progress) -> list[Measurement]:
     """Build a model and measure it with codebooks of every size."""
     model = build(size.config)
     seen, _ = watched(model, size.layer, random_tokens(model, size.sequences, 1))
-    rows = []
+    found = []
     for done, keys in enumerate(size.keys):
         progress(done, len(size.keys))
         with torch.no_grad():
-            rows += Bench(model, size, seen, keys).rows(size.seconds * budget)
+            found += Bench(model, size, seen, keys).measured(size.seconds * budget)
     progress(len(size.keys), len(size.keys))
-    return rows
+    return found
 
 
 def build(config: dict[str, Any]) -> Any:
@@ -268,7 +268,7 @@ class Bench:
         found, _ = grace_kernels.lookup(self.queries, self.keys, self.radii, backend=backend)
         return found.tolist()
 
-    def rows(self, seconds: float) -> list[Row]:
+    def measured(self, seconds: float) -> list[Measurement]:
         """Check everything, then measure it.
 
         Args:
@@ -277,22 +277,13 @@ class Bench:
         self.check()
         return [*self._prefills(seconds), *self._generations(seconds), *self._steps()]
 
-    def _row(self, data: str, c: Contestant, **columns: Any) -> Row:
-        return Row(
-            part="model",
-            data=data,
-            dtype="fp32",
-            keys=len(self.keys),
-            width=self.keys.shape[1],
-            batch=1,
-            radius=float(self.radii[0]),
-            name=c.name,
-            kind=c.kind,
-            answers=c.answers,
-            **columns,
-        )
+    def _one(self, data: str, c: Contestant, **columns: Any) -> Measurement:
+        about = {"part": "model", "data": data, "dtype": "fp32", "keys": len(self.keys), "batch": 1}
+        about |= {"width": self.keys.shape[1], "radius": float(self.radii[0])}
+        about |= {"name": c.name, "kind": c.kind, "answers": c.answers}
+        return Measurement(**about, **columns)
 
-    def _prefills(self, seconds: float) -> list[Row]:
+    def _prefills(self, seconds: float) -> list[Measurement]:
         """Time prefills, and in these very prefills the lookups."""
         watches: dict[str, Stopwatch] = {}
         for c in self.contestants:
@@ -305,14 +296,14 @@ class Bench:
             for c in self.contestants:
                 if c.lookup is not None:
                     delattr(*c.lookup)
-        rows = [self._row(PREFILL, c, **times[c.name].columns()) for c in self.contestants]
+        found = [self._one(PREFILL, c, **times[c.name].columns()) for c in self.contestants]
         for c in self.contestants:
             if c.name in watches:
                 inside = Times.of(watches[c.name].seconds[2:])  # two calls warm up
-                rows.append(self._row(LOOKUP, c, **inside.columns()))
-        return rows
+                found.append(self._one(LOOKUP, c, **inside.columns()))
+        return found
 
-    def _generations(self, seconds: float) -> list[Row]:
+    def _generations(self, seconds: float) -> list[Measurement]:
         new = self.size.new
         timed = [c for c in self.contestants if c.prompt is self.miss]
         told: dict[str, list[int]] = {}
@@ -321,7 +312,7 @@ class Bench:
             return lambda: told.update({c.name: c.generate(new)})
 
         times = interleaved({c.name: call(c) for c in timed}, seconds)
-        rows = []
+        found = []
         for c in timed:
             note = ""
             if told[c.name] != told["unedited"]:
@@ -329,12 +320,12 @@ class Bench:
                     raise RuntimeError(f"{c.name}: tokens must be the unedited model's, got others")
                 note = "other tokens than the unedited model's"
             columns = times[c.name].columns("tokens/s", new)
-            rows.append(self._row(f"generation of {new} tokens", c, **columns, note=note))
-        return rows
+            found.append(self._one(f"generation of {new} tokens", c, **columns, note=note))
+        return found
 
-    def _steps(self) -> list[Row]:
+    def _steps(self) -> list[Measurement]:
         """Count the operators of each step of a short generation."""
-        rows = []
+        found = []
         for c in self.contestants:
             with counted(c.model) as counts:
                 c.generate(4)
@@ -342,5 +333,5 @@ class Bench:
                 prefill, *steps = [count[column] for count in counts]
                 note = f"median: the most of {len(steps)} steps; in the prefill {prefill}"
                 columns = {"median": max(steps), "p20": min(steps), "p80": max(steps)}
-                rows.append(self._row(STEP, c, unit=unit, note=note, **columns))
-        return rows
+                found.append(self._one(STEP, c, unit=unit, note=note, **columns))
+        return found

@@ -1,4 +1,4 @@
-"""Parts nearest, lookup and adapt_: our operators over sizes, types and data, beside their peers.
+"""Parts nearest, lookup and adapt_ on a CPU: over sizes, types and data, beside their peers.
 
 The peers stand in part `nearest`. A peer's lookup would have to test a radius besides, its adapt_
 to write values, so that comparing them with the peers' bare search is in the peers' favour.
@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 
 import grace_kernels
-from grace_kernels.testing import same_bits
 
 from . import peers
 from .activations import Resampler, real_activations
-from .gate import judged, right_answers
-from .peers import COLD, PEERS, Answer, Book, Peer
-from .rows import Progress, Row, Settings
+from .gate import Answer, judged, judged_call, right_answers
+from .measurements import Measurement, Progress, Settings
+from .peers import COLD, ON_CPU, Book, Peer
 from .timing import Flush, Times, interleaved, memory, reads
 
 RADIUS = 1.0  # of activations, the editor's default; of normal data a third of the typical distance
@@ -33,24 +32,23 @@ _MILLION = 1_000_000
 
 @dataclass(frozen=True)
 class Case:
-    """Keys of both types, queries and radii, and what they are like."""
+    """A codebook with keys of both types, queries, and what they are like."""
 
     data: str
     book: Book
     query: Tensor
-    radii: Tensor
 
     @property
     def columns(self) -> dict[str, Any]:
-        """Columns that all its rows have in common."""
-        n, dim = self.book.narrow.shape
+        """Columns that all its measurements have in common."""
+        n, dim = self.book.keys.shape
         return {"data": self.data, "keys": n, "width": dim, "batch": len(self.query)}
 
     def of(self, dtype: str) -> tuple[Tensor, Tensor]:
         """Return queries and keys of a type."""
         if dtype == "fp32":
             return self.query, self.book.wide
-        return self.query.bfloat16(), self.book.narrow
+        return self.query.bfloat16(), self.book.keys
 
 
 def sizes(settings: Settings) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
@@ -60,21 +58,22 @@ def sizes(settings: Settings) -> tuple[tuple[int, ...], tuple[int, ...], tuple[i
     )
 
 
-def run(settings: Settings, progress: Progress) -> list[Row]:
-    """Measure every case and return its rows."""
-    found: list[Row] = []
+def run(settings: Settings, progress: Progress) -> list[Measurement]:
+    """Measure every case."""
+    found: list[Measurement] = []
     counts, widths, batches = sizes(settings)
-    left_out = {p: "left out of a quick run" for p in PEERS if p.name in peers.COMPILING}
+    left_out = {p: "left out of a quick run" for p in ON_CPU if p.name in peers.COMPILING}
     total, done = (len(widths) + 1) * len(counts) * len(batches), 0
     flush = Flush()
     for data, wide in keys_and_queries(settings, widths, max(counts)):
         keys, query = wide
         narrow = keys.bfloat16()
         for n in counts:
-            book = Book(keys[:n], narrow[:n], settings.threads)
+            radii = radii_of(data, n, keys.shape[1])
+            book = Book(narrow[:n], radii, settings.threads, given=keys[:n])
             slow: dict[Peer, str] = settings.pick({}, left_out).copy()
             for batch in batches:
-                case = Case(data, book, query(batch, n), radii_of(data, n, keys.shape[1]))
+                case = Case(data, book, query(batch, n))
                 seconds = settings.budget * settings.pick(2 + 4 * n / 100_000, 0.8)
                 found += measure(case, seconds, slow)
                 if batch == 1:
@@ -115,13 +114,7 @@ def keys_and_queries(
             for part in keys.split(1 << 13):
                 part.copy_(part.bfloat16())
 
-            def query(
-                batch: int,
-                among: int,
-                keys: Tensor = keys,
-                others: Tensor = others,
-                step: float = step,
-            ) -> Tensor:
+            def query(batch: int, among: int, keys=keys, others=others, step=step) -> Tensor:  # type: ignore
                 source = torch.Generator().manual_seed(batch)
                 rows = others[:batch].clone()
                 near = torch.randint(among, (batch,), generator=source)
@@ -137,7 +130,7 @@ def ours(case: Case) -> dict[tuple[str, str], tuple[Callable[[], Any], Tensor | 
     found: dict[tuple[str, str], tuple[Callable[[], Any], Tensor | None]] = {}
     rows = torch.arange(len(case.query))
     for dtype in ("fp32", "bf16"):
-        book = *case.of(dtype), case.radii
+        book = *case.of(dtype), case.book.radii
         hidden = torch.zeros_like(book[0])
         found["nearest", dtype] = partial(grace_kernels.nearest, *book), None
         found["lookup", dtype] = partial(grace_kernels.lookup, *book), None
@@ -146,23 +139,9 @@ def ours(case: Case) -> dict[tuple[str, str], tuple[Callable[[], Any], Tensor | 
     return found
 
 
-def _verdict(
-    call: Callable[[], Any], hidden: Tensor | None, keys: Tensor, right: tuple[Tensor, Tensor]
-) -> tuple[str, str]:
-    """Judge one of ours: its answers and, of `adapt_`, the rows it writes."""
-    verdict = judged(call(), right)
-    if hidden is not None:
-        hit = right[0] >= 0
-        wanted = torch.zeros_like(hidden)
-        wanted[hit] = keys[right[0][hit]]
-        if not same_bits(hidden, wanted):
-            return "wrong", "writes other rows"
-    return verdict
-
-
 def measure(
     case: Case, seconds: float, slow: dict[Peer, str], flush: Flush | None = None
-) -> list[Row]:
+) -> list[Measurement]:
     """Check, then time, every contestant of one case.
 
     Args:
@@ -172,20 +151,20 @@ def measure(
         flush: empties the caches before every call; fewer contestants are measured so.
     """
     columns = {**case.columns, "cache": "warm" if flush is None else "cold"}
-    right = right_answers(case.query, case.book.narrow, case.radii)
+    right = right_answers(case.query, case.book.keys, case.book.radii)
     timed: dict[tuple[str, ...], Callable[[], Any]] = {}
     verdicts: dict[tuple[str, ...], tuple[str, str]] = {}
     took: dict[Peer, float] = {}
     least = math.inf  # of the right peers
-    found: list[Row] = []
+    found: list[Measurement] = []
     for (part, dtype), (call, hidden) in ours(case).items():
         if flush is not None and part == "adapt_":
             continue
         name = (part, "ours", part, dtype, "")
         wanted = right["nearest" if part == "nearest" else "lookup"]
-        verdicts[name] = _verdict(call, hidden, case.of(dtype)[1], wanted)
+        verdicts[name] = judged_call(call, wanted, hidden, case.of(dtype)[1])
         timed[name] = call
-    for peer in PEERS:
+    for peer in ON_CPU:
         if flush is not None and peer.name not in COLD:
             continue
         if peer.way == "keys @ one query" and len(case.query) > peers.FEW:
@@ -204,17 +183,8 @@ def measure(
             except Exception as error:
                 why = absence(peer, error)
         if not peer.way:
-            found.append(
-                Row(
-                    "nearest",
-                    kind="peer",
-                    name=peer.name,
-                    dtype=peer.dtype,
-                    answers="absent",
-                    note=why,
-                    **columns,
-                )
-            )
+            who = {"kind": "peer", "name": peer.name, "dtype": peer.dtype}
+            found.append(Measurement("nearest", **who, **columns, answers="absent", note=why))
     for peer, seconds_ in took.items():
         if seconds_ > max(peers.SLOW, peers.FAR * least):
             slow[peer] = f"left out: took {seconds_:.1f} s at B = {len(case.query)}"
@@ -223,7 +193,7 @@ def measure(
             timed["nearest", "bound", "read the keys", dtype, way] = call
     peers.limit_threads(case.book.threads)
     times = interleaved(timed, seconds, flush=flush)
-    return found + list(_rows(times, verdicts, columns, case))
+    return found + list(_measurements(times, verdicts, columns, case))
 
 
 def _first(call: Callable[[], Answer], right: tuple[Tensor, Tensor]) -> tuple[Any, float]:
@@ -250,49 +220,38 @@ def absence(peer: Peer, error: Exception) -> str:
     return f"{type(error).__name__}: {first[:120]}"
 
 
-def _rows(
+def _measurements(
     times: dict[Any, Times],
     verdicts: dict[Any, tuple[str, str]],
     columns: dict[str, Any],
     case: Case,
-) -> Iterator[Row]:
-    """Yield a row per contestant; of several ways of one, the fastest right one."""
+) -> Iterator[Measurement]:
+    """Yield one per contestant; of several ways of one, the fastest right one."""
     for key in dict.fromkeys(name[:4] for name in times):
         ways = {name: times[name] for name in times if name[:4] == key}
         right = {n: t for n, t in ways.items() if verdicts.get(n, ("",))[0] != "wrong"} or ways
         name = min(right, key=lambda n: right[n].median)
         part, kind, called, dtype, way = name
         answers, note = verdicts.get(name, ("", ""))
-        radius = float(case.radii[0]) if part != "nearest" else None
-        yield Row(
-            part,
-            kind=kind,
-            name=called,
-            dtype=dtype,
-            answers=answers,
-            radius=radius,
-            note="; ".join(filter(None, (way, note))),
-            **columns,
-            **times[name].columns("ms"),
-        )
+        radius = float(case.book.radii[0]) if part != "nearest" else None
+        about = {"kind": kind, "name": called, "dtype": dtype, "answers": answers}
+        about |= {"radius": radius, "note": "; ".join(filter(None, (way, note)))}
+        yield Measurement(part, **about, **columns, **times[name].columns("ms"))
 
 
-def million(settings: Settings) -> list[Row]:
+def million(settings: Settings) -> list[Measurement]:
     """Measure one query among a million bfloat16 keys of width 768."""
     keys = torch.empty(_MILLION, 768, dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(7)
     for part in keys.split(1 << 15):
         part.copy_(torch.randn(part.shape, generator=generator))
     query = torch.randn(1, 768, generator=generator)
-    case = Case(
-        "isotropic",
-        Book(keys.float(), keys, settings.threads),
-        query.bfloat16().float(),
-        radii_of("isotropic", _MILLION, 768),
-    )
+    radii = radii_of("isotropic", _MILLION, 768)
+    book = Book(keys, radii, settings.threads, given=keys.float())
+    case = Case("isotropic", book, query.bfloat16().float())
     return measure(case, 15 * settings.budget, dict.fromkeys(_too_big(), "left out: memory"))
 
 
 def _too_big() -> list[Peer]:
     """Return the peers that would copy a million keys, or take minutes."""
-    return [p for p in PEERS if p.name not in ("torch product", "usearch exact", "torch.compile")]
+    return [p for p in ON_CPU if p.name not in ("torch product", "usearch exact", "torch.compile")]

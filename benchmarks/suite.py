@@ -1,4 +1,4 @@
-"""One run of the benchmarks, from the environment to the files."""
+"""One run of the benchmarks, from the environment to what was measured."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import re
+import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ import torch
 
 import grace_kernels
 
-from .rows import Progress, Row, Run, Settings
+from .measurements import Measurement, Progress, Run, Settings
 from .timing import Flush, last_level_cache
 
 PARTS = {
@@ -28,56 +30,87 @@ PARTS = {
     "edits": ("edits", "run"),
     "growth": ("edits", "growth"),
 }
-"""Module and function of each part: `function(settings, progress) -> list[Row]`."""
+"""Module and function of each part: `function(settings, progress) -> Iterable[Measurement]`."""
+ON_A_GPU = {
+    "ceilings": ("gpu", "ceilings"),
+    "operators": ("gpu_operators", "run"),
+    "pruned": ("gpu_pruned", "run"),
+    "more": ("gpu_operators", "more"),
+}
+"""Likewise on a GPU, by worth: a time that ends leaves out the last."""
 
 READ = "read bandwidth"
 PEERS = ("faiss-cpu", "usearch", "scikit-learn", "pykeops")
 Shown = Callable[[str], AbstractContextManager[Progress]]
 
 
-def runs(
-    settings: Settings, parts: Iterable[str], show: Shown, command: str
-) -> Iterator[tuple[str, Run]]:
-    """Yield the run on the CPU and, where there is a GPU, the one on that, with their names."""
-    done = run(settings, parts, show, command)
+def parts_on(device: str) -> dict[str, tuple[str, str]]:
+    """Return the parts that a device has."""
+    return PARTS if device == "cpu" else ON_A_GPU
+
+
+def stem(run: Run, settings: Settings) -> str:
+    """Return the name of a run, under which its files are written."""
+    if settings.device == "rehearsal":
+        return "rehearsal"
     quick = "quick-" if settings.quick else ""
-    yield f"{quick}cpu-{done.environment['instructions']}-{settings.threads}threads", done
-    if torch.cuda.is_available():
-        from .gpu import run as run_on_gpu
-
-        with show("gpu") as progress:
-            yield run_on_gpu(settings, progress)
+    if settings.device == "cuda":
+        return quick + re.sub(r"[^a-z0-9]+", "-", run.environment["gpu"].lower()).strip("-")
+    return f"{quick}cpu-{run.environment['instructions']}-{settings.threads}threads"
 
 
-def run(settings: Settings, parts: Iterable[str], show: Shown, command: str) -> Run:
-    """Run the parts one after the other and return their rows and what they depend on.
+def run(
+    settings: Settings,
+    parts: Iterable[str],
+    show: Shown,
+    command: str,
+    *,
+    commit: str | None = None,
+    keep: Callable[[Run], object] = lambda run: None,
+) -> Run:
+    """Run the parts one after the other and return what they measured and what it depends on.
+
+    A part on a GPU that fails, as one does that loses the device, ends the run; what was measured
+    until then stays, and the environment says why.
 
     Args:
         settings: for all parts.
-        parts: names in `PARTS`.
+        parts: names in `parts_on(settings.device)`.
         show: given a part's name, shows how far it is.
         command: what was typed, to be kept with the figures.
+        commit: of the sources, where there is no git to tell.
+        keep: called with the run so far whenever a part has ended.
 
     Raises:
         ValueError: a part is unknown.
     """
-    parts = list(parts)
+    parts, known = list(parts), parts_on(settings.device)
     for part in parts:
-        if part not in PARTS:
-            raise ValueError(f"parts must be among {', '.join(PARTS)}, got {part}")
+        if part not in known:
+            raise ValueError(f"parts must be among {', '.join(known)}, got {part}")
     threads_before = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     start = time.monotonic()
     try:
         about = environment(settings, command)
-        bandwidth = about["read GB/s"]
-        found = [Row("read", kind="bound", name=READ, cache="cold", unit="GB/s", median=bandwidth)]
+        about["commit"] = commit or about["commit"]
+        found = []
+        if settings.device == "cpu":
+            how = {"kind": "bound", "cache": "cold", "unit": "GB/s"}
+            found.append(Measurement("read", name=READ, **how, median=about["read GB/s"]))
         for part in parts:
-            module, function = PARTS[part]
-            with show(part) as progress:
-                found += getattr(importlib.import_module(f".{module}", __package__), function)(
-                    settings, progress
-                )
+            module, function = known[part]
+            measure = getattr(importlib.import_module(f".{module}", __package__), function)
+            try:
+                with show(part) as progress:
+                    found.extend(measure(settings, progress))
+            except Exception as error:
+                if settings.device != "cuda":
+                    raise
+                about["failed"] = f"{part}: {type(error).__name__}: {error}"[:300]
+                break
+            finally:
+                keep(Run(about, found))
     finally:
         torch.set_num_threads(threads_before)
     about["load average after"] = _load()
@@ -87,22 +120,59 @@ def run(settings: Settings, parts: Iterable[str], show: Shown, command: str) -> 
 
 def environment(settings: Settings, command: str) -> dict[str, Any]:
     """Return what the figures depend on; nothing that names this machine."""
-    versions = {name: _version(name) for name in ("torch", "numpy", "transformers", *PEERS)}
-    flush = Flush()
+    on_cpu = settings.device == "cpu"
+    packages = ("torch", *(("numpy", "transformers", *PEERS) if on_cpu else ("triton",)))
+    versions = {name: _version(name) for name in packages}
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "command": command,
         "commit": _commit(),
         "quick": settings.quick,
+        **(_gpu() if settings.device == "cuda" else {}),
         "cpu": _processor(),
         "cores": os.cpu_count(),
         "threads": settings.threads,
         "instructions": grace_kernels.build_info()["cpu"].get("isa", "reference"),
-        "last-level cache MiB": last_level_cache() >> 20,
-        "read GB/s": float(f"{flush.bandwidth(settings.budget) / 1e9:.4g}"),
+        **(_caches(settings) if on_cpu else {}),
         "python": platform.python_version(),
         **{name: version for name, version in versions.items() if version is not None},
         "load average before": _load(),
+    }
+
+
+def _caches(settings: Settings) -> dict[str, Any]:
+    bandwidth = Flush().bandwidth(settings.budget)
+    return {
+        "last-level cache MiB": last_level_cache() >> 20,
+        "read GB/s": float(f"{bandwidth / 1e9:.4g}"),
+    }
+
+
+def _gpu() -> dict[str, Any]:
+    """Return what the GPU is, and its clocks as they are found."""
+    found = torch.cuda.get_device_properties(0)
+    fields = (
+        "driver_version",
+        "clocks.sm",
+        "clocks.mem",
+        "temperature.gpu",
+        "power.draw",
+        "pstate",
+    )
+    line = _printed(
+        "nvidia-smi", "-i", "0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"
+    )
+    smi = dict(zip(fields, line.split(", "), strict=False)) if line else {}
+    return {
+        "gpu": torch.cuda.get_device_name(0),
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "memory bytes": found.total_memory,
+        "L2 bytes": getattr(found, "L2_cache_size", None),
+        "cuda": torch.version.cuda,
+        "nvcc": _printed("nvcc", "--version").rpartition("\n")[2] or None,
+        "driver": smi.pop("driver_version", None),
+        "clocks as found": ", ".join(f"{name} {value}" for name, value in smi.items()) or None,
     }
 
 
@@ -126,23 +196,22 @@ def _version(distribution: str) -> str | None:
         return None
 
 
+def _printed(*command: str) -> str:
+    """Return what a program prints beside the sources, nothing where it is not there or fails."""
+    if shutil.which(command[0]) is None:
+        return ""
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
 def _commit() -> str | None:
     """Return the commit of the sources, with a + where they were changed; None outside git."""
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", *arguments],
-                cwd=Path(__file__).parent,
-                capture_output=True,
-                text=True,
-                timeout=20,
-            )
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
-        return None  # installed, perhaps inside somebody else's repository
-    head = git("rev-parse", "HEAD")
-    return f"{head}{'+' if git('status', '--porcelain', '--untracked-files=no') else ''}"
+    if not _printed("git", "ls-files", "--error-unmatch", Path(__file__).name):
+        return None  # perhaps inside somebody else's repository
+    head = _printed("git", "rev-parse", "HEAD")
+    changed = _printed("git", "status", "--porcelain", "--untracked-files=no")
+    return f"{head}{'+' if changed else ''}" if head else None

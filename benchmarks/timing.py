@@ -1,12 +1,15 @@
-"""How times are taken: everything in turn, in one process, with warm caches or cold ones."""
+"""How times are taken: on a CPU everything in turn, with warm caches or cold ones; on a GPU by
+replays of a graph.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import gc
-import math
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +46,7 @@ class Times:
         return Times(statistics.median(ordered), ordered[fifth], ordered[-1 - fifth], len(ordered))
 
     def columns(self, unit: str = "ms", per_call: float = 1.0) -> dict[str, Any]:
-        """Return the columns of a row.
+        """Return the columns of a measurement.
 
         Args:
             unit: `s`, `ms` or `us`, or a rate such as `tokens/s`.
@@ -80,26 +83,20 @@ def interleaved(
     calls = {name: [c] if callable(c) else list(c) for name, c in timed.items()}
     taken: dict[str, list[float]] = {name: [] for name in calls}
     once: dict[str, float] = {}
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        with torch.inference_mode():
-            for name, functions in calls.items():
+    with torch.inference_mode(), _without_collections():
+        for name, functions in calls.items():
+            once[name] = _clock(functions[0])
+            if once[name] < _LONG:
                 once[name] = _clock(functions[0])
-                if once[name] < _LONG:
-                    once[name] = _clock(functions[0])
-            share = seconds / (FEW * max(1, len(calls)))
-            end = time.perf_counter() + seconds
-            for round_ in range(most):
-                if round_ >= FEW and time.perf_counter() > end:
-                    break
-                for name, functions in calls.items():
-                    if round_ >= FEW and once[name] > share:
-                        continue
-                    _round(functions, taken[name], once[name], flush)
-    finally:
-        if enabled:
-            gc.enable()
+        share = seconds / (FEW * max(1, len(calls)))
+        end = time.perf_counter() + seconds
+        for round_ in range(most):
+            if round_ >= FEW and time.perf_counter() > end:
+                break
+            for name, functions in calls.items():
+                if round_ >= FEW and once[name] > share:
+                    continue
+                _round(functions, taken[name], once[name], flush)
     return {name: Times.of(seconds) for name, seconds in taken.items()}
 
 
@@ -121,6 +118,116 @@ def _clock(call: Call) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """Collect no garbage meanwhile: that takes time, and may free memory of the device."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+class Captured:
+    """A function's work as a CUDA graph; on a CPU the function, called again.
+
+    Args:
+        function: takes nothing, returns tensors. Runs `warm` times before the capture, on another
+            stream, so that nothing is compiled, loaded or looked up during it.
+        device: where its tensors are.
+        keep: keep the graph itself beside the executable one, for whoever looks at its nodes.
+
+    Attributes:
+        outputs: what the function returned; each replay writes these tensors anew.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[], Sequence[Tensor]],
+        device: torch.device,
+        *,
+        keep: bool = False,
+        warm: int = 3,
+    ) -> None:
+        self.function, self.graph = function, None
+        if device.type != "cuda":
+            self.outputs = function()
+            return
+        stream, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(stream)
+        with torch.cuda.stream(side):
+            for _ in range(warm):
+                function()
+        stream.wait_stream(side)
+        torch.cuda.synchronize()
+        graph: Any = torch.cuda.CUDAGraph(keep_graph=True) if keep else torch.cuda.CUDAGraph()
+        gc.collect()
+        try:
+            with _without_collections(), torch.cuda.graph(graph):
+                self.outputs = function()
+        except Exception:
+            torch.cuda.set_stream(stream)  # torch leaves its own as the current one
+            raise
+        if keep:
+            graph.instantiate()
+        torch.cuda.synchronize()
+        self.graph = graph
+
+    def replay(self) -> None:
+        """Do the work again, on the current stream."""
+        if self.graph is not None:
+            self.graph.replay()
+            return
+        for old, new in zip(self.outputs, self.function(), strict=True):
+            old.copy_(new)
+
+
+def on_the_device(work: Call, calls: int, device: torch.device, seconds: float = 0.04) -> Times:
+    """Time `work`, which makes `calls` calls, several times back to back; return times per call.
+
+    On a GPU between events, queued without waiting: the host runs ahead, so that what is timed is
+    the device alone.
+    """
+    if device.type != "cuda":
+        return by_the_host(work, calls, device, seconds)
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(2):
+        first.record()
+        work()
+        last.record()
+        last.synchronize()
+    once = max(1e-6, first.elapsed_time(last) / 1e3)
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(_repeats(seconds / once) + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        work()
+        mark.record()
+    torch.cuda.synchronize()
+    return Times.of([a.elapsed_time(b) / 1e3 / calls for a, b in itertools.pairwise(marks)])
+
+
+def _repeats(wanted: float) -> int:
+    return int(min(30, max(5, wanted)))
+
+
+def by_the_host(work: Call, calls: int, device: torch.device, seconds: float = 0.03) -> Times:
+    """Time `work`, of `calls` calls, by the host's clock, the device idle at both ends."""
+
+    def once() -> None:
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    once()
+    taken: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(taken) < FEW or (time.perf_counter() < end and len(taken) < 30):
+        taken.append(_clock(once) / calls)
+    return Times.of(taken)
 
 
 def last_level_cache() -> int:
@@ -173,13 +280,6 @@ def fastest(times: Mapping[str, Times], prefix: str) -> str:
     """Return the name with this prefix that has the smallest median."""
     names = [name for name in times if name.startswith(prefix)]
     return min(names, key=lambda name: times[name].median, default="")
-
-
-def geometric_mean(values: Sequence[float]) -> float:
-    """Return the geometric mean of some ratios, NaN of none."""
-    if not values:
-        return math.nan
-    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def memory() -> int | None:

@@ -11,7 +11,7 @@ from grace_edit import GraceConfig, GraceEditor
 from grace_edit.demo import topics
 
 from benchmarks import edits, goals, model
-from benchmarks.rows import Run, read, select, write
+from benchmarks.measurements import Run, read, select, write
 
 SMALL = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 97}
 LAYER = "transformer.h.1.mlp"
@@ -150,7 +150,7 @@ def test_inserts_and_growth_give_rows_of_every_kind(tmp_path):
     assert marks[0].median < marks[2].median
     assert marks[1].median < marks[3].median
     run = Run({}, [*inserted, *grown.values(), *marks])
-    assert read(write(run, tmp_path, "run")[0]).rows == run.rows
+    assert read(write(run, tmp_path, "run")[0]).measured == run.measured
 
 
 def test_inserts_are_exact_only_where_the_reference_finds_all_with_their_values():

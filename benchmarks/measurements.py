@@ -1,7 +1,7 @@
-"""What is measured, as rows: their columns, their CSV and JSON files, the ratios between them.
+"""What is measured: the columns of a measurement, its CSV and JSON files, ratios between two.
 
-A row is one thing that was timed in one case. Ratios are never stored: `ratio` and `best_peer`
-derive them from rows of one run.
+A measurement is one thing that was timed in one case, and a row of the CSV. Ratios are never
+stored: `ratio` and `best_peer` derive them from measurements of one run.
 """
 
 from __future__ import annotations
@@ -16,31 +16,19 @@ from typing import Any
 KINDS = ("ours", "peer", "bound")
 ANSWERS = ("exact", "rounded", "wrong", "absent", "")
 RIGHT = ("exact", "rounded")
-MORE_IS_BETTER = ("tokens/s", "edits/s", "GB/s")
+MORE_IS_BETTER = ("tokens/s", "edits/s", "GB/s", "TFLOP/s")
 
 Progress = Callable[[int, int], object]
 """Called with what is done of a part, and what there is in all."""
 
 
 @dataclass(frozen=True)
-class Row:
-    """One thing that was timed, in one case.
+class Measurement:
+    """One thing that was timed, in one case; README.md says what each column means.
 
-    Attributes:
-        part: the part of the suite, a key of `suite.PARTS` (`operators` writes `nearest`, `lookup`
-            and `adapt_`).
-        device: `cpu` or `cuda`.
-        data: what the keys are like, such as `isotropic` or `activations`.
-        dtype: of the keys that this contestant reads.
-        keys, width, batch: N, D and B of the case.
-        radius: of every entry, where it matters.
-        cache: `warm` or `cold`, where both are measured.
-        name: of the contestant.
-        kind: `ours`, `peer`, or `bound` for what a contestant cannot do without.
-        answers: `exact` (the reference's bits), `rounded` (the right indices, distances that
-            round), `wrong`, `absent` (could not be had: `note` says why), or empty.
-        unit: of median, p20 and p80.
-        note: whatever else has to be known.
+    `kind` is `ours`, `peer`, or `bound` for what a contestant cannot do without. `answers` is
+    `exact` (the reference's bits), `rounded` (the right indices, distances that round), `wrong`,
+    `absent` (could not be had: `note` says why), or empty.
     """
 
     part: str
@@ -79,7 +67,8 @@ class Row:
         return self.median is not None and self.answers != "wrong"
 
 
-COLUMNS = tuple(f.name for f in fields(Row))
+Measured = Sequence[Measurement]
+COLUMNS = tuple(f.name for f in fields(Measurement))
 CASE = ("device", "data", "keys", "width", "batch", "cache")
 """Columns that contestants have in common where they are compared, besides the radius."""
 OPERATORS = ("nearest", "lookup", "adapt_")
@@ -91,16 +80,20 @@ class Settings:
     """What a part is told.
 
     Attributes:
+        device: `cpu`, `cuda`, or `rehearsal`: what runs on a GPU, tiny, on a CPU.
         quick: a tenth of the work.
         threads: for everything that is timed.
         budget: scales the seconds a case may take; tests make it small.
         activations: file in which the packaged model's activations are kept between runs.
+        until: `time.monotonic()` from which on nothing is begun any more; on a GPU alone.
     """
 
+    device: str = "cpu"
     quick: bool = False
     threads: int = 1
     budget: float = 1.0
     activations: Path | None = None
+    until: float = float("inf")
 
     def pick(self, full: Any, quick: Any) -> Any:
         """Return the one of two sizes that fits."""
@@ -109,40 +102,46 @@ class Settings:
 
 @dataclass
 class Run:
-    """One run: what it depends on, and its rows."""
+    """One run: what it depends on, and what was measured."""
 
     environment: dict[str, Any] = field(default_factory=dict)
-    rows: list[Row] = field(default_factory=list)
+    measured: list[Measurement] = field(default_factory=list)
 
 
-def case(row: Row) -> tuple[Any, ...]:
-    """Return what has to be equal for two rows to be compared."""
-    radius = None if row.part in OPERATORS else row.radius
-    return *(getattr(row, name) for name in CASE), radius
+def case(one: Measurement) -> tuple[Any, ...]:
+    """Return what has to be equal for two measurements to be compared."""
+    radius = None if one.part in OPERATORS else one.radius
+    return *(getattr(one, name) for name in CASE), radius
 
 
-def ratio(ours: Row, other: Row) -> float:
+def ratio(ours: Measurement, other: Measurement) -> float:
     """Return how many times better `ours` is than `other`: faster, or more in a second.
 
     Raises:
-        ValueError: the units differ, or one of the rows was not timed.
+        ValueError: the units differ, or one of them was not timed.
     """
     if ours.unit != other.unit or ours.median is None or other.median is None:
-        raise ValueError(f"rows must be timed in one unit, got {ours} and {other}")
+        raise ValueError(f"both must be timed in one unit, got {ours} and {other}")
     if ours.unit in MORE_IS_BETTER:
         return ours.median / other.median
     return other.median / ours.median
 
 
-def contestants(rows: Iterable[Row], ours: Row, kind: str, part: str | None = None) -> list[Row]:
-    """Return the rows of a kind in the case of `ours`, of `part` or else of its own part."""
+def contestants(
+    measured: Iterable[Measurement], ours: Measurement, kind: str, part: str | None = None
+) -> list[Measurement]:
+    """Return those of a kind in the case of `ours`, of `part` or else of its own part."""
     wanted = case(ours), part or ours.part
-    return [row for row in rows if row.kind == kind and (case(row), row.part) == wanted]
+    return [one for one in measured if one.kind == kind and (case(one), one.part) == wanted]
 
 
 def best_peer(
-    rows: Iterable[Row], ours: Row, *, part: str | None = None, dtype: str | None = None
-) -> Row | None:
+    measured: Iterable[Measurement],
+    ours: Measurement,
+    *,
+    part: str | None = None,
+    dtype: str | None = None,
+) -> Measurement | None:
     """Return the best peer in the case of `ours` whose answers are right, None if there is none.
 
     Args:
@@ -150,11 +149,11 @@ def best_peer(
         dtype: only peers that read keys of this type.
     """
     found = [
-        row
-        for row in contestants(rows, ours, "peer", part)
-        if row.answers in RIGHT and dtype in (None, row.dtype)
+        peer
+        for peer in contestants(measured, ours, "peer", part)
+        if peer.answers in RIGHT and dtype in (None, peer.dtype)
     ]
-    return min(found, key=lambda row: ratio(row, ours) ** -1, default=None)
+    return min(found, key=lambda peer: ratio(peer, ours) ** -1, default=None)
 
 
 def write(run: Run, folder: Path, stem: str) -> list[Path]:
@@ -164,17 +163,17 @@ def write(run: Run, folder: Path, stem: str) -> list[Path]:
     with table.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(COLUMNS)
-        for row in run.rows:
-            values = asdict(row).values()
+        for one in run.measured:
+            values = asdict(one).values()
             writer.writerow(["" if value is None else value for value in values])
-    rows = ",\n  ".join(json.dumps(_brief(row)) for row in run.rows)
+    rows = ",\n  ".join(json.dumps(_brief(one)) for one in run.measured)
     about = json.dumps(run.environment, indent=1)
     whole.write_text(f'{{"environment": {about},\n "rows": [\n  {rows}\n]}}\n')
     return [table, whole]
 
 
-def _brief(row: Row) -> dict[str, Any]:
-    return {name: value for name, value in asdict(row).items() if value not in ("", None)}
+def _brief(one: Measurement) -> dict[str, Any]:
+    return {name: value for name, value in asdict(one).items() if value not in ("", None)}
 
 
 def read(path: Path) -> Run:
@@ -185,14 +184,14 @@ def read(path: Path) -> Run:
     """
     if path.suffix == ".json":
         data = json.loads(path.read_text())
-        return Run(data["environment"], [Row(**row) for row in data["rows"]])
+        return Run(data["environment"], [Measurement(**row) for row in data["rows"]])
     beside = path.with_suffix(".json")
     about = json.loads(beside.read_text())["environment"] if beside.exists() else {}
     with path.open(newline="") as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != COLUMNS:
             raise ValueError(f"{path} must begin with {','.join(COLUMNS)}")
-        return Run(about, [_row(record) for record in reader])
+        return Run(about, [_measurement(row) for row in reader])
 
 
 _NUMBERS: dict[str, Callable[[str], float]] = {
@@ -201,13 +200,13 @@ _NUMBERS: dict[str, Callable[[str], float]] = {
 }
 
 
-def _row(record: dict[str, str]) -> Row:
-    values: dict[str, Any] = dict(record)
+def _measurement(row: dict[str, str]) -> Measurement:
+    values: dict[str, Any] = dict(row)
     for name, number in _NUMBERS.items():
-        values[name] = number(record[name]) if record[name] else None
-    return Row(**values)
+        values[name] = number(row[name]) if row[name] else None
+    return Measurement(**values)
 
 
-def select(rows: Sequence[Row], **wanted: Any) -> list[Row]:
-    """Return the rows whose columns are as wanted."""
-    return [row for row in rows if all(getattr(row, k) == v for k, v in wanted.items())]
+def select(measured: Measured, **wanted: Any) -> list[Measurement]:
+    """Return those whose columns are as wanted."""
+    return [one for one in measured if all(getattr(one, k) == v for k, v in wanted.items())]

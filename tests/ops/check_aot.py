@@ -8,7 +8,7 @@ exactly as the launcher would launch it:
 * the exact distance is not fused and flushes nothing, its root is correctly rounded, and arrivals
   are counted with acquire and release.
 
-    python benchmarks/check_aot.py [--arch 90 ...] [--dtype bfloat16 ...] [--operation lookup ...]
+    python tests/ops/check_aot.py [--arch 90 ...] [--dtype bfloat16 ...] [--operation lookup ...]
         [--first-row] [--json FILE] [--markdown FILE]
 
 Needs triton with the assemblers it ships, and no GPU. Exit status 1 if a check fails.
@@ -63,7 +63,7 @@ class Pretended:
 
 
 @dataclass
-class Row:
+class Outcome:
     """What was compiled and what came out."""
 
     architecture: str
@@ -156,11 +156,11 @@ def loops(ptx: str) -> list[str]:
     return ["\n".join(lines[first : last + 1]) for first, last in inner]
 
 
-def check(architecture: int, dtype: str, operation: str, tile: tiles.Tile, batch: int) -> Row:
+def check(architecture: int, dtype: str, operation: str, tile: tiles.Tile, batch: int) -> Outcome:
     """Compile one row of the table and look at it."""
     name = f"{'direct' if tile.direct else 'dot'} {tile.queries}x{tile.keys}x{tile.elements}"
     batches = "any" if tile.batch is None else str(tile.batch)
-    row = Row(f"sm_{architecture}", dtype, operation, batches, name)
+    row = Outcome(f"sm_{architecture}", dtype, operation, batches, name)
     size = getattr(torch, dtype).itemsize
     kernel = compiled(architecture, getattr(torch, dtype), operation, batch)
     row.registers, row.spill_bytes = resources(kernel.asm["cubin"])
@@ -237,7 +237,7 @@ def main() -> int:
     return 1 if bad else 0
 
 
-def markdown(rows: list[Row], versions: str) -> str:
+def markdown(rows: list[Outcome], versions: str) -> str:
     """Return the report as a table."""
     lines = [
         "# The Triton kernel, compiled ahead of time",
