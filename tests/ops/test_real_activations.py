@@ -91,13 +91,15 @@ def test_the_kernel_reads_few_keys_and_answers_as_without_a_sketch(
 
 def test_resampled_rows_are_as_far_apart_as_real_ones(real: activations.Activations) -> None:
     keys, query = activations.split(real.mean)
-    half = len(query) // 2
-    wanted = activations.nearest_median(query[:half], keys)
+    wanted = activations.nearest_median(query, keys)
     for dim in (768, 1100):
-        like = activations.Resampler(keys, query, dim, torch.Generator().manual_seed(dim))
-        rows, some = like.draw(keys, len(keys)), like.draw(query[half:], half)
-        assert rows.shape == (len(keys), dim)
-        assert abs(activations.nearest_median(some, rows) / wanted - 1) < 0.1
+        ratios = []
+        for seed in range(3):  # each is off by chance, by 3 % or so
+            like = activations.Resampler(keys, query, dim, torch.Generator().manual_seed(seed))
+            rows, some = like.draw(keys, len(keys)), like.draw(query, 2000)
+            assert rows.shape == (len(keys), dim)
+            ratios.append(activations.nearest_median(some, rows) / wanted)
+        assert abs(sum(ratios) / 3 - 1) < 0.1
         turned = like._turned(torch.eye(dim))
         assert torch.allclose(turned @ turned.T, torch.eye(dim), atol=1e-4)
 
