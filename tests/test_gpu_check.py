@@ -21,8 +21,6 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import grace_kernels  # noqa: E402
-from benchmarks import gpu, page, rows  # noqa: E402
 from benchmarks.gpu_check import __main__ as command  # noqa: E402
 from benchmarks.gpu_check import (  # noqa: E402
     bench,
@@ -33,6 +31,9 @@ from benchmarks.gpu_check import (  # noqa: E402
     pruned,
     report,
 )
+
+import grace_kernels  # noqa: E402
+from benchmarks import gpu, page, rows  # noqa: E402
 
 CPU = place.Place(torch.device("cpu"))
 DEVICES = ("nvidia", "h200", "h100", "a100", "geforce", "cuda")

@@ -14,7 +14,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import grace_kernels
 from benchmarks.gpu_check import (
     bench,
     correct,
@@ -28,6 +27,8 @@ from benchmarks.gpu_check import (
     special,
     warm,
 )
+
+import grace_kernels
 
 CPU = place.Place(torch.device("cpu"))
 GPU = place.Place(torch.device("cuda"))  # as far as that goes without one

@@ -14,8 +14,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import grace_kernels
 from benchmarks.gpu_check import bench, correct, journal, place, pruned, sketched, warm
+
+import grace_kernels
 from grace_kernels import Sketch
 
 CPU = place.Place(torch.device("cpu"))
