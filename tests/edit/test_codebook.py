@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -413,12 +414,13 @@ def test_an_unknown_id_is_a_key_error() -> None:
         book.delete(0, purge=True)
 
 
-def test_a_copy_is_independent_and_can_undo() -> None:
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_is_independent_and_can_undo(how: str) -> None:
     book, stream = Codebook(3, 2), Stream(2)
     for _ in range(30):
         book.insert(*stream.next())
     before = state(book)
-    twin = copy.deepcopy(book)
+    twin = copy.deepcopy(book) if how == "deepcopy" else pickle.loads(pickle.dumps(book))
     assert state(twin) == before
     while twin.storage.journal.steps:
         twin.undo()

@@ -1,4 +1,16 @@
-"""The codebook: entries, the edits they answer for, every change to them, and their files."""
+"""The codebook: entries, the edits they answer for, every change to them, and their files.
+
+Imports run one way; from below:
+
+* `records` says what an edit, an entry and a proposal are; `policy` takes decisions as pure
+  functions, `settings` holds what it decides by.
+* `storage` holds everything: `slots` (what lookups read, with its `sketch_upkeep`), `queries` (what
+  edits asked, on the host) and the records; `journal` takes its changes back.
+* `planning` decides about an edit, `retention` carries that out and keeps the others answered,
+  `replay` deletes, `importing` fills, `audit` checks. They work on the storage.
+* `codebook` is the public face of all this; `snapshot` turns it into bytes, `store` keeps those on
+  disk.
+"""
 
 from .codebook import Codebook
 from .records import CapacityError, Edit, EditResult, UndoError
