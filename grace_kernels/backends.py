@@ -20,10 +20,10 @@ from . import ops
 Backend = Literal["reference", "cpu", "triton", "cuda"]
 NAMES: tuple[str, ...] = ("reference", "cpu", "triton", "cuda")
 
-_REINSTALL = ", and reinstall from a checkout: pip install --force-reinstall --no-deps ."
+_REINSTALL = "and reinstall from a checkout: pip install --force-reinstall --no-deps ."
 _REMEDY = {
-    "cpu": f"install a C++ compiler (g++ or clang++) if there is none{_REINSTALL}",
-    "cuda": f"install the CUDA toolkit (nvcc){_REINSTALL}"
+    "cpu": f"install a C++ compiler (g++ or clang++) if there is none, {_REINSTALL}",
+    "cuda": f"install the CUDA toolkit (nvcc) {_REINSTALL}"
     if torch.version.cuda is not None
     else "install a CUDA build of torch",
     "triton": "pip install triton",

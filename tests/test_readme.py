@@ -12,6 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from grace_kernels import backends
+
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"]
 PAGES += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))
@@ -137,6 +139,12 @@ def test_the_shell_commands_of_the_docs_edit_a_model_and_explain_the_edit(
         assert left.value.code == 0, line
     assert len(printed) == 3
     assert "Canberra" in printed[2]
+
+
+def test_the_remedy_that_the_doctor_names_is_the_one_in_the_docs() -> None:
+    command = backends._REMEDY["cpu"].rpartition(": ")[2]
+    assert command.startswith("pip install ")
+    assert [body for _, body in blocks("docs/install.md") if body == f"{command}\n"]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "benchmarks/README.md"])
