@@ -298,7 +298,8 @@ def _planned_forward(seam: Any, forward: Any, args: Any, kwargs: Any) -> Any:
             plan = plan_forward(
                 adaptor,
                 _arguments(seam, args, kwargs),
-                causal=isinstance(seam, GraceGenerator),
+                takes_positions="position_ids" in type(seam).grace_arguments
+                and isinstance(seam, GraceGenerator),
             )
     if torch.compiler.is_compiling():
         return _run_planned(adaptor, plan, before, forward, args, kwargs)

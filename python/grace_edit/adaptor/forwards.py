@@ -18,7 +18,9 @@ from .positions import LatchedPlan, QueryPlan, plan_latched, plan_queries
 from .state import Generation
 
 
-def plan_forward(adaptor: GraceAdaptor, given: dict[str, Any], *, causal: bool) -> QueryPlan | None:
+def plan_forward(
+    adaptor: GraceAdaptor, given: dict[str, Any], *, takes_positions: bool
+) -> QueryPlan | None:
     """Plan a plain forward: without past its whole input is prompt, with past nobody asks.
 
     How much a static cache that was used before holds is known to its device alone, and the host
@@ -28,7 +30,8 @@ def plan_forward(adaptor: GraceAdaptor, given: dict[str, Any], *, causal: bool) 
 
     Args:
         given: the arguments of the forward by name.
-        causal: the model generates, so that left padding without positions is worth a warning.
+        takes_positions: the model generates and takes positions, so that left padding without
+            them is worth a warning.
 
     Raises:
         ValueError: a mask that is not `[B, T]`; a packed batch. If its positions alone tell, a CPU
@@ -48,13 +51,13 @@ def plan_forward(adaptor: GraceAdaptor, given: dict[str, Any], *, causal: bool) 
     elif past > 0:
         return None
     restarts = None
-    mask, positions = given.get("attention_mask"), given.get("position_ids")
+    mask, position_ids = given.get("attention_mask"), given.get("position_ids")
     if given.get("cu_seq_lens_q") is not None:
         raise _packed("cu_seq_lens_q must be None")
     if mask is None:
         # transformers takes sequences apart where the positions start anew.
-        if positions is not None and positions.ndim == 2:
-            restarts = (positions.diff(dim=1) < 0).any(dim=1)
+        if position_ids is not None and position_ids.ndim == 2:
+            restarts = (position_ids.diff(dim=1) < 0).any(dim=1)
             if _may_look(adaptor, "packed", restarts):
                 if bool(restarts.any()):
                     raise _packed("position_ids without a mask must ascend within a row")
@@ -65,7 +68,7 @@ def plan_forward(adaptor: GraceAdaptor, given: dict[str, Any], *, causal: bool) 
             f"attention_mask must be [B, T] for an edited model, got shape {tuple(mask.shape)}; "
             "name the rows yourself with editor.plan(QueryPlan(...))"
         )
-    elif causal and positions is None:
+    elif takes_positions and position_ids is None:
         _warn_left_padding(adaptor, mask)
     plan = plan_prompts(adaptor, mask.bool(), ids)
     if isinstance(past, Tensor):
@@ -238,7 +241,7 @@ def _warn_left_padding(adaptor: GraceAdaptor, mask: Tensor) -> None:
     if mask.shape[1] and not bool(mask[:, 0].all()):
         adaptor.warned.add("left padding")
         warnings.warn(
-            "left padding without position_ids shifts the positions of most causal models, so "
-            "edits will not fire; pass position_ids",
+            "left padding without position_ids shifts the positions of most causal models, whose "
+            "edits then do not fire; pass position_ids",
             stacklevel=5,
         )

@@ -67,6 +67,8 @@ class Family(ABC):
     Args:
         model: the model, without wrappers.
         tokenizer: turns text into ids; None: prompts and targets are token ids already.
+
+    `longest` is how many tokens the model has positions for.
     """
 
     # What a subclass says about its kind.
@@ -93,6 +95,7 @@ class Family(ABC):
         self.pad_id = self._special("pad_token_id") or 0
         accepted = inspect.signature(type(model).forward).parameters
         self.takes_positions = "position_ids" in accepted
+        self.longest = _longest(model, self.config)
         self.attached = False
 
     @classmethod
@@ -201,12 +204,6 @@ class Family(ABC):
     def show(self, target: Sequence[int]) -> str:
         """Return a target, or an answer, as a person reads it."""
         return self.text_of(target, self.tokenizer, self.config)
-
-    @property
-    def longest(self) -> int:
-        """How many tokens the model has positions for."""
-        found = getattr(self.config, "max_position_embeddings", None)
-        return found if isinstance(found, int) else sys.maxsize
 
     @property
     def special_ids(self) -> tuple[int, ...]:
@@ -353,3 +350,17 @@ class Family(ABC):
             pad_token_id=self.pad_id,
         )
         return produced
+
+
+def _longest(model: nn.Module, config: Any) -> int:
+    found = getattr(config, "max_position_embeddings", None)
+    if not isinstance(found, int):
+        return sys.maxsize  # as of ALiBi, which has no table of positions
+    for name, module in model.named_modules():
+        # RoBERTa counts positions from the one after the padding's.
+        if (
+            name.endswith("position_embeddings")
+            and getattr(module, "padding_idx", None) is not None
+        ):
+            return found - int(module.padding_idx) - 1
+    return found
