@@ -76,7 +76,7 @@ def test_the_ten_lines_of_the_readme_run_and_the_edit_answers(
 )
 def test_what_a_page_links_to_is_there(page: str) -> None:
     folder = (README.parent / page).parent
-    links = re.findall(r"\]\(([^)#]+)", (README.parent / page).read_text())
+    links = re.findall(r"\]\(([^)#]+)", (README.parent / page).read_text(encoding="utf-8"))
     here = [link for link in links if "://" not in link]
     assert [link for link in here if not (folder / link).exists()] == []
     assert page != "README.md" or len(here) >= 2
