@@ -127,7 +127,7 @@ def test_the_shell_commands_of_the_docs_edit_a_model_and_explain_the_edit(
     monkeypatch.chdir(tmp_path)
     found = blocks("docs/serving.md")
     (edits,) = [text for language, text in found if language == "json"]
-    (tmp_path / "edits.jsonl").write_text(edits)
+    (tmp_path / "edits.jsonl").write_text(edits, encoding="utf-8")
     (commands,) = [text for language, text in found if language == "sh"]
     printed = []
     for line in commands.splitlines():
@@ -153,8 +153,8 @@ def test_every_command_that_a_page_names_exists(page: str) -> None:
     from grace_edit.cli import app
 
     ours = typer.main.get_command(app).commands
-    targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     text = (ROOT / page).read_text(encoding="utf-8")
     code = "\n".join(re.findall(r"`([^`\n]+)`", text) + [body for _, body in blocks(page)])
     for command in re.findall(r"(?:^|`)grace ([a-z]+)\b", code, re.MULTILINE):

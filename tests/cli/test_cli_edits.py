@@ -89,7 +89,8 @@ def test_the_closing_table_is_on_stdout_and_no_bar_where_stderr_is_no_terminal(
         assert text in done.stdout
     assert "its configuration names GPT2LMHeadModel" in done.stdout
     assert "accepted 2 of 2; live edits 2, entries 2" in done.stdout
-    assert f"saved in {tmp_path / 'out'}" in done.stdout
+    # A long path is broken where the line ends.
+    assert f"savedin{tmp_path / 'out'}" in "".join(done.stdout.split())
 
 
 def test_refused_edits_end_with_4_and_the_accepted_ones_are_saved(

@@ -291,8 +291,9 @@ def test_tensors_that_do_not_fit_are_refused(
 def test_records_that_do_not_fit_are_refused(
     damaged: Path, change: Callable[[list[str]], list[str]]
 ) -> None:
-    lines = (damaged / EDITS).read_text().splitlines()
-    (damaged / EDITS).write_text("".join(line + "\n" for line in change(lines)))
+    lines = (damaged / EDITS).read_text(encoding="utf-8").splitlines()
+    text = "".join(line + "\n" for line in change(lines))
+    (damaged / EDITS).write_text(text, encoding="utf-8")
     rewrite(damaged, lambda described: None)
     refuses(damaged, EDITS)
 

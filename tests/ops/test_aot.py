@@ -62,7 +62,8 @@ def test_the_check_sees_what_the_interpreter_cannot(
     folder = tmp_path / "grace_kernels" / "triton"
     changed = {"enable_fp_fusion=False": "enable_fp_fusion=True", 'sem="acq_rel"': 'sem="relaxed"'}
     for path in (folder / "lookup.py", folder / "lookup_kernel.py"):
-        path.write_text(path.read_text().replace(change, changed[change]))
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace(change, changed[change]), encoding="utf-8")
     which = "--arch 90 --dtype bfloat16 --operation lookup --first-row"
     done = python(str(CHECK), *which.split(), package=tmp_path)
     assert done.returncode == 1

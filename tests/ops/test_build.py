@@ -185,10 +185,11 @@ def test_an_nvcc_that_fails_costs_the_cuda_kernels_and_nothing_else(tmp_path: Pa
     shutil.copy(ROOT / "pyproject.toml", tree)
     (tree / "README.md").touch()
     (tree / "LICENSE").touch()
-    setup = (ROOT / "setup.py").read_text()
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
     pretended = 'import torch\n\ntorch.version.cuda = "13.0"\n'
     start = setup.index("import os\n")
-    (tree / "setup.py").write_text(setup[:start] + pretended + setup[start:])
+    changed = setup[:start] + pretended + setup[start:]
+    (tree / "setup.py").write_text(changed, encoding="utf-8")
     told = build(tree, "build_ext", "--inplace", GRACE_KERNELS_COMPILE="")
     if "nvcc is of CUDA" in told:
         pytest.skip(told)

@@ -93,7 +93,7 @@ def test_the_sources_use_nothing_newer_than_the_oldest_torch() -> None:
     if not sources:
         pytest.skip("no source tree")
     assert {ROOT / "csrc" / "cuda" / "lookup.cu", ROOT / "csrc" / "operators.h"} <= {*sources}
-    found = {path.name: NEWER.search(path.read_text()) for path in sources}
+    found = {path.name: NEWER.search(path.read_text(encoding="utf-8")) for path in sources}
     assert {name: hit[0] for name, hit in found.items() if hit} == {}
 
 
