@@ -153,8 +153,12 @@ def test_every_command_that_a_page_names_exists(page: str) -> None:
     from grace_edit.cli import app
 
     ours = typer.main.get_command(app).commands
-    targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    extras = re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    targets = re.findall(
+        r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    extras = re.findall(
+        r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE
+    )
     text = (ROOT / page).read_text(encoding="utf-8")
     code = "\n".join(re.findall(r"`([^`\n]+)`", text) + [body for _, body in blocks(page)])
     for command in re.findall(r"(?:^|`)grace ([a-z]+)\b", code, re.MULTILINE):
