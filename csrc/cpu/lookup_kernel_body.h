@@ -266,10 +266,10 @@ void tile(const Scan& p, int64_t q0, int64_t begin, int64_t end, Best* best, Pac
 
 template <class T>
 void scan_direct(const Scan& p, int64_t begin, int64_t end, Best* best, Pace& pace) {
-  const int64_t row_bytes = p.dim * sizeof(T) + 1;
-  const int64_t rows = row_bytes * 8 < kTileBytes ? kTileBytes / row_bytes / 8 * 8 : 8;
-  for (int64_t n = begin; n < end; n += rows) {
-    const int64_t stop = n + rows < end ? n + rows : end;
+  const int64_t key_bytes = p.dim * sizeof(T) + 1;
+  const int64_t at_once = key_bytes * 8 < kTileBytes ? kTileBytes / key_bytes / 8 * 8 : 8;
+  for (int64_t n = begin; n < end; n += at_once) {
+    const int64_t stop = n + at_once < end ? n + at_once : end;
     int64_t q = 0;
     for (; q + 4 <= p.batch; q += 4) tile<T, 4, 2, 1>(p, q, n, stop, best, pace);
     switch (p.batch - q) {
@@ -297,7 +297,7 @@ void consider_key(const Scan& p, const Pair& pair, Best* best) {
 }
 
 template <class T>
-void finish_rows(const Scan& p, Best* best) {
+void finish_queries(const Scan& p, Best* best) {
   for (int64_t q = 0; q < p.batch; ++q) {
     rescore<T>(p, p.queries + q * p.query_stride, best[q]);
   }
@@ -306,11 +306,11 @@ void finish_rows(const Scan& p, Best* best) {
 void finish(const Scan& p, Best* best) {
   switch (p.dtype) {
     case Dtype::kFloat32:
-      return finish_rows<float>(p, best);
+      return finish_queries<float>(p, best);
     case Dtype::kFloat16:
-      return finish_rows<Half>(p, best);
+      return finish_queries<Half>(p, best);
     case Dtype::kBFloat16:
-      return finish_rows<BFloat>(p, best);
+      return finish_queries<BFloat>(p, best);
   }
 }
 

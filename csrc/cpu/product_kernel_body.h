@@ -136,7 +136,7 @@ inline void multiply(const float* panel, int64_t panel_size, const float* keys, 
 }
 
 template <class T>
-void multiply_rows(const Scan& p, int64_t begin, int64_t rows, Products& of) {
+void multiply_keys(const Scan& p, int64_t begin, int64_t rows, Products& of) {
   constexpr int K = Isa::product_keys;
   std::memset(of.products, 0, sizeof of.products);
   for (auto& squares : of.squares) squares = Isa::zero();
@@ -197,7 +197,7 @@ void scan_products(const Scan& p, int64_t begin, int64_t end, Best* best) {
   for (int64_t q = 0; q < p.batch; ++q) of.most[q] = most(p, margin, q, best[q]);
   for (; start < end; start += kProductRows) {
     const int64_t rows = start + kProductRows < end ? kProductRows : end - start;
-    multiply_rows<T>(p, start, rows, of);
+    multiply_keys<T>(p, start, rows, of);
     int64_t left = 0;
     for (int64_t n = 0; n < rows; ++n) {
       not_ruled_out(p, margin, start + n, n, of, [&](int64_t) { ++left; });
@@ -215,7 +215,7 @@ void scan_products(const Scan& p, int64_t begin, int64_t end, Best* best) {
 
 // Few queries beyond whole panels are not worth one more.
 template <class T>
-void scan_rows(const Scan& p, int64_t begin, int64_t end, Best* best) {
+void scan_keys(const Scan& p, int64_t begin, int64_t end, Best* best) {
   Scan some = p, rest = p;
   if (p.panels == nullptr || product_error(p) >= 0.05) {
     some.batch = 0;
@@ -234,10 +234,10 @@ void scan_rows(const Scan& p, int64_t begin, int64_t end, Best* best) {
 void scan(const Scan& p, int64_t begin, int64_t end, Best* best) {
   switch (p.dtype) {
     case Dtype::kFloat32:
-      return scan_rows<float>(p, begin, end, best);
+      return scan_keys<float>(p, begin, end, best);
     case Dtype::kFloat16:
-      return scan_rows<Half>(p, begin, end, best);
+      return scan_keys<Half>(p, begin, end, best);
     case Dtype::kBFloat16:
-      return scan_rows<BFloat>(p, begin, end, best);
+      return scan_keys<BFloat>(p, begin, end, best);
   }
 }

@@ -11,7 +11,7 @@
 namespace grace::cpu {
 namespace {
 
-constexpr int64_t kChunkSlots = 1024;  // what a thread takes from the common pile at a time
+constexpr int64_t kSketchedSlots = 1024;  // what a thread takes from the common pile at a time
 // Of the slots of a chunk, what the sketch may leave; beyond, reading them in turn is cheaper than
 // one by one. Four queries at a time share what is read.
 constexpr int64_t kOneOf = 8;
@@ -88,11 +88,11 @@ class PrunedSearch : public Search {
   }
 
   static int64_t room_for(int64_t queries) {
-    return kChunkSlots / kOneOf * std::max<int64_t>(1, queries / 4);
+    return kSketchedSlots / kOneOf * std::max<int64_t>(1, queries / 4);
   }
   int64_t survivor_room() const { return room_for(most_); }
   static int64_t chunks_of(const Sketch& sketch) {
-    return (sketch.covered + kChunkSlots - 1) / kChunkSlots;
+    return (sketch.covered + kSketchedSlots - 1) / kSketchedSlots;
   }
 
   static void count_up(const Sketch& sketch, int which, int64_t by) {
@@ -199,8 +199,8 @@ class PrunedSearch : public Search {
           read(start, std::min(start + at_once, count_));
           continue;
         }
-        const int64_t start = chunk * kChunkSlots;
-        const int64_t stop = std::min(start + kChunkSlots, sketch.covered);
+        const int64_t start = chunk * kSketchedSlots;
+        const int64_t stop = std::min(start + kSketchedSlots, sketch.covered);
         int64_t left = -1;
         if (patience.asks()) {
           left = kernels_.filter(sketch.codes, scan_, start, stop, sketched_, reach, true,
@@ -260,8 +260,8 @@ class PrunedSearch : public Search {
         const int64_t chunk = next.fetch_add(1, std::memory_order_relaxed);
         if (chunk >= chunks) break;
         if (whole_[chunk]) continue;
-        const int64_t start = chunk * kChunkSlots;
-        const int64_t stop = std::min(start + kChunkSlots, sketch.covered);
+        const int64_t start = chunk * kSketchedSlots;
+        const int64_t stop = std::min(start + kSketchedSlots, sketch.covered);
         int64_t left = -1;
         if (patience.asks()) {
           left = kernels_.filter(sketch.codes, scan_, start, stop, sketched_, reach, false,

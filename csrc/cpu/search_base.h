@@ -22,7 +22,7 @@ namespace grace::cpu {
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr int64_t kWorkPerThread = 256 << 10;  // bytes of keys below which a thread does not pay
 constexpr int64_t kChunkBytes = 512 << 10;  // what a thread takes from the common pile at a time,
-constexpr int64_t kChunkRows = 512;         // or this where many queries ask
+constexpr int64_t kChunkSlots = 512;        // or this where many queries ask
 
 // A query's distances must not depend on what the process did to rounding or subnormals
 // (torch.set_flush_denormal).
@@ -245,10 +245,10 @@ class Search {
     arrange();
     // Threads take chunks from a common pile, in ascending order each, so that a busy core does not
     // hold the others up. Which thread scans what does not change an answer.
-    const int64_t rows = std::max(kChunkBytes / key_bytes(), scan_.panels ? kChunkRows : 0);
+    const int64_t slots = std::max(kChunkBytes / key_bytes(), scan_.panels ? kChunkSlots : 0);
     const int64_t share = scan_.panels ? 4 : 1;
     const int64_t chunk = std::max<int64_t>(
-        8, std::min(rows, (count_ + share * threads_ - 1) / (share * threads_)) / 8 * 8);
+        8, std::min(slots, (count_ + share * threads_ - 1) / (share * threads_)) / 8 * 8);
     std::atomic<int64_t> next{0};
     in_parallel(threads_, [&](int64_t thread) {
       Best* mine = best_ + thread * scan_.batch;

@@ -184,6 +184,20 @@ def test_what_the_sketch_cannot_resolve_is_read_once(isa: str) -> None:
     assert 10_000 < sketch.counts()["scanned"] <= 20_000
 
 
+@pytest.mark.parametrize("value", [math.inf, 3e38])
+def test_a_query_that_cannot_be_sketched_is_answered_without_the_sketch_and_alone(
+    value: float, isa: str
+) -> None:
+    keys, query = clustered(3000, 100, torch.float32, 4)
+    query[1, 7] = value
+    radii = torch.full((3000,), 0.3)
+    sketch = Sketch.fit(keys, radii)
+    expected = grace_kernels.lookup(query, keys, radii, backend="reference")
+    got = grace_kernels.lookup(query, keys, radii, sketch=sketch, backend="cpu")
+    assert_same(got, expected, value)
+    assert sketch.counts()["scanned"] == 3000  # for one query of four
+
+
 def test_rows_that_are_not_covered_are_read(isa: str) -> None:
     keys, query = clustered(3000, 100, torch.float32, 2)
     radii = torch.full((3000,), 0.3)
