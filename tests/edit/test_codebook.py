@@ -119,7 +119,9 @@ def test_a_plan_changes_nothing_and_goes_stale_with_the_next_change() -> None:
     assert (plan.case, plan.slot, plan.new_radius) == ("split", -1, 0.25)
     assert (state(book), book.version) == (before, version)
     book.insert(vec(9, 9), [1], value(1))
-    with pytest.raises(ValueError, match=f"proposal must be of the codebook's version {version + 1}"):
+    with pytest.raises(
+        ValueError, match=f"proposal must be of the codebook's version {version + 1}"
+    ):
         book.commit(plan, value(2))
 
 
