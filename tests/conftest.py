@@ -1,10 +1,18 @@
-"""What every test gets: no downloads, few threads, the package found without an installation."""
+"""What every test gets: no downloads, few threads, the package found without an installation.
+
+With `--gpu`, on a machine that has one, what runs on a GPU and nothing else: the operators on its
+backends (`backend`, `place` in tests/ops) and what is marked `gpu`. Run it with pytest-xdist and
+pytest-timeout, so that a hang or a crash takes one test with it: `make gpu-check` does.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 import os
+import sys
+import time
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -21,8 +29,9 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu", action="store_true", help="run what runs on a GPU, and nothing else")
     parser.addoption(
-        "--gpu", action="store_true", help="run the operator tests on the GPU backends only"
+        "--until", type=float, help="seconds since 1970 from which on what is left is not run"
     )
 
 
@@ -33,3 +42,44 @@ def pytest_configure(config: pytest.Config) -> None:
     with contextlib.suppress(ImportError), pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         importlib.import_module("triton")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--gpu`, leave out what no GPU takes part in; what is marked `bulk` comes last."""
+    if config.getoption("--gpu"):
+        items[:] = [item for item in items if _on_a_gpu(item)]
+        items.sort(key=lambda item: item.get_closest_marker("bulk") is not None)
+
+
+def _on_a_gpu(item: pytest.Item) -> bool:
+    names = getattr(item, "fixturenames", ())
+    return "backend" in names or "place" in names or item.get_closest_marker("gpu") is not None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Begin nothing once the time is over."""
+    until = item.config.getoption("--until")
+    if until is not None and time.time() > until:
+        pytest.skip("not run: the time was over")
+
+
+@pytest.fixture(autouse=True)
+def device_in_order(request: pytest.FixtureRequest) -> Iterator[None]:
+    """End a process whose GPU is of no more use, or all tests behind this one would fail.
+
+    pytest-xdist says which test was running, and goes on with another process.
+    """
+    yield
+    if not request.config.getoption("--gpu"):
+        return
+    try:
+        torch.cuda.synchronize()
+        lost = torch.cuda.current_stream() != torch.cuda.default_stream()
+        why = "a capture that failed is still going on" if lost else ""
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+    if why:
+        print(f"{request.node.nodeid} lost the device: {why}", file=sys.__stderr__, flush=True)
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(75)
+        pytest.exit("the device is lost", 75)

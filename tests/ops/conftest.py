@@ -1,8 +1,10 @@
 """Every implementation that this machine can run, one after the other.
 
 On a CPU: the reference, the compiled kernels by instruction set, and the Triton kernels as triton
-interprets them. With `--gpu`: the Triton and the CUDA kernels on a GPU, to which the inputs, made
-on a CPU, are taken with their strides and shared memory, and from which the answers come back.
+interprets them. With `--gpu`: the Triton and the CUDA kernels on a GPU. A test that asks for a
+`backend` has its inputs, made on a CPU, taken there with their strides and shared memory, and the
+answers come back; what `torch.empty` gives there is poison. One that asks for a `place` does all
+this itself, see problems.py; on a CPU it runs with few and small inputs.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import grace_kernels
 from grace_kernels import backends
 
 from . import interpreter
+from .problems import Place, poisoned
 
 COMPILED = grace_kernels.build_info()["cpu"]["available"]
 ISAS = backends.available_isas() if COMPILED else []
@@ -30,11 +33,17 @@ ON_GPU = ["triton-gpu", "cuda-gpu"]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test that asks for a `backend` on all of them, or on those its markers leave."""
+    """Run a test that asks for a `backend` or a `place` on all that its markers leave."""
+    gpu = metafunc.config.getoption("--gpu")
+    marks = {mark.name for mark in metafunc.definition.iter_markers()}
+    if "place" in metafunc.fixturenames:
+        names = ON_GPU if gpu else ["cpu" if COMPILED else "reference", *ON_CPU[1 + len(ISAS) :]]
+        if "too_long_interpreted" in marks:
+            names = [name for name in names if name != "triton"]
+        metafunc.parametrize("place", names, indirect=True)
     if "backend" not in metafunc.fixturenames:
         return
-    names = list(ON_GPU if metafunc.config.getoption("--gpu") else ON_CPU)
-    marks = {mark.name for mark in metafunc.definition.iter_markers()}
+    names = list(ON_GPU if gpu else ON_CPU)
     if "index_values_are_checked" in marks:  # which costs a GPU a synchronisation
         names = [name for name in names if name.partition("-")[0] in ("reference", "cpu")]
     if "too_long_interpreted" in marks:
@@ -44,19 +53,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("backend", names, indirect=True)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With `--gpu`, leave out what no GPU backend takes part in."""
-    if config.getoption("--gpu"):
-        items[:] = [item for item in items if "backend" in getattr(item, "fixturenames", ())]
-
-
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The name to pass as `backend`."""
     name, _, where = request.param.partition("-")
     if where == "gpu":
         on_the_gpu(monkeypatch)
-        yield name
+        with poisoned():
+            yield name
     elif name == "cpu":
         with using_isa(where):
             yield name
@@ -65,6 +69,20 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             yield name
     else:
         yield name
+
+
+@pytest.fixture
+def place(request: pytest.FixtureRequest) -> Iterator[Place]:
+    """An implementation and its device."""
+    name, _, where = request.param.partition("-")
+    best = "cpu" if COMPILED else "reference"
+    if where == "gpu":
+        yield Place(torch.device("cuda", 0), name, best)
+    elif name == "triton":
+        with interpreter.interpreting():
+            yield Place(torch.device("cpu"), name, best)
+    else:
+        yield Place(torch.device("cpu"), name, "reference")
 
 
 @pytest.fixture(params=ISAS or [pytest.param("", marks=pytest.mark.skip(reason="not compiled"))])
