@@ -19,8 +19,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A thread that waits for another one sleeps; busy waiting takes the core that the other one needs.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # What colours the text of a program, or says how wide it is, on some machines alone.
-for name in ("FORCE_COLOR", "PY_COLORS", "NO_COLOR", "GITHUB_ACTIONS", "TERMINAL_WIDTH"):
-    os.environ.pop(name, None)
+os.environ.pop("FORCE_COLOR", None)
+os.environ.pop("GITHUB_ACTIONS", None)
+os.environ.pop("NO_COLOR", None)
+os.environ.pop("PY_COLORS", None)
+os.environ.pop("TERMINAL_WIDTH", None)
 
 import pytest
 import torch

@@ -12,7 +12,7 @@ import torch
 from codebook_streams import VALUE_DIM, Stream, bits, entries, fed_anew, state
 from grace_edit.codebook.codebook import Codebook
 from grace_edit.codebook.records import UndoError
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from torch import Tensor
@@ -310,7 +310,14 @@ class AnyOrder(RuleBasedStateMachine):
 
 
 TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+TestAnyOrder.settings = settings(
+    max_examples=25,
+    stateful_step_count=25,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 
 
 def test_equal_bits_are_told_from_equal_numbers() -> None:

@@ -97,7 +97,11 @@ def test_a_fresh_process_looks_up_and_generates_the_same_to_the_bit(
     )
     assert done.returncode == 0, done.stderr[-2000:]
     fresh = torch.load(tmp_path / "fresh.pt")
-    new, logits = tokens_and_logits(editor.model, ROWS, name)
+    # A model read from the same file, its weights placed alike, on which products' bits may depend.
+    other = type(trained(name)).from_pretrained(tmp_path / "model")
+    grace_edit.load(other, tmp_path / "edits")
+    new, logits = tokens_and_logits(other, ROWS, name)
+    assert tokens_and_logits(editor.model, ROWS, name)[0] == new
     index, distance = editor.codebook.lookup(queries)
     assert fresh["new"] == new
     assert same(fresh["logits"], logits)

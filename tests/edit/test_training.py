@@ -123,13 +123,17 @@ def test_one_value_is_trained_for_several_prompts_together(edited):
 def test_the_targets_loss_is_the_same_in_a_padded_batch_of_different_lengths(edited):
     editor = edited("gpt2")
     prompts, targets = [PROMPT, run_of(40, 6)], [TARGET, run_of(20, 1)]
-    values = torch.randn(2, editor.codebook.values.shape[1])
+    width = editor.codebook.values.shape[1]
+    values = torch.randn(2, width, generator=torch.Generator().manual_seed(0))
     together, wanted = editor.family.target_logits(prompts, targets, values)
     alone = [
         editor.family.target_logits([p], [y], v[None])
         for p, y, v in zip(prompts, targets, values, strict=True)
     ]
-    torch.testing.assert_close(together, torch.cat([logits for logits, _ in alone]))
+    apart = torch.cat([logits for logits, _ in alone])
+    # Rounding, which differs with the shape, moves logits of this size by 1e-5; a wrong row by 1.
+    assert (together - apart).abs().max() < 1e-3
+    assert (together - apart.roll(1, 0)).abs().amax(dim=1).min() > 0.1
     assert wanted.tolist() == [*TARGET, *run_of(20, 1)]
 
 

@@ -188,7 +188,7 @@ def lookups(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     max_examples=150,
     deadline=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(arguments=lookups())
 def test_kernels_and_reference_agree_on_whatever_is_drawn(isa: str, arguments: tuple) -> None:

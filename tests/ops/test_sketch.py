@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import reduce
 
 import pytest
 import torch
@@ -93,7 +94,13 @@ def allowed(distance: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_lower_bound_is_above_a_canonical_distance(kind: str, dtype: torch.dtype) -> None:
-    @settings(max_examples=30, deadline=None, derandomize=True, database=None)
+    @settings(
+        max_examples=30,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
     @given(
         seed=st.integers(0, 2**31),
         n=st.sampled_from([1, 2, 31, 64, 150]),
@@ -118,7 +125,7 @@ def test_a_key_alone_answers_at_its_very_distance(kind: str, dtype: torch.dtype,
         deadline=None,
         derandomize=True,
         database=None,
-        suppress_health_check=[HealthCheck.function_scoped_fixture],
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )
     @given(
         seed=st.integers(0, 2**31),
@@ -184,13 +191,19 @@ def sketch_of_keys_along_a_direction(seed: int) -> tuple[Sketch, Tensor, Tensor]
     return made, keys, query
 
 
+def in_order(terms: Tensor) -> Tensor:
+    """Sum the last dimension in float32, one by one; how torch's own sums round is up to it."""
+    return reduce(torch.add, terms.unbind(-1))
+
+
 def test_the_rounding_of_what_a_query_has_beside_its_coordinates_is_allowed_for(isa: str) -> None:
     coarse = 0
     for seed in range(8):
         made, keys, query = sketch_of_keys_along_a_direction(seed)
         distance = reference.squared_distances(query, keys).double().sqrt().float()
-        coordinates = query @ made.directions.float().T
-        plain = (query.square().sum(dim=1) - coordinates.square().sum(dim=1)).clamp(min=0).sqrt()
+        coordinates = in_order(query[:, None] * made.directions.float())
+        rest = in_order(query.square()) - in_order(coordinates.square())
+        plain = rest.clamp(min=0).sqrt()
         coarse += int(((plain - 30).abs() > 10).sum())
         for row in range(45):
             radii = torch.full((45,), -math.inf)
@@ -206,7 +219,7 @@ def test_the_rounding_of_a_query_is_allowed_for(isa: str) -> None:
     for seed in range(8):
         made, keys, query = fine_sketch_of_long_keys(seed)
         distance = reference.squared_distances(query, keys).double().sqrt().float()
-        plain = (query - made.centre) @ made.directions.float().T
+        plain = in_order((query - made.centre)[:, None] * made.directions.float())
         exact = (query.double() - made.centre.double()) @ made.directions.double().T
         coarse += int(((plain - exact).norm(dim=1) > made._decode()[1].median()).sum())
         for row in range(45):
