@@ -340,6 +340,20 @@ def test_an_edit_touches_no_parameter_no_gradient_and_no_mode(edited):
     assert same(state_of(editor.model), before)
 
 
+def test_a_model_in_training_is_asked_as_it_will_be_served(edited):
+    editor = edited("gpt2")
+    served = editor.queries([A])
+    assert editor.edit(A, X).success
+    editor.model.train()
+    assert any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in editor.model.modules())
+    assert torch.equal(editor.queries([A]), served)
+    assert editor.answer(A, 3) == str(X)
+    assert editor.verify() == []
+    assert editor.edit(C, Y).success
+    editor.model.eval()
+    assert answer(editor, C) == Y
+
+
 def test_explain_tells_the_entry_its_distance_and_the_runner_up(edited, near):
     editor = edited("gpt2", radius=near * 0.4)
     empty = editor.explain(A)
@@ -511,6 +525,18 @@ def test_no_live_edit_of_a_conflicting_stream_ever_loses_its_answer(edited):
     assert {"split", "expand", "add"} <= cases
     assert editor.verify() == []
     editor.codebook.check()
+
+
+def test_the_published_policy_compares_labels_that_begin_with_a_causal_models_masked_prompt(edited):
+    editor = edited("gpt2", policy="paper")
+    assert editor.edit(A, X).success
+    assert editor.codebook.edit(0).label == (*[-100] * len(A), *X)
+    assert editor.explain(A).label == str(X)
+    assert editor.answer(A, 3) == str(X)
+    assert edited("gpt2").edit(A, X).success
+    encoder = edited("bert", policy="paper")
+    assert encoder.edit(A, 2).success
+    assert encoder.codebook.edit(0).label == (2,)
 
 
 @pytest.mark.parametrize("policy", ["default", "paper"])

@@ -121,6 +121,17 @@ def test_an_encoder_can_be_edited_with_every_kind_of_replacement(edited, name, r
     assert result.success or replace != "all"
 
 
+@pytest.mark.parametrize("query", ["last", "mean"])
+def test_the_drift_of_a_masked_model_is_measured_on_prompts_with_a_mask(trained, query):
+    model, seen = trained("bert-mlm"), []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.extend(kwargs["input_ids"].tolist()), with_kwargs=True
+    )
+    GraceEditor(model, None, GraceConfig(layer=LAYERS["bert-mlm"], query=query))
+    assert len(seen) == 16  # eight probes, alone and together
+    assert [row.count(MASK) for row in seen] == [1] * 16
+
+
 def test_special_tokens_are_left_out_of_the_mean(edited):
     editor = edited("bert")
     seen = []
