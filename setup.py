@@ -173,13 +173,10 @@ setup(
     packages=[
         *find_packages(".", include=["grace_kernels", "grace_kernels.*"]),
         *find_packages("python", include=["grace_edit", "grace_edit.*"]),
-        "grace_bench",  # what `grace bench` runs
-        "grace_bench.gpu_check",
     ],
     package_dir={
         "grace_kernels": "grace_kernels",
         "grace_edit": "python/grace_edit",
-        "grace_bench": "benchmarks",
     },
     include_package_data=False,  # not whatever MANIFEST.in puts into the source distribution
     package_data={

@@ -19,7 +19,7 @@ from grace_edit import GraceEditor
 from grace_edit.cli.output import print_json
 
 LAYER = "transformer.h.1.mlp"
-COMMANDS = ("demo", "edit", "explain", "codebook", "doctor", "bench", "plot")
+COMMANDS = ("demo", "edit", "explain", "codebook", "doctor")
 
 
 def test_help_names_every_command_and_the_exit_codes(grace):
