@@ -60,21 +60,21 @@ format: $(STAMPS)/lint ## rewrite the files in house style
 	find csrc benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
 bench: $(STAMPS)/bench ## operators and an edited model beside their peers (about 20 minutes)
-	$(BIN)/grace bench --out $(or $(OUT),grace-bench)
+	$(BIN)/python -m benchmarks --out $(or $(OUT),grace-bench)
 
 docs: $(STAMPS)/build ## docs/performance.md and the figures in README.md, from benchmarks/results/
-	$(BIN)/python -m benchmarks.page
+	$(BIN)/python -m benchmarks page
 
 instructions: $(STAMPS)/build ## count instructions of fixed lookups with valgrind; UPDATE=1 writes the figures anew
 	$(BIN)/python -m benchmarks.instructions $(if $(UPDATE),--update)
 
 check-aot: $(STAMPS)/build ## compile the Triton kernel for every tile, type and architecture (no GPU needed)
-	$(BIN)/python benchmarks/check_aot.py --json benchmarks/results/aot.json --markdown benchmarks/results/aot.md
+	$(BIN)/python tests/ops/check_aot.py --markdown benchmarks/results/aot.md
 
 # The Python of the machine as it is: where the GPU is, nothing may be installable.
-gpu-check: ## build, check and measure on a GPU with PYTHON as it is: make gpu-check OUT=DIR [COMMIT=HASH]
+gpu-check: ## build, test and measure on a GPU with PYTHON as it is: make gpu-check OUT=DIR [COMMIT=HASH]
 	$(if $(OUT),,$(error gpu-check needs OUT=DIR))
-	$(PYTHON) -m benchmarks.gpu_check --out $(OUT) $(if $(COMMIT),--commit $(COMMIT))
+	$(PYTHON) benchmarks/gpu_check.py $(OUT) $(if $(COMMIT),--commit $(COMMIT)) $(if $(REHEARSE),--rehearse)
 
 wheel: $(STAMPS)/deps ## one wheel for many torch versions, in dist/
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .

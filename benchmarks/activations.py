@@ -187,7 +187,6 @@ def nearest_median(query: Tensor, keys: Tensor) -> float:
     return float(torch.cat(least).median())
 
 
-@functools.cache
 def real_activations(settings: Settings) -> tuple[Tensor, Tensor] | None:
     """Return keys and queries to draw from, None where the packaged model is not installed.
 

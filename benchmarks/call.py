@@ -47,8 +47,6 @@ def run(settings: Settings, progress: Progress) -> list[Measurement]:
         }
         if n:
             peers["torch.cdist, min"] = lambda q=query, k=keys: torch.cdist(k, q).min(dim=0)
-            if int(peers["torch.cdist, min"]().indices) != int(right[0]):
-                raise RuntimeError("cdist gives a wrong index; nothing was measured")
         if ours["nearest"]()[0].tolist() != right[0].tolist():
             raise RuntimeError("nearest gives a wrong index; nothing was measured")
         times = interleaved({**ours, **peers}, 2 * settings.budget, most=settings.pick(100, 25))

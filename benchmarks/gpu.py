@@ -78,12 +78,8 @@ def each(
 ) -> Iterator[Measurement]:
     """Measure shapes in order, those next to each other on the codebooks that they share.
 
-    Args:
-        shapes: what is measured; what is begun too late, or does not fit, is said to be absent.
-        settings: of the run.
-        progress: called after every shape.
-        make: makes the codebooks of a shape.
-        measure: measures a shape on them; gets the columns of all its measurements.
+    What would begin too late, or does not fit, is said to be absent. `make(shape, device)` makes
+    codebooks, `measure(shape, codebooks, columns, device)` measures a shape on them.
     """
     device, done = device_of(settings), 0
     for _, group in itertools.groupby(shapes, key=lambda shape: shape.codebook):
@@ -147,15 +143,8 @@ def measured(
 ) -> Iterator[Measurement]:
     """Check, then time, every contestant of one case; one that fails does not stop the others.
 
-    Args:
-        columns: of all its measurements.
-        contestants: what is timed.
-        right: what the calls for the first codebooks must give.
-        hidden: what a call writes to, and
-        values: of each codebook; None: nothing is written.
-
-    Raises:
-        RuntimeError: the device is of no more use.
+    `right` is what the calls for the first codebooks must give, `hidden` what a call writes to, and
+    `values` what, of each codebook. Raises where the device is of no more use.
     """
     for name, (kind, make) in contestants.items():
         who = {**columns, "kind": kind, "name": name}
@@ -199,11 +188,8 @@ def clocked(
 ) -> tuple[dict[str, Times], list[tuple[str, str]]]:
     """Return the times of one contestant by cache, and the verdicts on what the last replay gave.
 
-    Args:
-        calls: one for each codebook, which they go round.
-        right: what the first of them must give.
-        device: where they run.
-        warm: time the first one alone too.
+    `calls`, one for each codebook, go round; `right` is what the first of them must give. `warm`:
+    the first one alone is timed too.
     """
     few = calls[:AT_ONCE]
     times = {"eager": by_the_host(partial(_all, few), len(few), device)}

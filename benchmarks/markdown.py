@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 
-def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
-    """Return a table of Markdown, nothing without a row."""
+def table(head: Sequence[str], body: Iterable[Sequence[str]], said: str = "") -> list[str]:
+    """Return a table of Markdown, with what is said above it, nothing without a row."""
     rows = [f"| {' | '.join(cells)} |" for cells in body]
     if not rows:
         return []
-    return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *rows]
+    above = [said, ""] if said else []
+    return [*above, f"| {' | '.join(head)} |", "|" + "---|" * len(head), *rows]
 
 
 def figure(value: float | None) -> str:

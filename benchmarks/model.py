@@ -42,23 +42,14 @@ STEP = "decode step"
 
 @dataclass(frozen=True)
 class Size:
-    """What is built and for how long it is measured.
+    """What is built and for how long it is measured."""
 
-    Attributes:
-        config: what differs from GPT-2's own configuration.
-        layer: where the codebook stands.
-        keys: numbers of entries.
-        sequences: of `PROMPT` tokens that keys are drawn from.
-        new: tokens generated.
-        seconds: for the prefills, and for the generations, of one number of entries.
-    """
-
-    config: dict[str, Any]
-    layer: str
-    keys: tuple[int, ...]
-    sequences: int
-    new: int
-    seconds: float
+    config: dict[str, Any]  # what differs from GPT-2's own
+    layer: str  # where the codebook stands
+    keys: tuple[int, ...]  # numbers of entries
+    sequences: int  # of `PROMPT` tokens that keys are drawn from
+    new: int  # tokens generated
+    seconds: float  # for the prefills, and for the generations, of one number of entries
 
 
 FULL = Size({}, LAYER, (1_000, 100_000), 32, NEW, 12.0)

@@ -143,13 +143,12 @@ def _brute(measured: Measured) -> list[str]:
             cells.append("–" if pair is None else times(ratio(*pair)))
         best = found[columns[0]].get(case(one))
         body.append([*cells, "–" if best is None else f"{best[1].name}, {best[1].dtype}"])
-    made = table(("keys, width", "B", "data", *columns, "best peer"), body)
     said = (
         "Times faster, warm caches. best: ours and the peers each with keys of the type they are "
+        "fastest with; fp32: all with float32 keys. The peers only search: what a lookup tests "
+        "and `adapt_` writes besides is not in their times."
     )
-    said += "fastest with; fp32: all with float32 keys. The peers only search: what a lookup tests "
-    said += "and `adapt_` writes besides is not in their times."
-    return [said, "", *made] if made else []
+    return table(("keys, width", "B", "data", *columns, "best peer"), body, said)
 
 
 def _each(measured: Measured) -> list[str]:
@@ -177,8 +176,7 @@ def _each(measured: Measured) -> list[str]:
                 cells.append(times(ratio(mine, peer)))
         body.append(cells)
     head = ("keys, width", "B", "data", "ours", *(f"{name}, {dtype}" for name, dtype in names))
-    made = table(head, body)
-    return ["`nearest`, times faster, warm caches.", "", *made] if made else []
+    return table(head, body, "`nearest`, times faster, warm caches.")
 
 
 def _shares(measured: Measured) -> list[str]:
@@ -186,9 +184,8 @@ def _shares(measured: Measured) -> list[str]:
         (f"{one.keys:,} × {one.width}", one.data, one.dtype, f"{100 * share:.0f} %")
         for one, share in shares(measured)
     ]
-    made = table(("keys, width", "data", "type", "share"), body)
     said = "`nearest`, one query, cold caches, beside the fastest way to read the same bytes."
-    return [said, "", *made] if made else []
+    return table(("keys, width", "data", "type", "share"), body, said)
 
 
 def _pruned(measured: Measured) -> list[str]:
@@ -203,23 +200,15 @@ def _pruned(measured: Measured) -> list[str]:
         if one.median is None:
             continue
         share = left.get(case(one))
-        body.append(
-            [
-                f"{one.keys:,} × {one.width}",
-                str(one.batch),
-                f"{one.radius:g}",
-                *(times(beside[name].get(case(one))) for name in names),
-                "–" if share is None else f"{share:.3g} %",
-            ]
-        )
-    made = table(
-        ("keys, width", "B", "ε", "faiss IndexFlatL2", "reading", "without a sketch", "left"), body
-    )
+        cells = [f"{one.keys:,} × {one.width}", str(one.batch), f"{one.radius:g}"]
+        cells += [times(beside[name].get(case(one))) for name in names]
+        body.append([*cells, "–" if share is None else f"{share:.3g} %"])
     said = (
         "`lookup`, bfloat16 keys like activations, queries that miss: times faster than each. "
         "left: pairs of a query and a key that are scored or scanned."
     )
-    return [said, "", *made] if made else []
+    head = ("keys, width", "B", "ε", "faiss IndexFlatL2", "reading", "without a sketch", "left")
+    return table(head, body, said)
 
 
 def _worst(measured: Measured) -> list[str]:
@@ -241,11 +230,11 @@ def _small(measured: Measured) -> list[str]:
     for one in mine:
         took = ratio(other[case(one), one.dtype], one)
         lines.setdefault((one.width, one.dtype), {})[one.keys or 0] = f"{took:.2f}"
-    made = table(
+    return table(
         ("width", "type", *(f"{size:,}" for size in sizes)),
         [(str(w), t, *(at.get(size, "–") for size in sizes)) for (w, t), at in lines.items()],
+        "Time with over time without, one query, ε = 1.",
     )
-    return ["Time with over time without, one query, ε = 1.", "", *made] if made else []
 
 
 _OTHER = {
@@ -301,10 +290,9 @@ def _times(measured: Measured) -> list[str]:
             cells += [_cell(beside.get(name)) for name in names]
             body.append(cells)
         heads = [f"{name}, {dtype}" for name, dtype in names]
-        made = table(("keys, width", "B", "data", *heads), body)
-        if made:
-            lines += [f"Milliseconds, median, {cache} caches.", "", *made, ""]
-    return lines[:-1]
+        said = f"Milliseconds, median, {cache} caches."
+        lines += [*table(("keys, width", "B", "data", *heads), body, said), ""]
+    return lines[:-1] if any(lines) else []
 
 
 def _cell(one: Measurement | None) -> str:

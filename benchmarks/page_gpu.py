@@ -73,7 +73,7 @@ def _cold(measured: Measured) -> list[str]:
         "only reads and of the multiplications; the copy roof has the rate of a copy in that "
         "place. The last two: times faster than the best right peer, and than cdist."
     )
-    return [said, "", *made] if (made := table(head, body)) else []
+    return table(head, body, said)
 
 
 def _others(measured: Measured) -> list[str]:
@@ -98,8 +98,7 @@ def _others(measured: Measured) -> list[str]:
             cells += [_us(warm[0].get(name)), _us(called[0].get(name))]
         body.append([*cells, *(_us(called[1].get(name)) for name in others)])
     head = [f"{name} {what}" for name in mine for what in ("p20 to p80", "warm", "eager")]
-    made = table((*_HEAD, *head, *(f"{name} eager" for name in others)), body)
-    return ["µs per call.", "", *made] if made else []
+    return table((*_HEAD, *head, *(f"{name} eager" for name in others)), body, "µs per call.")
 
 
 def _sketches(measured: Measured) -> list[str]:
@@ -121,6 +120,5 @@ def _sketches(measured: Measured) -> list[str]:
         counted = (f"{other.name}, survivors", *key[1:])
         body.append([*cells, left.get(counted, "–")])
     head = ("keys, width", "B", "type", "data", "ours", "with", "without", "ratio")
-    made = table((*head, "warm with", "warm without", "left"), body)
     said = "`lookup`, µs per call, median, replays of a graph, cold caches for keys and sketches."
-    return [said, "", *made] if made else []
+    return table((*head, "warm with", "warm without", "left"), body, said)

@@ -77,8 +77,7 @@ def run(
         settings: for all parts.
         parts: names in `parts_on(settings.device)`.
         show: given a part's name, shows how far it is.
-        command: what was typed, to be kept with the figures.
-        commit: of the sources, where there is no git to tell.
+        command, commit: to be kept with the figures; None: git knows the commit, if any.
         keep: called with the run so far whenever a part has ended.
 
     Raises:

@@ -22,9 +22,7 @@ MOST = 25  # rounds
 FEW = 3  # rounds of what takes too long for more
 _GROUP = 1e-3  # seconds; shorter calls are made several times in a round
 _AGAIN = 0.3  # seconds; calls up to this are made once untimed before they are timed
-_SHORT = (
-    0.01  # seconds; calls up to this three times, as one pass leaves a last-level cache half warm
-)
+_SHORT = 0.01  # seconds; up to this three times: one pass leaves a last-level cache half warm
 _LONG = 1.0  # seconds; a call that takes this long is made once before the rounds, not twice
 _PAUSE = 0.005  # seconds; lets the threads of the one before stop spinning
 
@@ -249,10 +247,8 @@ class Flush:
     A read and not a write: written lines would have to leave while the next call is timed.
     """
 
-    def __init__(self, size: int | None = None) -> None:
-        """Take the size in bytes; None: twice the last-level cache, at most 1 GiB."""
-        if size is None:
-            size = min(1 << 30, 2 * last_level_cache())
+    def __init__(self) -> None:
+        size = min(1 << 30, 2 * last_level_cache())
         self.buffer = torch.ones(size // 4, dtype=torch.int32)
 
     def __call__(self) -> None:
@@ -274,12 +270,6 @@ def reads(tensor: Tensor) -> dict[str, Call]:
         "sum of float32": lambda: flat.view(torch.float32).sum(),
         "maximum of int32": lambda: flat.view(torch.int32).amax(),
     }
-
-
-def fastest(times: Mapping[str, Times], prefix: str) -> str:
-    """Return the name with this prefix that has the smallest median."""
-    names = [name for name in times if name.startswith(prefix)]
-    return min(names, key=lambda name: times[name].median, default="")
 
 
 def memory() -> int | None:

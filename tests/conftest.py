@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import sys
 import time
 from collections.abc import Iterator
 
@@ -68,21 +67,31 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def device_in_order(request: pytest.FixtureRequest) -> Iterator[None]:
-    """End a process whose GPU is of no more use, or all tests behind this one would fail.
-
-    pytest-xdist says which test was running, and goes on with another process.
-    """
+    """With `--gpu`, fail the test that leaves a GPU of no more use."""
     yield
     if not request.config.getoption("--gpu"):
         return
+    why = ""
     try:
         torch.cuda.synchronize()
-        lost = torch.cuda.current_stream() != torch.cuda.default_stream()
-        why = "a capture that failed is still going on" if lost else ""
+        if torch.cuda.current_stream() != torch.cuda.default_stream():
+            why = "a capture that failed is still going on"
     except RuntimeError as error:
         why = str(error).splitlines()[0]
     if why:
-        print(f"{request.node.nodeid} lost the device: {why}", file=sys.__stderr__, flush=True)
+        request.config.stash[LOST] = why
+        pytest.fail(f"the GPU is lost: {why}")
+
+
+LOST = pytest.StashKey[str]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """End a process whose GPU is lost: no test behind would pass. pytest-xdist starts another."""
+    done = yield
+    if LOST in item.config.stash:
         if "PYTEST_XDIST_WORKER" in os.environ:
             os._exit(75)
-        pytest.exit("the device is lost", 75)
+        pytest.exit("the GPU is lost", 75)
+    return done

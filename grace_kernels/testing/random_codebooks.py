@@ -86,7 +86,7 @@ class SketchCase:
         return made
 
 
-def random_codebook(seed: int) -> SketchCase:
+def random_codebook(seed: int, *, dim: int | None = None, batch: int | None = None) -> SketchCase:
     """Return a small random codebook that a pruned lookup may get wrong; `seed` decides all of it.
 
     Of every three seeds in a row each has another dtype. Among them are pairs that share a radius
@@ -94,13 +94,16 @@ def random_codebook(seed: int) -> SketchCase:
     the bounds among them, 0 among those), some or more than 32 outliers among the radii, slots that
     are dead, ties, duplicates, values that are not finite, subnormal or beyond the scales of the
     sketch, rows not covered, keys and radii changed after the fit, poison behind the count.
+
+    The width and the number of queries may be chosen, for a kernel that is compiled for them.
     """
     draw = Draw(71, seed)
     dtype = (torch.bfloat16, torch.float16, torch.float32)[seed % 3]
     n = draw.below(draw.one_of((5, 40, 80, 240)))
     n += draw.one_of((0, 33, 33)) if n > 5 else 0
-    dim = draw.one_of((1, 2, 7, 8, 9, 16, 24, 31, 40, 40, 63, 64, 65, 80, 130))
-    batch = draw.one_of((1, 1, 2, 3, 5, 8, 1 + draw.below(20)))
+    drawn_dim = draw.one_of((1, 2, 7, 8, 9, 16, 24, 31, 40, 40, 63, 64, 65, 80, 130))
+    drawn_batch = draw.one_of((1, 1, 2, 3, 5, 8, 1 + draw.below(20)))
+    dim, batch = dim or drawn_dim, batch or drawn_batch
     kind = draw.one_of(tuple(_KINDS))
     keys = _KINDS[kind](draw, n, dim).to(dtype)
     if n > 1 and draw.chance(0.3):

@@ -7,7 +7,7 @@ a GPU can be looked at without.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -87,21 +87,26 @@ def onto(problem: Problem, device: torch.device) -> Problem:
     return Problem(**arguments)
 
 
-def answers(problem: Problem, backend: Backend) -> dict[str, Tensor]:
-    """Run all three operators on a problem, and write into its `hidden`; return tensors by name.
+OPERATIONS = ("nearest", "lookup", "adapt")
 
-    The memory round `hidden` is among them.
+
+def answers(
+    problem: Problem, backend: Backend, operations: Sequence[str] = OPERATIONS
+) -> dict[str, Tensor]:
+    """Run operators on a problem, of which `adapt` writes into its `hidden`.
+
+    Returns:
+        Tensors by name; all memory round `hidden` is among them.
     """
-    p = problem
-    found = {}
-    rows, values = (p.query_row, p.first_row, p.last_row), p.values
+    p, found = problem, {}
     how: dict[str, Any] = {"count": p.count, "backend": backend}
-    for name, (index, distance) in (
-        ("nearest", grace_kernels.nearest(p.query, p.keys, p.radii, **how)),
-        ("lookup", grace_kernels.lookup(p.query, p.keys, p.radii, **how)),
-        ("adapt", grace_kernels.adapt_(p.hidden, p.query, *rows, p.keys, p.radii, values, **how)),
-    ):
-        found[f"{name} index"], found[f"{name} distance"] = index, distance
+    for name in operations:
+        if name == "adapt":
+            rows, codebook = (p.query_row, p.first_row, p.last_row), (p.keys, p.radii, p.values)
+            got = grace_kernels.adapt_(p.hidden, p.query, *rows, *codebook, **how)
+        else:
+            got = getattr(grace_kernels, name)(p.query, p.keys, p.radii, **how)
+        found[f"{name} index"], found[f"{name} distance"] = got
     return {**found, "written rows": p.around}
 
 
@@ -141,12 +146,12 @@ def differences(expected: dict[str, Tensor], got: dict[str, Tensor]) -> list[str
     return found
 
 
-def compare(place: Place, problem: Problem) -> list[str]:
+def compare(place: Place, problem: Problem, operations: Sequence[str] = OPERATIONS) -> list[str]:
     """Return what a place gets wrong on a problem, against the CPU."""
-    right = answers(onto(problem, CPU), place.truth)
+    right = answers(onto(problem, CPU), place.truth, operations)
     mine = onto(problem, place.device)
     with poisoned():
-        wrong = differences(right, answers(mine, place.backend))
+        wrong = differences(right, answers(mine, place.backend, operations))
     for name in ("query", "keys", "radii", "values", "query_row", "first_row", "last_row"):
         if not testing.same_bits(getattr(mine, name).cpu(), getattr(problem, name)):
             wrong.append(f"{name} was written to")
@@ -158,7 +163,7 @@ def sketched(
 ) -> dict[str, Tensor]:
     """Answer a codebook with a sketch or without; return tensors by name.
 
-    The count is given, and rows are written for some widths only, so that triton compiles little.
+    The count is given, so that triton compiles little.
     """
     batch, n = len(case.query), len(case.keys)
     query, keys, radii = (t.to(device) for t in (case.query, case.keys, case.radii))
@@ -166,8 +171,6 @@ def sketched(
     how: dict[str, Any] = {"count": count, "sketch": sketch, "backend": backend}
     index, distance = grace_kernels.lookup(query, keys, radii, **how)
     found = {"pruned lookup index": index, "pruned lookup distance": distance}
-    if keys.shape[1] % 16 == 0:
-        return found
     values = torch.arange(float(n * 5), device=device).view(n, 5)
     around = torch.full((2 * batch + 1, 5), -1.0, device=device)
     rows = torch.arange(batch, device=device)
@@ -177,6 +180,21 @@ def sketched(
     )
     found |= {"pruned adapt index": index, "pruned adapt distance": distance}
     return {**found, "rows written through a sketch": around}
+
+
+SKETCHED_FORMS = 24
+
+
+def random_sketched(number: int) -> testing.SketchCase:
+    """Return random codebook `number` with a sketch, in one of `SKETCHED_FORMS`, each in turn.
+
+    A form has a type (by the number's remainder), a kind of width, and queries of one tile.
+    """
+    draw = Draw(83, number)
+    widths = ((16, 64, 80), (2, 7, 8, 9, 24, 31, 40, 63, 65, 130))[number // len(DTYPES) % 2]
+    low, high = ((1, 1), (2, 2), (3, 4), (5, 16))[number // (2 * len(DTYPES)) % 4]
+    batch = low + draw.below(high - low + 1)
+    return testing.random_codebook(number, dim=draw.one_of(widths), batch=batch)
 
 
 def compare_sketched(place: Place, case: testing.SketchCase) -> list[str]:
@@ -275,6 +293,11 @@ def random_problem(number: int, *, large: bool = True, seed: int = 0) -> Problem
         last_row=last,
         values=values,
     )
+
+
+def operations_of(place: Place, number: int) -> Sequence[str]:
+    """Return the operators that a random codebook is asked: of Triton's one less to compile."""
+    return (OPERATIONS[number % 2], "adapt") if place.backend == "triton" else OPERATIONS
 
 
 def _points(

@@ -13,21 +13,24 @@ import torch
 import grace_kernels
 from grace_kernels import Backend
 
-from .problems import Place, compare, plain_problem, random_problem
+from .problems import Place, compare, operations_of, plain_problem, random_problem
 
 
 def main(backend: Backend, device: torch.device, truth: Backend) -> int:
     """Compare, print what differs, and return how many problems do."""
     place = Place(device, backend, truth)
-    problems = [random_problem(number, seed=3, large=False) for number in range(12)]
+    problems = [
+        (random_problem(number, seed=3, large=False), operations_of(place, number))
+        for number in range(12)
+    ]
     problems += [
-        plain_problem(dtype, n, dim, batch, 33)
+        (plain_problem(dtype, n, dim, batch, 33), ["adapt"])
         for dtype in (torch.bfloat16, torch.float32)
         for n, dim, batch in ((300, 100, 1), (300, 65, 9), (70, 768, 70))
     ]
     wrong = 0
-    for problem in problems:
-        told = compare(place, problem)
+    for problem, operations in problems:
+        told = compare(place, problem, operations)
         wrong += bool(told)
         for line in told:
             print(f"{problem.name}: {line}")

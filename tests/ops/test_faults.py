@@ -214,9 +214,8 @@ def test_a_compiled_call_gives_the_same_bits_and_an_entry_more_compiles_nothing(
 
 
 def test_warming_up_takes_what_a_server_says_and_calls_are_right_afterwards(place: Place) -> None:
-    for dtype in (torch.bfloat16, torch.float32):
-        how: dict[str, Any] = {"batch_sizes": (1, 8, 64), "backend": place.backend}
-        grace_kernels.warmup(64, 32, dtype, place.device, **how)
+    how: dict[str, Any] = {"batch_sizes": (1, 8), "backend": place.backend}
+    grace_kernels.warmup(64, 32, torch.bfloat16, place.device, **how)
     assert compare(place, plain_problem(torch.bfloat16, 100, 64, 8, 32)) == []
 
 

@@ -30,35 +30,40 @@ from .problems import (
     regime_problems,
 )
 
-CODEBOOKS, SHARE = 10_000, 500
+CODEBOOKS, FIRST = 10_000, 1000
 ON_A_CPU = Place(CPU, "cpu" if COMPILED else "reference", "reference")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Share ten thousand codebooks out among tests on a GPU; elsewhere take each form once."""
+    """On a GPU share ten thousand codebooks out, a form to a test; elsewhere take each form once.
+
+    A thousand come early and the bulk last. A form has kernels of its own for Triton to compile,
+    which many processes do at once.
+    """
     if "numbers" not in metafunc.fixturenames:
         return
-    shares = [range(problems.FORMS)]
+    forms = problems.SKETCHED_FORMS if "sketch" in metafunc.function.__name__ else problems.FORMS
+    shares = [range(forms)]
     if metafunc.config.getoption("--gpu"):
-        shares = [range(first, first + SHARE) for first in range(0, CODEBOOKS, SHARE)]
-    marked = [pytest.param(s, marks=[pytest.mark.bulk] * (s.start > SHARE)) for s in shares]
-    metafunc.parametrize("numbers", marked, ids=lambda s: f"{s.start} to {s.stop - 1}")
+        shares = [range(form, FIRST, forms) for form in range(forms)]
+        shares += [range(s[-1] + forms, CODEBOOKS, forms) for s in shares]
+    marked = [pytest.param(s, marks=[pytest.mark.bulk] * (s.start >= forms)) for s in shares]
+    metafunc.parametrize("numbers", marked, ids=lambda s: f"{s.start} to {s[-1]} by {s.step}")
 
 
 def test_random_codebooks_are_answered_as_on_the_cpu(place: Place, numbers: range) -> None:
     for number in numbers:
         problem = random_problem(number, large=place.gpu)
         if place.gpu or place.backend != "triton" or quick(problem.query, problem.keys):
-            assert compare(place, problem) == [], problem.name
+            told = compare(place, problem, problems.operations_of(place, number))
+            assert told == [], problem.name
 
 
 def test_random_codebooks_with_a_sketch_are_answered_as_without(
     place: Place, numbers: range
 ) -> None:
-    for number in numbers if place.gpu else numbers[:12]:
-        case = testing.random_codebook(number)
-        if place.gpu and case.keys.shape[1] == 1:  # triton would compile for that alone
-            continue
+    for number in numbers if place.gpu else numbers[::2]:
+        case = problems.random_sketched(number)
         if place.gpu or place.backend != "triton" or quick(case.query, case.keys):
             assert compare_sketched(place, case) == [], case.name
 
@@ -71,8 +76,8 @@ def quick(query: torch.Tensor, keys: torch.Tensor) -> bool:
 @pytest.mark.too_long_interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_regimes_are_answered_as_on_the_cpu(dtype: torch.dtype, place: Place) -> None:
-    for problem in regime_problems(dtype):
-        assert compare(place, problem) == [], problem.name
+    for problem in regime_problems(dtype):  # test_lookup.py has the other two operators
+        assert compare(place, problem, ["adapt"]) == [], problem.name
 
 
 SHAPES = [(30_000, 768, 1), (30_000, 768, 64), (5_000, 4096, 8), (2_000, 11008, 512), (3, 64, 5000)]
@@ -87,7 +92,7 @@ def test_large_shapes_are_answered_as_on_the_cpu(
     n, dim, batch = shape
     if not place.gpu:
         n, dim, batch = n // 500 + 1, dim // 64, -(-batch // 64)
-    assert compare(place, plain_problem(dtype, n, dim, batch, 256)) == []
+    assert compare(place, plain_problem(dtype, n, dim, batch, 256), ["adapt"]) == []
 
 
 @pytest.mark.too_long_interpreted
@@ -101,7 +106,7 @@ def test_distances_that_nearly_tie_are_told_apart(
             query, keys = testing.ties_within_rounding(dtype, n, dim, 1.0, dim, centre)
             queries = {"query": query.repeat(batch, 1), "keys": keys}
             problem = replace(plain_problem(dtype, n, dim, batch, 16), **queries)
-            assert compare(place, problem) == [], (n, dim, batch)
+            assert compare(place, problem, ["adapt"]) == [], (n, dim, batch)
 
 
 # What follows shows that the comparison sees what it is there for.
@@ -124,8 +129,8 @@ def test_an_output_that_is_never_written_is_found(
 ) -> None:
     plain = problems.answers
 
-    def forgetting(problem: Problem, backend: Any) -> dict[str, torch.Tensor]:
-        got = plain(problem, backend)
+    def forgetting(problem: Problem, backend: Any, operations: Any) -> dict[str, torch.Tensor]:
+        got = plain(problem, backend, operations)
         if backend == ON_A_CPU.backend:
             got[f"{part} {output}"] = torch.empty_like(got[f"{part} {output}"])
         return got
@@ -142,8 +147,8 @@ def test_a_bit_a_guard_and_an_input_that_differ_are_found(monkeypatch: pytest.Mo
     plain = problems.answers
 
     def spoilt(change: Callable[[Problem, dict[str, torch.Tensor]], Any]) -> list[str]:
-        def answers(problem: Problem, backend: Any) -> dict[str, torch.Tensor]:
-            got = plain(problem, backend)
+        def answers(problem: Problem, backend: Any, operations: Any) -> dict[str, torch.Tensor]:
+            got = plain(problem, backend, operations)
             if backend == "cpu":
                 change(problem, got)
             return got
@@ -177,11 +182,7 @@ def test_a_bit_a_guard_and_an_input_that_differ_are_found(monkeypatch: pytest.Mo
 def test_what_a_sketch_makes_wrong_is_found(
     name: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = next(
-        case
-        for case in map(testing.random_codebook, range(20))
-        if len(case.query) > 1 and case.keys.shape[1] % 16
-    )
+    case = next(case for case in map(problems.random_sketched, range(20)) if len(case.query) > 1)
     assert compare_sketched(ON_A_CPU, case) == []
     lookup, adapt = grace_kernels.lookup, grace_kernels.adapt_
 

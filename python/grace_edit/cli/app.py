@@ -254,55 +254,5 @@ def doctor(json: Json = False) -> None:
     raise typer.Exit(examination.run(as_json=json))
 
 
-@app.command()
-def bench(
-    out: Annotated[Path, typer.Option(help="Directory for figures, page and pictures.")] = Path(
-        "grace-bench"
-    ),
-    quick: Annotated[
-        bool, typer.Option("--quick", help="A few minutes instead of twenty.")
-    ] = False,
-    threads: Annotated[
-        int | None, typer.Option(help="For everything that is timed.", show_default="torch's")
-    ] = None,
-    parts: Annotated[
-        str | None, typer.Option(help="Which to run, by commas.", show_default="all")
-    ] = None,
-    activations: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Keep a model's activations here between runs."),
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Measure the operators and an edited model beside their peers, on this machine."""
-    from .bench import bench as measure
-
-    wanted = [part for part in (parts or "").split(",") if part]
-    raise typer.Exit(
-        measure(
-            out,
-            quick=quick,
-            threads=threads,
-            parts=wanted,
-            activations=activations,
-            as_json=json,
-        )
-    )
-
-
-@app.command()
-def plot(
-    file: Annotated[Path, typer.Argument(metavar="CSV", help="What `grace bench` wrote.")],
-    out: Annotated[
-        Path | None, typer.Option(help="Directory for the pictures.", show_default="the CSV's")
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Draw the pictures of a benchmark anew, from its CSV."""
-    from .bench import plot as draw
-
-    raise typer.Exit(draw(file, out, as_json=json))
-
-
 def _value(choice: Enum | None) -> str | None:
     return None if choice is None else str(choice.value)

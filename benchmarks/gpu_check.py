@@ -1,0 +1,101 @@
+"""Build, test and measure on a GPU, by worth, in at most eight minutes: `make gpu-check OUT=DIR`.
+
+With the Python of the machine as it is: torch with CUDA, triton, nvcc, pytest, and pytest-xdist and
+pytest-timeout where they are installed. DIR gets eight files named after the GPU. `--rehearse` does
+it small on a CPU and builds nothing. Exit status 1 where something failed or a test was not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+FIRST = ("ops/test_problems", "ops/test_graphs", "ops/test_faults", "edit/test_served_graphs")
+BUILD, TESTS = 0.3, 0.6  # of the time that is left, at most; measuring has the rest
+
+
+def run(command: list[str], log: Path | None, seconds: float, **variables: str) -> int:
+    """Run a program of this Python beside the sources for so long; return its exit status."""
+    paths = [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    where = {"cwd": ROOT, "env": {**os.environ, **variables}, "timeout": max(1.0, seconds)}
+    said = {} if log is None else {"stdout": log.open("w"), "stderr": subprocess.STDOUT}
+    try:
+        return subprocess.run([sys.executable, *command], **where, **said).returncode
+    except subprocess.TimeoutExpired:
+        return 124
+
+
+def build(log: Path, seconds: float) -> bool:
+    """Build the libraries for this GPU alone; say what spills."""
+    for library in (ROOT / "grace_kernels").glob("*.so"):
+        library.unlink()  # that of an earlier build must not pass for this one's
+    chip = "{}.{}".format(*torch.cuda.get_device_capability())
+    how = {"TORCH_CUDA_ARCH_LIST": chip, "GRACE_KERNELS_COMPILE": "cuda"}
+    status = run(["setup.py", "build_ext", "--inplace"], log, seconds, **how)
+    spills = len(re.findall(r"[1-9]\d* bytes spill stores", log.read_text()))
+    print(f"build: status {status}, {spills} kernels spill", flush=True)
+    return status == 0 and spills == 0
+
+
+def test(log: Path, seconds: float, rehearse: bool) -> bool:
+    """Run what runs on a GPU; say what failed and what was not run."""
+    command = ["-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider"]
+    command += [f"tests/{name}.py" for name in (FIRST[1:3] if rehearse else FIRST)]
+    command += [] if rehearse else ["tests/ops", "--gpu"]
+    record = log.with_suffix(".xml")
+    command += [f"--until={time.time() + seconds}", f"--junitxml={record}"]
+    if importlib.util.find_spec("xdist") and not rehearse:  # most of the time goes into compiling
+        command += ["-n", str(max(1, min(14, (os.cpu_count() or 2) - 2))), "--maxschedchunk=4"]
+    if importlib.util.find_spec("pytest_timeout"):
+        command += ["--timeout=170", "--timeout-method=thread"]
+    status = run(command, log, seconds + 60, OMP_NUM_THREADS="1")
+    found, late, failed = Counter(), Counter(), []
+    for case in ET.parse(record).iter("testcase") if record.exists() else ():
+        name, tags = case.get("name", ""), {child.tag: child.get("message", "") for child in case}
+        what = next((tag for tag in ("failure", "error", "skipped") if tag in tags), "passed")
+        if what == "skipped" and tags[what].startswith("not run"):
+            what, late[name.partition("[")[0]] = "not run", late[name.partition("[")[0]] + 1
+        failed += [f"{what}: {name}"] if what in ("failure", "error") else []
+        found[what] += 1
+    print(f"tests: {', '.join(f'{n} {what}' for what, n in found.items()) or 'no record'}")
+    print("\n".join([*failed[:20], *(f"not run: {name} ({n})" for name, n in late.items())]))
+    return status == 0 and found["passed"] > 0 and not late
+
+
+def main() -> int:
+    """Do the three in turn, each with what the ones before it left of the time."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seconds", type=float, default=460.0)
+    parser.add_argument("--commit", help="of the sources, where there is no git to tell")
+    parser.add_argument("--rehearse", action="store_true")
+    given = parser.parse_args()
+    if not given.rehearse and not torch.cuda.is_available():
+        parser.error("gpu-check needs a GPU, got none; --rehearse runs it on a CPU")
+    end, out = time.monotonic() + given.seconds, given.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    gpu = "rehearsal" if given.rehearse else torch.cuda.get_device_name()
+    name = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
+    good = given.rehearse or build(out / f"{name}-build.txt", BUILD * (end - time.monotonic()))
+    good &= test(out / f"{name}-tests.txt", TESTS * (end - time.monotonic()), given.rehearse)
+    left = end - time.monotonic()
+    device = "rehearsal" if given.rehearse else "cuda"
+    command = ["-m", "benchmarks", f"--device={device}", f"--out={out}", "--threads=1"]
+    command += [f"--seconds={left - 25:.0f}", f"--commit={given.commit or ''}"]
+    return 0 if run(command, None, left) == 0 and good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
