@@ -49,4 +49,45 @@ def interpreting() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
         patch.setenv("TRITON_INTERPRET", "1")  # asked for again by what is imported late
         patch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+        patch.setattr(interpreter, "_patch_lang", once_per_launch(interpreter._patch_lang))
+        patch.setattr(interpreter, "_get_np_dtype", known_by_name(interpreter._get_np_dtype))
         yield load()
+
+
+def known_by_name(numpy_type: Any) -> Any:
+    """Have numpy's type of one of triton's looked up without a table made for every time."""
+    known: dict[str, Any] = {}
+
+    def look_up(kind: Any) -> Any:
+        scalar = kind.scalar
+        if scalar.name not in known:
+            known[scalar.name] = numpy_type(scalar)
+        return known[scalar.name]
+
+    return look_up
+
+
+def once_per_launch(patch_lang: Any) -> Any:
+    """Have the language patched at a launch, not again for each function that a kernel calls.
+
+    That is a third of the interpreter's time, and changes nothing: what is patched stays patched
+    until the launch restores it.
+    """
+    patched: set[tuple[int, ...]] = set()
+
+    def patch(function: Any) -> Any:
+        import triton.language as tl
+
+        held = function.__globals__.values()
+        key = tuple(id(lang) for lang in (tl, tl.core) if any(lang is value for value in held))
+        if key in patched:
+            return None  # whoever asked is not the launch, and restores nothing
+        first = not patched
+        scope = patch_lang(function)
+        patched.add(key)
+        if first:
+            restore = scope.restore
+            scope.restore = lambda: (restore(), patched.clear())
+        return scope
+
+    return patch
