@@ -32,8 +32,8 @@ class GraceEditor:
     """Edit a trained model without touching its weights.
 
     Args:
-        model: a transformers model: causal (GPT-2, Llama, Qwen), encoder–decoder (T5, edited in the
-            encoder), sequence classifier or masked language model (BERT).
+        model: a transformers model: causal (GPT-2, Llama, Qwen, ...), encoder–decoder (T5, edited
+            in the encoder), sequence classifier or masked language model (BERT, RoBERTa, ...).
         tokenizer: its tokenizer; None: prompts and targets are lists of token ids.
         config: a `GraceConfig`; at least the layer.
 

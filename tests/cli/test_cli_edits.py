@@ -182,6 +182,7 @@ def test_lines_that_the_model_cannot_take_are_named_before_any_edit(
         ({"--layer": None}, 2, r"--layer must be given"),
         ({"--out": None}, 2, r"Missing option '--out'"),
         ({"--task": "seq2seq"}, 2, r"--task seq2seq: "),
+        ({"--task": "other"}, 2, r"'--task': 'other' is not one of 'auto', 'causal', 'seq2seq', "),
         ({"--task": "classifier"}, 2, r"must hold every weight of GPT2ForSeq.*score\.weight"),
     ],
     ids=lambda value: " ".join(map(str, *value.items())) if isinstance(value, dict) else "",
