@@ -50,9 +50,12 @@ inline Tensor with_unit_stride(const Tensor& t) {
 }
 
 inline void check_device(const Tensor& tensor, const char* name, const Question& question) {
+  const auto named = [](int64_t device) {
+    return device < 0 ? std::string("cpu") : "cuda:" + std::to_string(device);
+  };
   const int64_t wanted = question.source.get_device_index(), got = tensor.get_device_index();
-  STD_TORCH_CHECK(got == wanted, name, " must be on the device of the query (", wanted,
-                  "), got device ", got);
+  STD_TORCH_CHECK(got == wanted, name, " must be on the device of the query (", named(wanted),
+                  "), got ", named(got));
 }
 
 inline void check(const Question& question) {

@@ -13,7 +13,7 @@ those that all 65 numbers rule out, and scores the others: its candidate is reso
 is not covered, a query cannot be sketched or the list is too long, the slice is scanned as without
 a sketch.
 
-Bytes moved: 10 per slot and block of queries and 66 for one that is listed, beside 64 directions
+Bytes moved: 10 per slot and block of queries and 66 for a survivor, beside 64 directions
 that every program reads from the L2 cache. Limit: that cache for wide keys, then memory bandwidth.
 """
 

@@ -173,7 +173,7 @@ def fine_sketch_of_long_keys(seed: int) -> tuple[Sketch, Tensor, Tensor]:
 
 
 def sketch_of_keys_along_a_direction(seed: int) -> tuple[Sketch, Tensor, Tensor]:
-    """Return a sketch, its keys and queries for which the rounding of a query's rho decides.
+    """Return a sketch, its keys and queries for which the rounding of a query's residual decides.
 
     Keys are 1.3e5 long along one direction and 30 across all: a difference of squares, which the
     float32 sums of a query miss by more than 30 squared.

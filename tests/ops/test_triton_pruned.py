@@ -181,7 +181,7 @@ def test_the_sketch_of_a_query_is_within_the_errors_it_states(
             (torch.float32, 300, 1e-25, 0.0),
             (torch.bfloat16, 129, 10.0, 3.0),
             (torch.float16, 70, 1.0, 100.0),
-            (torch.float32, 20, 1.0, 0.0),  # nothing is left for rho
+            (torch.float32, 20, 1.0, 0.0),  # nothing is left for the residual
         ]
     ):
         generator = torch.Generator().manual_seed(seed)

@@ -182,23 +182,23 @@ def exact_sketch(stored: Tensor, off: float, dim: int, dtype: torch.dtype, radii
 
 
 def sharp(
-    emulator: Emulator, dtype: torch.dtype, batch: int, off: float, radius: float, rho: bool
+    emulator: Emulator, dtype: torch.dtype, batch: int, off: float, radius: float, residual: bool
 ) -> int:
     """Count wrong answers where every query is at exactly the distance T from its key.
 
     Along one coordinate lie what is stored, the key (`off` farther out) and the query (`radius`
-    farther), so that the bound is T itself. With `rho` that coordinate is one that P drops.
+    farther), so that the bound is T itself. With `residual` that coordinate is one that P drops.
     """
     generator = torch.Generator().manual_seed(batch)
-    dim, wrong = 80 if rho else 40, 0
+    dim, wrong = 80 if residual else 40, 0
     for _ in range(4):
-        stored = torch.randint(-100, 101, (batch + 40, 9 if rho else dim), generator=generator)
-        if rho:
+        stored = torch.randint(-100, 101, (batch + 40, 9 if residual else dim), generator=generator)
+        if residual:
             stored[:, 8] = torch.randint(60, 101, (batch + 40,), generator=generator)
         keys = torch.zeros(batch + 40, dim)
         keys[:, : stored.shape[1]] = stored
         where = torch.full((batch + 40,), 8)
-        if not rho:
+        if not residual:
             where = torch.randint(dim, where.shape, generator=generator)
         row = torch.arange(batch + 40)
         out = torch.where(keys[row, where] < 0, -1.0, 1.0)
@@ -217,21 +217,21 @@ def sharp(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", [1, 4, 8, 16, 40])
-@pytest.mark.parametrize("rho", [False, True], ids=["along a direction", "along none"])
+@pytest.mark.parametrize("residual", [False, True], ids=["along a direction", "along none"])
 @pytest.mark.parametrize(("off", "radius"), [(0.0, 1.0), (0.5, 1.0), (0.5, 0.0), (0.0, 0.0)])
 def test_a_query_at_exactly_its_radius_is_never_lost(
-    dtype: torch.dtype, batch: int, rho: bool, off: float, radius: float, emulator: Emulator
+    dtype: torch.dtype, batch: int, residual: bool, off: float, radius: float, emulator: Emulator
 ) -> None:
     with emulator.device(processors=2, mma_error=MMA_ERROR):
-        assert sharp(emulator, dtype, batch, off, radius, rho) == 0
+        assert sharp(emulator, dtype, batch, off, radius, residual) == 0
 
 
-@pytest.mark.parametrize("rho", [False, True], ids=["along a direction", "along none"])
+@pytest.mark.parametrize("residual", [False, True], ids=["along a direction", "along none"])
 def test_without_the_margin_for_its_own_sketch_a_query_would_be_lost(
-    rho: bool, emulator: Emulator
+    residual: bool, emulator: Emulator
 ) -> None:
     with emulator.device(processors=2, mma_error=MMA_ERROR, margin_scale=0.0):
-        assert sum(sharp(emulator, torch.float32, 16, 0.5, r, rho) for r in (0.0, 1.0)) > 10
+        assert sum(sharp(emulator, torch.float32, 16, 0.5, r, residual) for r in (0.0, 1.0)) > 10
 
 
 def test_the_rounding_of_the_distances_themselves_is_allowed_for(emulator: Emulator) -> None:
