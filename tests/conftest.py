@@ -17,8 +17,12 @@ os.environ.pop("NO_COLOR", None)
 os.environ.pop("PY_COLORS", None)
 os.environ.pop("TERMINAL_WIDTH", None)
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
+from filelock import FileLock
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -27,6 +31,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--gpu", action="store_true", help="run the operator tests on the GPU backends only"
     )
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that has a file made by one process of pytest-xdist for all of them."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        path = folder / name
+        with FileLock(folder / f"{name}.lock"):
+            if not path.exists():
+                make(folder / f"{name}.part")
+                (folder / f"{name}.part").rename(path)
+        return path
+
+    return made
 
 
 def pytest_configure(config: pytest.Config) -> None:
