@@ -24,8 +24,12 @@ os.environ.pop("NO_COLOR", None)
 os.environ.pop("PY_COLORS", None)
 os.environ.pop("TERMINAL_WIDTH", None)
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
+from filelock import FileLock
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -35,6 +39,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--until", type=float, help="seconds since 1970 from which on what is left is not run"
     )
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return a function that has a file made by one process of pytest-xdist for all of them."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        path = folder / name
+        with FileLock(folder / f"{name}.lock"):
+            if not path.exists():
+                make(folder / f"{name}.part")
+                (folder / f"{name}.part").rename(path)
+        return path
+
+    return made
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from grace_edit import GraceConfig, GraceEditor
-from tiny_models import LAYERS, train
+from tiny_models import LAYERS, build, train
 from torch import nn
 
 
@@ -23,13 +24,16 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def trained() -> Callable[[str], Any]:
+def trained(once: Callable[..., Path]) -> Callable[[str], Any]:
     """Return a function that gives a fresh copy of a trained model by name."""
     models: dict[str, nn.Module] = {}
 
     def copy_of(name: str) -> nn.Module:
         if name not in models:
-            models[name] = train(name)
+            path = once(f"{name}.pt", lambda path: torch.save(train(name).state_dict(), path))
+            with torch.random.fork_rng(devices=[]):
+                models[name] = build(name).eval()
+            models[name].load_state_dict(torch.load(path))
         return copy.deepcopy(models[name])
 
     return copy_of

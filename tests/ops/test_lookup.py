@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from functools import reduce
+from functools import cache, reduce
 from pathlib import Path
 
 import pytest
@@ -246,9 +246,20 @@ def test_the_margin_around_a_rescored_key_keeps_what_may_still_win(
     dim: int, batch: int, isa: str
 ) -> None:
     # Twice as many near ties as the list of candidates holds, so that it is re-scored half way.
+    radii = torch.full((60,), math.inf)
     for seed in range(40):
-        query, keys = ties_within_rounding(torch.float32, 60, dim, 1.0, seed)
-        agree(query.expand(batch, dim), keys, torch.full((60,), math.inf))
+        query, keys, (index, distance) = near_ties(dim, seed)
+        for operation in (grace_kernels.nearest, grace_kernels.lookup):
+            got = operation(query.expand(batch, dim), keys, radii, backend="cpu")
+            assert torch.equal(got[0], index.expand(batch))
+            assert same_bits(got[1], distance.expand(batch))
+
+
+@cache
+def near_ties(dim: int, seed: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Return a query, 60 keys and the reference's answer, made once for all kernels."""
+    query, keys = ties_within_rounding(torch.float32, 60, dim, 1.0, seed)
+    return query, keys, reference.nearest(query, keys, torch.full((60,), math.inf))
 
 
 @pytest.mark.parametrize("dim", [50, 768, 3000])

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 
-from grace_kernels import lookup
+from grace_kernels import Sketch, lookup
 from grace_kernels.reference import squared_distances
 from grace_kernels.testing import SketchCase, random_codebook, same_bits
 
 SEEDS = range(400)
 
 
-def pruned(case: SketchCase, rule: str) -> tuple[Tensor, Tensor]:
+def pruned(case: SketchCase, sketch: Sketch, rule: str) -> tuple[Tensor, Tensor]:
     """Return what a lookup finds among the keys that `rule` keeps."""
     n = len(case.keys) if case.count is None else case.count
-    told = replace(case, later_radii=()) if rule == "radii as at the fit" else case
-    sketch = told.sketch()
+    if rule == "radii as at the fit":
+        sketch = replace(case, later_radii=()).sketch()
     rows = min(int(sketch.covered), n)
     radii, live = case.radii[:n], case.radii[:n] != -math.inf
     s = squared_distances(case.query, case.keys[:n]).nan_to_num(nan=math.inf, posinf=math.inf)
@@ -56,13 +57,22 @@ def pruned(case: SketchCase, rule: str) -> tuple[Tensor, Tensor]:
     return index.masked_fill(miss, -1), d[at, index].masked_fill(miss, math.inf)
 
 
-def wrong(rule: str) -> int:
-    """Count the codebooks on which `rule` changes the answer of brute force."""
-    found = 0
+@cache
+def cases() -> list[tuple[SketchCase, Sketch, tuple[Tensor, Tensor]]]:
+    """Return codebooks, their sketches and the reference's answers."""
+    found = []
     for seed in SEEDS:
         case = random_codebook(seed)
         right = lookup(case.query, case.keys, case.radii, case.count, backend="reference")
-        got = pruned(case, rule)
+        found.append((case, case.sketch(), right))
+    return found
+
+
+def wrong(rule: str) -> int:
+    """Count the codebooks on which `rule` changes the answer of brute force."""
+    found = 0
+    for case, sketch, right in cases():
+        got = pruned(case, sketch, rule)
         found += not (same_bits(right[0], got[0]) and same_bits(right[1], got[1]))
     return found
 
@@ -96,8 +106,7 @@ def test_a_seed_gives_the_same_codebook_again() -> None:
 
 
 def test_what_is_told_ends_in_the_codebook_as_it_is() -> None:
-    for seed in SEEDS:
-        case = random_codebook(seed)
+    for case, _, _ in cases():
         n = len(case.keys) if case.count is None else case.count
         keys, radii = case.fit_keys.clone(), case.fit_radii.clone()
         for target, changes in ((keys, case.later_keys), (radii, case.later_radii)):
@@ -109,20 +118,18 @@ def test_what_is_told_ends_in_the_codebook_as_it_is() -> None:
 
 
 def test_every_kind_of_edge_is_among_them() -> None:
-    cases = [random_codebook(seed) for seed in SEEDS]
-    sketches = [case.sketch() for case in cases]
-    ends = [len(c.keys) if c.count is None else c.count for c in cases]
-    finite = [c.radii[c.radii.isfinite()] for c in cases]
-    assert {c.keys.dtype for c in cases} == {torch.bfloat16, torch.float16, torch.float32}
+    drawn, sketches, answers = zip(*cases(), strict=True)
+    ends = [len(c.keys) if c.count is None else c.count for c in drawn]
+    finite = [c.radii[c.radii.isfinite()] for c in drawn]
+    assert {c.keys.dtype for c in drawn} == {torch.bfloat16, torch.float16, torch.float32}
     assert sum(s.rows < n for s, n in zip(sketches, ends, strict=True)) >= 20
     assert sum(s.rows > n for s, n in zip(sketches, ends, strict=True)) >= 20
-    assert sum(not c.active for c in cases) >= 3
-    assert sum(bool((c.radii == -math.inf).any()) for c in cases) >= 20
+    assert sum(not c.active for c in drawn) >= 3
+    assert sum(bool((c.radii == -math.inf).any()) for c in drawn) >= 20
     many = [len(r) > 40 and int((r > 2 * r.quantile(0.1)).sum()) > 32 for r in finite]
     assert sum(many) >= 20
     exact = 0
-    for case in cases:
-        index, distance = lookup(case.query, case.keys, case.radii, case.count)
+    for case, (index, distance) in zip(drawn, answers, strict=True):
         hit = index >= 0
         exact += int((distance[hit] == case.radii[index[hit]]).sum())
     assert exact >= 100

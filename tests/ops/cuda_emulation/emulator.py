@@ -61,24 +61,28 @@ def why_not() -> str | None:
     return None
 
 
+def compile_to(library: Path) -> None:
+    """Compile the emulation."""
+    torch_root = Path(torch.__file__).parent
+    command = [
+        *COMPILER,
+        *["-x", "c++", "-std=c++17", "-O1", "-g0", "-shared", "-fPIC", "-fvisibility=hidden"],
+        *["-ffp-contract=off", "-U_FORTIFY_SOURCE", "-w", "-DUSE_CUDA"],
+        "-DTORCH_TARGET_VERSION=0x020a000000000000ULL",
+        f"-I{HERE}",
+        f"-I{ROOT / 'csrc' / 'cuda'}",
+        f"-isystem{torch_root / 'include'}",
+        str(HERE / "library.cpp"),
+        *f"-o {library} -L{torch_root / 'lib'} -ltorch -ltorch_cpu".split(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr
+
+
 class Emulator:
     """The operators of `grace_cuda`, on CPU tensors, and the knobs of the device they run on."""
 
     def __init__(self, library: Path) -> None:
-        torch_root = Path(torch.__file__).parent
-        command = [
-            *COMPILER,
-            *["-x", "c++", "-std=c++17", "-O1", "-g0", "-shared", "-fPIC", "-fvisibility=hidden"],
-            *["-ffp-contract=off", "-U_FORTIFY_SOURCE", "-w", "-DUSE_CUDA"],
-            "-DTORCH_TARGET_VERSION=0x020a000000000000ULL",
-            f"-I{HERE}",
-            f"-I{ROOT / 'csrc' / 'cuda'}",
-            f"-isystem{torch_root / 'include'}",
-            str(HERE / "library.cpp"),
-            *f"-o {library} -L{torch_root / 'lib'} -ltorch -ltorch_cpu".split(),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
         self._library = torch.library.Library(NAMESPACE, "DEF")
         for name in ops.LOOKUPS:
             self._library.define(name + ops._SCHEMAS[name])
