@@ -1,7 +1,7 @@
 """What every test gets: no downloads, few threads, the package found without an installation.
 
-With `--gpu`, on a machine that has one, what runs on a GPU and nothing else: the operators on its
-backends (`backend`, `place` in tests/ops) and what is marked `gpu`. Run it with pytest-xdist and
+With `--gpu`, on a machine that has one, what runs on a GPU and nothing else: what asks for a
+`backend`, a `place` or `places` (tests/ops), and what is marked `gpu`. Run it with pytest-xdist and
 pytest-timeout, so that a hang or a crash takes one test with it: `make gpu-check` does.
 """
 
@@ -77,7 +77,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _on_a_gpu(item: pytest.Item) -> bool:
     names = getattr(item, "fixturenames", ())
-    return "backend" in names or "place" in names or item.get_closest_marker("gpu") is not None
+    asks = {"backend", "place", "places"} & set(names)
+    return bool(asks) or item.get_closest_marker("gpu") is not None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

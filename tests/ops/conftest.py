@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import pytest
@@ -30,6 +30,10 @@ ON_CPU = ["reference", *(f"cpu-{isa}" for isa in ISAS)]
 if importlib.util.find_spec("triton") is not None:
     ON_CPU.append("triton")
 ON_GPU = ["triton-gpu", "cuda-gpu"]
+PLACES_ON = {
+    True: ON_GPU,
+    False: ["cpu" if COMPILED else "reference", *ON_CPU[1 + len(ISAS) :]],
+}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -37,7 +41,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     gpu = metafunc.config.getoption("--gpu")
     marks = {mark.name for mark in metafunc.definition.iter_markers()}
     if "place" in metafunc.fixturenames:
-        names = ON_GPU if gpu else ["cpu" if COMPILED else "reference", *ON_CPU[1 + len(ISAS) :]]
+        names = PLACES_ON[gpu]
         if "too_long_interpreted" in marks:
             names = [name for name in names if name != "triton"]
         metafunc.parametrize("place", names, indirect=True)
@@ -71,18 +75,32 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         yield name
 
 
+@contextmanager
+def place_of(param: str) -> Iterator[Place]:
+    """Let an implementation answer, on a CPU or on a GPU."""
+    name, _, where = param.partition("-")
+    if where == "gpu":
+        yield Place(torch.device("cuda", 0), name, "cpu" if COMPILED else "reference")
+    elif name == "triton":
+        with interpreter.interpreting():
+            yield Place(torch.device("cpu"), name, "reference")
+    else:
+        yield Place(torch.device("cpu"), name, "reference")
+
+
 @pytest.fixture
 def place(request: pytest.FixtureRequest) -> Iterator[Place]:
     """An implementation and its device."""
-    name, _, where = request.param.partition("-")
-    best = "cpu" if COMPILED else "reference"
-    if where == "gpu":
-        yield Place(torch.device("cuda", 0), name, best)
-    elif name == "triton":
-        with interpreter.interpreting():
-            yield Place(torch.device("cpu"), name, best)
-    else:
-        yield Place(torch.device("cpu"), name, "reference")
+    with place_of(request.param) as found:
+        yield found
+
+
+@pytest.fixture
+def places(request: pytest.FixtureRequest) -> Iterator[list[Place]]:
+    """All of them, for a test whose inputs take longer to make than to answer."""
+    with ExitStack() as stack:
+        gpu = request.config.getoption("--gpu")
+        yield [stack.enter_context(place_of(name)) for name in PLACES_ON[gpu]]
 
 
 @pytest.fixture(params=ISAS or [pytest.param("", marks=pytest.mark.skip(reason="not compiled"))])

@@ -146,9 +146,20 @@ def differences(expected: dict[str, Tensor], got: dict[str, Tensor]) -> list[str
     return found
 
 
-def compare(place: Place, problem: Problem, operations: Sequence[str] = OPERATIONS) -> list[str]:
-    """Return what a place gets wrong on a problem, against the CPU."""
-    right = answers(onto(problem, CPU), place.truth, operations)
+def compare(
+    place: Place,
+    problem: Problem,
+    operations: Sequence[str] = OPERATIONS,
+    right: dict[str, Tensor] | None = None,
+) -> list[str]:
+    """Return what a place gets wrong on a problem, against the CPU.
+
+    `right` is what all operators must give, where it is known already.
+    """
+    if right is None:
+        right = answers(onto(problem, CPU), place.truth, operations)
+    asked = (*operations, "written")
+    right = {name: right[name] for name in right if name.partition(" ")[0] in asked}
     mine = onto(problem, place.device)
     with poisoned():
         wrong = differences(right, answers(mine, place.backend, operations))
@@ -197,16 +208,23 @@ def random_sketched(number: int) -> testing.SketchCase:
     return testing.random_codebook(number, dim=draw.one_of(widths), batch=batch)
 
 
-def compare_sketched(place: Place, case: testing.SketchCase) -> list[str]:
-    """Return what a place gets wrong with a sketch, against the CPU without one."""
-    right = sketched(case, CPU, None, place.truth)
-    sketch = case.sketch().to(place.device)
+def compare_sketched(places: Sequence[Place], case: testing.SketchCase) -> list[str]:
+    """Return what some places get wrong with a sketch, against the CPU without one."""
+    right = sketched(case, CPU, None, places[0].truth)
+    made = case.sketch()
+    return [told for place in places for told in _compare_sketched(place, case, made, right)]
+
+
+def _compare_sketched(
+    place: Place, case: testing.SketchCase, sketch: Sketch, right: dict[str, Tensor]
+) -> list[str]:
+    sketch = sketch.to(place.device)
     told = [tensor.clone() for tensor in sketch.tensors()[:-1]]  # all but the counters
     with poisoned():
         wrong = differences(right, sketched(case, place.device, sketch, place.backend))
     if not all(map(torch.equal, sketch.tensors()[:-1], told)):
         wrong.append("the sketch was written to")
-    return wrong
+    return [f"{place.backend}: {told}" for told in wrong]
 
 
 @dataclass(frozen=True)
