@@ -43,9 +43,10 @@ setup: $(STAMPS)/build ## a .venv with pinned dependencies and the compiled oper
 demo: $(STAMPS)/build ## edit two real models, save, reload, draw a picture (about 5 minutes)
 	$(BIN)/grace demo
 
-# A process per core, a file at a time, each with one thread (tests that need more take them).
+# A process per core, a file at a time in the order of tests/conftest.py, each with one thread
+# (tests that need more take them).
 test: $(STAMPS)/build ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMPS)/build $(STAMPS)/lint ## ruff, clang-format, mypy, the direction of imports
 	$(BIN)/ruff check .
