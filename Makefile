@@ -63,7 +63,7 @@ format: $(STAMPS)/lint ## rewrite the files in house style
 bench: $(STAMPS)/bench ## operators and an edited model beside their peers (about 20 minutes)
 	$(BIN)/python -m benchmarks --out $(or $(OUT),grace-bench)
 
-docs: $(STAMPS)/build ## docs/performance.md and the figures in README.md, from benchmarks/results/
+docs: $(STAMPS)/build ## docs/performance.md, from benchmarks/results/
 	$(BIN)/python -m benchmarks page
 
 instructions: $(STAMPS)/build ## count instructions of fixed lookups with valgrind; UPDATE=1 writes the figures anew

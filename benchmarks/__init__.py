@@ -12,7 +12,7 @@ model.py         an edited GPT-2 beside the unedited one and published.py's way
 edits.py         edits per second, growth of a codebook
 gpu.py           what the parts on a GPU share; gpu_operators.py, gpu_pruned.py: these parts
 goals.py         what was to be reached, and whether it was
-page.py          the page, page_gpu.py its part for a GPU, page_readme.py the README's block
+page.py          the page, page_gpu.py its part for a GPU, page_summary.py what it begins with
 pictures.py      the pictures; markdown.py: tables
 gpu_check.py     `make gpu-check`: build, pytest --gpu and these benchmarks, within a time
 instructions/    instruction counts of fixed lookups beside committed ones, without a clock

@@ -57,9 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given.insert(0, "run")
     told = parser().parse_args(given)
     if told.command == "page":
-        from .page_readme import write as write_pages
+        from .page_summary import write as write_page
 
-        write_pages()
+        write_page()
     elif told.command == "plot":
         from . import pictures
 

@@ -8,9 +8,11 @@ it small on a CPU and builds nothing. Exit status 1 where something failed or a 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -29,12 +31,17 @@ def run(command: list[str], log: Path | None, seconds: float, **variables: str) 
     """Run a program of this Python beside the sources for so long; return its exit status."""
     paths = [str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")]
     variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    where = {"cwd": ROOT, "env": {**os.environ, **variables}, "timeout": max(1.0, seconds)}
+    where = {"cwd": ROOT, "env": {**os.environ, **variables}, "start_new_session": True}
     said = {} if log is None else {"stdout": log.open("w"), "stderr": subprocess.STDOUT}
+    program = subprocess.Popen([sys.executable, *command], **where, **said)
     try:
-        return subprocess.run([sys.executable, *command], **where, **said).returncode
+        return program.wait(max(1.0, seconds))
     except subprocess.TimeoutExpired:
         return 124
+    finally:  # workers of pytest-xdist and nvcc must not go on beside what is timed next
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(program.pid, signal.SIGKILL)
+        program.wait()
 
 
 def build(log: Path, seconds: float) -> bool:

@@ -241,7 +241,8 @@ class Bench:
     def _edited(self, name: str, book: Codebook, prompt: Tensor) -> Contestant:
         edited = shared(self.model)
         adaptor = GraceAdaptor(book, query="last", replace="last")
-        attach(edited, find_layer(edited, self.size.layer)[1], edited, adaptor)
+        layer = find_layer(edited, self.size.layer)[1]
+        attach(edited, layer, edited, adaptor, generates=True)
         return Contestant(name, "ours", edited, prompt, (adaptor, "_answer"), "exact")
 
     def check(self) -> None:

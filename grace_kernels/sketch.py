@@ -160,7 +160,7 @@ class Sketch:
         self._check(keys)
         _check_range(first, last, min(len(keys), self.capacity))
         if first > self.rows:
-            raise ValueError(f"first must be at most the {self.rows} rows covered, got {first}")
+            raise ValueError(f"first must be at most the {self.rows} slots covered, got {first}")
         step = max(1, _ELEMENTS // keys.shape[1])
         for start in range(first, last, step):
             stop = min(start + step, last)
@@ -220,23 +220,23 @@ class Sketch:
         self.active = on
         return bool(self.radius_bound.item() < before)
 
-    def unreachable(self, rows: Tensor) -> Tensor:
+    def unreachable(self, slots: Tensor) -> Tensor:
         """Say which of some slots `[N]` int64 have keys beyond the scales, `[N]` bool.
 
         A lookup scores such a key always.
         """
-        return self.head[rows // BLOCK, ERROR, rows % BLOCK] == UNKNOWN
+        return self.head[slots // BLOCK, ERROR, slots % BLOCK] == UNKNOWN
 
-    def take_stock(self, rows: list[int], radii: Tensor) -> tuple[dict[str, int], int]:
-        """Return `counts()`, and how many live ones of `rows` `unreachable` is true of.
+    def take_stock(self, slots: list[int], radii: Tensor) -> tuple[dict[str, int], int]:
+        """Return `counts()`, and how many live ones of `slots` `unreachable` is true of.
 
-        Both in one wait for the device. Rows that have no codes are left out.
+        Both in one wait for the device. Slots that have no codes are left out.
 
         Args:
-            rows: of which it is asked.
+            slots: of which it is asked.
             radii: `[C]` float32, all of them.
         """
-        coded = [row for row in rows if row < min(self.rows, len(radii))]
+        coded = [slot for slot in slots if slot < min(self.rows, len(radii))]
         at = torch.tensor(coded, dtype=torch.int64, device=self.head.device)
         live = radii[at] != -math.inf
         out_of_reach = (self.unreachable(at) & live).sum()
@@ -259,7 +259,7 @@ class Sketch:
             state: as `from_state` takes it.
             keys: `[C, D]`, on a CPU; C is its capacity.
             radii: `[C]` float32.
-            count: rows in use, which it must cover.
+            count: slots in use, which it must cover.
             sample: how many keys to compare.
 
         Raises:
@@ -279,7 +279,7 @@ class Sketch:
         compared = torch.arange(0, sketch.rows, max(1, sketch.rows // sample))
         wrong = sketch.faults(keys, radii, compared)
         if wrong:
-            raise ValueError(f"sketch must be of these keys and radii, got wrong rows {wrong[:8]}")
+            raise ValueError(f"sketch must be of these keys and radii, got wrong slots {wrong[:8]}")
         return sketch
 
     def resized(self, capacity: int) -> Sketch:

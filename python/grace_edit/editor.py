@@ -84,8 +84,6 @@ class GraceEditor:
         """The entries: `keys`, `values`, `radii`, `count`, `ids`, `version`."""
         return self.adaptor.codebook
 
-    # Making edits and taking them back.
-
     def edit(self, prompt: Any, target: Any) -> EditResult:
         """Make the model answer `prompt` with `target`.
 
@@ -188,8 +186,6 @@ class GraceEditor:
         """
         return rekeying.rekey(self.family, self.config, progress)
 
-    # Asking.
-
     def explain(self, prompt: Any) -> Explanation:
         """Say which entry answers `prompt` or would come nearest, and how far it is."""
         ids = self.family.encode(prompt)
@@ -240,8 +236,6 @@ class GraceEditor:
     def _live(self) -> list[Edit]:
         return [edit for edit in self.codebook.history if edit.live]
 
-    # Modes.
-
     def disable(self) -> AbstractContextManager[None]:
         """Serve the unedited model inside a `with` block."""
         return self.adaptor.using(enabled=False)
@@ -273,8 +267,6 @@ class GraceEditor:
                     "model back, save_pretrained and grace_edit.load serve the edits elsewhere"
                 )
             return super().__getattribute__(name)
-
-    # On disk.
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the edits to `directory`: `grace_config.json`, `codebook.safetensors`,

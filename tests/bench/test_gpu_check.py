@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +180,29 @@ def test_with_gpu_the_bulk_comes_last_and_what_the_time_does_not_reach_is_not_ru
     assert names == [*numbered, "test_behind_the_bulk", "test_bulk"]
     assert "not run: the time was over" in told
     assert "8 skipped" in told
+
+
+def test_what_a_program_started_ends_with_it(tmp_path: Path) -> None:
+    child = "import sys, time; print('up', flush=True); time.sleep(600)"
+    parent = (
+        "import subprocess, sys\n"
+        f"one = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE)\n"
+        "one.stdout.readline()\n"
+        "print(one.pid, flush=True)\n"
+    )
+    log = tmp_path / "log"
+    assert gpu_check.run(["-c", parent], log, 60) == 0
+    pid = int(log.read_text(encoding="utf-8"))
+
+    def gone() -> bool:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+    for _ in range(600):  # the system takes a moment; the child would sleep ten minutes
+        if gone():
+            return
+        time.sleep(0.1)
+    pytest.fail("the child of the program goes on")

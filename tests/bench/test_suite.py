@@ -19,7 +19,7 @@ from benchmarks import (
     measurements,
     operators,
     page,
-    page_readme,
+    page_summary,
     peers,
     pictures,
     pruned,
@@ -283,26 +283,27 @@ def test_the_command_writes_files_and_fails_where_one_of_ours_is_wrong(
     assert "WRONG: lookup lookup" in capsys.readouterr().out
 
 
-def test_page_and_readme_hold_what_the_committed_runs_say() -> None:
+def test_the_page_holds_what_the_committed_runs_say() -> None:
     runs = page.committed()
-    assert page.PAGE.read_text() == page.page(runs)
-    readme = page_readme.README.read_text()
-    assert page_readme.BLOCK.findall(readme) == [page_readme.block(runs)]
+    text = page.PAGE.read_text(encoding="utf-8")
+    assert text == page_summary.whole(runs)
+    assert page_summary.summary(runs) in text
+    assert all(part in text for part in page.page(runs).split("\n\n## "))
 
 
-def test_the_block_of_the_readme_quotes_its_run(run: Run) -> None:
+def test_the_summary_quotes_its_run(run: Run) -> None:
     renamed = [
         replace(one, keys=10_000) if one.keys == 300 and one.part in measurements.OPERATORS else one
         for one in run.measured
     ]
-    text = page_readme.block([("cpu-tiny", Run(run.environment, renamed))])
+    text = page_summary.summary([("cpu-tiny", Run(run.environment, renamed))])
     pairs = goals.ours_and_best(renamed, "lookup")
     (pair,) = [p for p in pairs if (p[0].data, p[0].keys, p[0].batch) == ("activations", 10_000, 8)]
     line = next(x for x in text.splitlines() if x.startswith("| 10,000 × 64, 8"))
     assert line.split(" | ")[3].rstrip(" |") == page.times(pair[1].median / pair[0].median)
 
 
-def test_the_block_of_the_readme_says_which_data_and_only_peers_that_are_right(run: Run) -> None:
+def test_the_summary_says_which_data_and_only_peers_that_are_right(run: Run) -> None:
     told = "data like a real model's activations"
     # However this machine's libraries round.
     measured = [replace(r, answers="rounded") if r.answers == "wrong" else r for r in run.measured]
@@ -311,12 +312,12 @@ def test_the_block_of_the_readme_says_which_data_and_only_peers_that_are_right(r
     beside_faiss = any(
         r.name.startswith("faiss") and r.part == "pruned" for r in run.measured if r.counts
     )
-    assert page_readme.block(every).count(told) == 1 + beside_faiss
-    assert "isotropic" not in page_readme.block(every)
-    assert "torch.cdist" in page_readme.block(every)
+    assert page_summary.summary(every).count(told) == 1 + beside_faiss
+    assert "isotropic" not in page_summary.summary(every)
+    assert "torch.cdist" in page_summary.summary(every)
     plain = [one for one in run.measured if one.data == "isotropic"]
     wrong = [replace(r, answers="wrong") if r.name == "torch.cdist" else r for r in plain]
-    text = page_readme.block([("cpu-tiny", Run(run.environment, wrong))])
+    text = page_summary.summary([("cpu-tiny", Run(run.environment, wrong))])
     assert told not in text
     assert "isotropic (normal) data" in text
     assert "torch.cdist" not in text

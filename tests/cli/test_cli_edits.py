@@ -390,7 +390,7 @@ def test_codebook_shows_what_the_sketch_covers(grace, saved, monkeypatch):
     monkeypatch.setattr(worthwhile, lambda slots: slots >= 2)
     sketch = json.loads(grace("codebook", saved, "--json").stdout)["sketch"]
     assert (sketch["rows"], sketch["active"], sketch["queries"]) == (2, True, 0)
-    line = f"covers 2 rows, {sketch['bytes'] / 1e6:.1f} MB"
+    line = f"covers 2 slots, {sketch['bytes'] / 1e6:.1f} MB"
     assert line in grace("codebook", saved).stdout
     monkeypatch.setattr(worthwhile, lambda slots: slots >= 3)
     assert "not in use, 0." in grace("codebook", saved).stdout

@@ -103,10 +103,13 @@ def test_the_core_imports_without_the_extras_and_the_command_says_what_is_missin
 # Makes one edit; the second goes on until Ctrl-C. Elsewhere Python may lose one: an exception that
 # is raised while a generator is being closed, as torch and transformers do often, is dropped.
 SECOND_WAITS = """
+import signal
 import time
 from grace_edit import GraceEditor
 from grace_edit.__main__ import main
 
+# A suite that runs in the background of a shell hands on that it is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 honest, made = GraceEditor.edit, []
 
 def edit(self, prompt, target):
@@ -157,7 +160,7 @@ def test_the_demo_gets_its_options_and_its_result_is_the_json(grace, tmp_path, m
         console.print("a closing table")
         return {"ok": len(asked) < 3, "es": 1.0}
 
-    monkeypatch.setattr("grace_edit.demo.run", run, raising=False)
+    monkeypatch.setattr("grace_edit.demo.demo.run", run, raising=False)
     as_json = grace("demo", "--out", tmp_path, "--quick", "--json")
     assert as_json.exit_code == 0
     assert json.loads(as_json.stdout) == {"ok": True, "es": 1.0}
@@ -176,7 +179,7 @@ def test_the_demo_says_what_to_install(grace, monkeypatch):
     def run(out, quick, console):
         raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
 
-    monkeypatch.setattr("grace_edit.demo.run", run, raising=False)
+    monkeypatch.setattr("grace_edit.demo.demo.run", run, raising=False)
     done = grace("demo")
     assert done.exit_code == 2
     assert done.stderr == ('error: the demo needs matplotlib: pip install "grace-kernels[demo]"\n')

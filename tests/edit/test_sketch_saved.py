@@ -151,15 +151,15 @@ def of_other_keys(tensors: dict[str, Tensor]) -> None:
             replaced("outliers", torch.full((32,), -2)), "outliers must", id="outlier below"
         ),
         pytest.param(replaced("scales", torch.ones(66)), "scales must", id="shape"),
-        pytest.param(shifted("centre", 1.0), "keys and radii, got wrong rows", id="centre moved"),
-        pytest.param(doubled("scales"), "keys and radii, got wrong rows", id="scales"),
+        pytest.param(shifted("centre", 1.0), "keys and radii, got wrong slots", id="centre moved"),
+        pytest.param(doubled("scales"), "keys and radii, got wrong slots", id="scales"),
         pytest.param(shifted("directions", 1.0), "directions must be", id="directions too long"),
         pytest.param(
             lambda t: (replaced("radius_bound", torch.tensor(0.4))(t), t),
-            "keys and radii, got wrong rows",
+            "keys and radii, got wrong slots",
             id="bound of radii too low",
         ),
-        pytest.param(of_other_keys, "keys and radii, got wrong rows", id="of other keys"),
+        pytest.param(of_other_keys, "keys and radii, got wrong slots", id="of other keys"),
     ],
 )
 def test_a_sketch_that_is_damaged_or_of_another_codebook_is_refused_by_the_name_of_its_file(

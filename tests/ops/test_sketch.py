@@ -391,7 +391,7 @@ def test_progress_counts_all_rows() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda s, k, r: s.extend(k, 51, 60), "first must be at most the 50 rows covered, got 51"),
+        (lambda s, k, r: s.extend(k, 51, 60), "first must be at most the 50 slots covered, got 51"),
         (lambda s, k, r: s.extend(k, 0, 65), r"last must lie in \[0, 64\], got 65"),
         (lambda s, k, r: s.extend(k, -1, 3), r"first must lie in \[0, 64\], got -1"),
         (lambda s, k, r: s.extend(k.half(), 0, 3), "keys must be torch.float32 with 20 columns"),

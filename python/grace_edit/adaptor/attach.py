@@ -197,12 +197,13 @@ def attach(
     seam: nn.Module,
     adaptor: GraceAdaptor,
     *,
-    generates: bool = True,
+    generates: bool,
 ) -> None:
     """Set `adaptor` into `layer`; `seam` (the model or its encoder) will plan its forwards.
 
     Args:
-        generates: the seam is a model whose `generate` is to be edited.
+        generates: the seam is a model whose `generate` is to be edited; it has transformers'
+            `prepare_inputs_for_generation`.
 
     Raises:
         ValueError: the layer or the model carries an adaptor already.

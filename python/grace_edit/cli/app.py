@@ -140,7 +140,7 @@ def demo(
     """Edit two real models, save, reload in a fresh process and draw a picture."""
     console = screen(stderr=json)
     try:
-        from ..demo import run
+        from ..demo.demo import run
 
         with quiet():
             result = run(out, quick, console)

@@ -191,5 +191,5 @@ def _show_codebook(data: dict[str, Any]) -> None:
 def _sketch_line(sketch: dict[str, Any] | None) -> str:
     if sketch is None:
         return "none, the capacity is too small for one"
-    use = f"covers {sketch['rows']} rows" if sketch["active"] else "not in use"
+    use = f"covers {sketch['rows']} slots" if sketch["active"] else "not in use"
     return f"{use}, {sketch['bytes'] / 1e6:.1f} MB"

@@ -55,7 +55,8 @@ def content_of(storage: Storage) -> tuple[dict[str, Tensor], str]:
 
 def _tensors(storage: Storage, at: Tensor) -> dict[str, Tensor]:
     slots, queries, imported = storage.slots, storage.queries, storage.imported
-    slots.tell_sketch()
+    with storage.lock:
+        slots.tell_sketch()
     count = slots.in_use
     retired = sorted(storage.retired_values)
     values = [storage.retired_values[id].cpu() for id in retired]

@@ -71,8 +71,6 @@ class Family(ABC):
     `longest` is how many tokens the model has positions for.
     """
 
-    # What a subclass says about its kind.
-
     name: ClassVar[str]
     """As saved edits and `--task` call it."""
     kind: ClassVar[str]
@@ -174,8 +172,6 @@ class Family(ABC):
     def answer(self, prompt: list[int], length: int) -> list[int]:
         """Return what the model answers now: `length` new tokens, or the class."""
 
-    # What is the same for all of them: text and ids.
-
     def encode(self, prompt: Any) -> list[int]:
         """Return the token ids of a prompt: text (needs the tokenizer) or ids."""
         ids = self._ids(prompt, "prompt", special=True)
@@ -236,8 +232,6 @@ class Family(ABC):
         found = getattr(self.config, name, None) if found is None else found
         return found[0] if isinstance(found, list) else found
 
-    # What is the same for all of them: the attached model.
-
     def attach(self, layer: str, adaptor: GraceAdaptor) -> None:
         """Set an adaptor into a layer of the model, which this family then runs.
 
@@ -256,7 +250,9 @@ class Family(ABC):
                 f"layer must be inside the model, got its output projection {self.layer!r}, to "
                 "which generate gives the last token only"
             )
-        attaching.attach(self.model, module, seam, adaptor, generates=self.generates)
+        # A `generate` of somebody's own that prepares nothing runs plain forwards.
+        latches = self.generates and hasattr(seam, "prepare_inputs_for_generation")
+        attaching.attach(self.model, module, seam, adaptor, generates=latches)
         self.adaptor = adaptor
         self.attached = True
 

@@ -1,46 +1,43 @@
-"""What the README quotes of the committed runs, and what writes it and the page."""
+"""The page with its summary of the committed runs, and what writes it."""
 
 from __future__ import annotations
-
-import re
 
 from .goals import goals, ours_and_best, pruned
 from .markdown import table, times
 from .measurements import RIGHT, Measured, case, ratio, select
-from .page import PAGE, ROOT, Runs, cases, committed, page, title
-
-README = ROOT / "README.md"
-BLOCK = re.compile(r"<!-- performance -->\n.*?<!-- /performance -->", re.DOTALL)
+from .page import PAGE, Runs, cases, committed, page, title
 
 
-def block(runs: Runs) -> str:
-    """Return what the README quotes, between its markers."""
-    lines = ["<!-- performance -->"]
+def summary(runs: Runs) -> str:
+    """Return what the page begins with."""
     if not runs:
-        lines.append("No run is committed: `make bench` measures on your machine.")
-    else:
-        stem, run = runs[0]
-        found = [goal for goal in goals(run.measured) if goal.total]
-        met = sum(goal.met == goal.total for goal in found)
+        return "No run is committed: `make bench` measures on your machine."
+    stem, run = runs[0]
+    found = [goal for goal in goals(run.measured) if goal.total]
+    met = sum(goal.met == goal.total for goal in found)
+    lines = [
+        f"Times faster than the best correct peer (the fastest of {_right_peers(run.measured)}), "
+        f"one run of `make bench` on {title(stem, run)}, {_DATA[_data(run.measured)]}. {met} of "
+        f"{len(found)} goals are met in all their cases; where the others are missed stands below.",
+        "",
+        *_brute(run.measured),
+    ]
+    if sketch := _pruned(run.measured):
         lines += [
-            "Times faster than the best correct peer (the fastest of "
-            f"{_right_peers(run.measured)}), one run of `make bench` on {title(stem, run)}, "
-            f"{_DATA[_data(run.measured)]}, [every figure](docs/performance.md). {met} of "
-            f"{len(found)} goals are met in all their cases; the page says where the others are "
-            "missed.",
             "",
-            *_brute(run.measured),
+            "Lookups through a sketch, bf16 keys, data like a real model's activations, times "
+            "faster than faiss `IndexFlatL2`, and than merely reading the keys once; ε is the "
+            "radius.",
+            "",
+            *sketch,
         ]
-        if sketch := _pruned(run.measured):
-            lines += [
-                "",
-                "Lookups through a sketch, bf16 keys, data like a real model's activations, times "
-                "faster than faiss `IndexFlatL2`, and than merely reading the keys once; ε is the "
-                "radius.",
-                "",
-                *sketch,
-            ]
-    return "\n".join([*lines, "<!-- /performance -->"])
+    return "\n".join(lines)
+
+
+def whole(runs: Runs) -> str:
+    """Return the page, its summary behind its first paragraph."""
+    intro, _, rest = page(runs).partition("\n\n## ")
+    return f"{intro}\n\n## In short\n\n{summary(runs)}\n" + (f"\n## {rest}" if rest else "")
 
 
 _DATA = {
@@ -50,7 +47,7 @@ _DATA = {
 
 
 def _data(measured: Measured) -> str:
-    """Return the data that the README's brute force was measured with."""
+    """Return the data that the summary's brute force was measured with."""
     return "activations" if select(measured, part="nearest", data="activations") else "isotropic"
 
 
@@ -91,9 +88,6 @@ def _pruned(measured: Measured) -> list[str]:
 
 
 def write() -> None:
-    """Write the page and the README's block from the committed runs."""
-    runs = committed()
+    """Write the page from the committed runs."""
     PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(page(runs))
-    text = README.read_text()
-    README.write_text(BLOCK.sub(lambda _: block(runs), text))
+    PAGE.write_text(whole(committed()), encoding="utf-8")

@@ -1,0 +1,185 @@
+"""The demo: two real models are edited, saved, loaded elsewhere and measured.
+
+`run` is what `grace demo` calls. Part 1 is in `topics.py`, part 2 in `facts.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..editor import GraceEditor
+from ..terminal import number, progress, table
+from . import facts as part2
+from . import topics as part1
+from .data import load_topics
+from .reload import THREADS, answers_of
+
+QUICK = 120
+"""Requests of the stream that a quick run looks at."""
+
+
+def run(out: Path, quick: bool, console: Console) -> dict[str, Any]:
+    """Run the demo, write what it makes to `out` and print its tables.
+
+    Args:
+        out: directory for the models, the codebooks, the figures and the picture.
+        quick: fewer edits and only one ε.
+        console: where the tables go; progress bars go to stderr.
+
+    Returns:
+        Every figure, and `"ok"`: whether the fresh process gave the same answers.
+    """
+    # First of all, so that a missing matplotlib is not found out after minutes.
+    from .picture import draw
+
+    start = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    threads = torch.get_num_threads()
+    # Models this small gain little from a second thread and lose much to one that has to wait.
+    torch.set_num_threads(THREADS)
+    try:
+        result: dict[str, Any] = {
+            "topics": _topics(out, quick, console),
+            "facts": _facts(out, quick, console),
+        }
+    finally:
+        torch.set_num_threads(threads)
+    result["reloaded"] = {part: _reload(out, part, console) for part in ("topics", "facts")}
+    result["ok"] = all(result["reloaded"].values())
+    result["seconds"] = time.perf_counter() - start
+    result["picture"] = str(draw(result, out / "demo.png"))
+    (out / "demo.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    console.print(f"\npicture: {result['picture']}   figures: {out / 'demo.json'}")
+    console.print(f"done in {result['seconds']:.0f} s")
+    return result
+
+
+def _bar(items: Sequence[Any], what: str) -> Iterator[Any]:
+    with progress(what, len(items)) as step:
+        for item in items:
+            yield item
+            step()
+
+
+def _topics(out: Path, quick: bool, console: Console) -> dict[str, Any]:
+    data = load_topics()
+    console.print("\n1. A pretrained sentence encoder files messages under eight topics")
+    model, tokenizer = part1.build_model(data)
+    trr = part1.accuracy(model, tokenizer, data.test)
+    stream = part1.stream_of(model, tokenizer, data.stream)
+    stream = stream[-QUICK:] if quick else stream
+    console.print(
+        f"   {len(data.train)} training sentences, upstream test accuracy {trr:.3f}; of "
+        f"{len(stream)} requests in the stream it fails {sum(fails for _, fails in stream)}.\n"
+        "   The stream has a label shift: wearables, upstream technology, are filed under health "
+        "from the middle on\n   and all of them under sport in the last part. A request is edited "
+        "if the model, unedited or as edited so far, fails it."
+    )
+    before = part1.stream_accuracy(model, tokenizer, stream)
+    rows = []
+    for factor in (1.0,) if quick else (0.1, 3.0, 1.0):
+        editor, row = part1.run_stream(model, tokenizer, data, stream, factor * part1.RADIUS, _bar)
+        rows.append(row)
+        console.print(
+            f"   ε = {row['radius']:.3g}: {row['accepted']} of {row['attempted']} edits accepted, "
+            f"{number(row['seconds_per_edit'])} s each"
+        )
+        if factor != 1.0:
+            editor.detach()
+    model.save_pretrained(out / "topics-model")
+    tokenizer.save_pretrained(out / "topics-model")
+    editor.save_pretrained(out / "topics-edits")
+    _remember(out, "topics", editor, [r.text for r, _ in stream])
+    editor.detach()
+    rows.append(part1.run_fine_tuning(model, tokenizer, data, stream, _bar))
+    console.print(_topics_table(rows, trr, before))
+    cases = ", ".join(f"{case} {n}" for case, n in sorted(rows[-2]["cases"].items()))
+    console.print(f"   cases at ε = {part1.RADIUS}: {cases}")
+    return {
+        "trr_before": trr,
+        "stream_accuracy_before": before,
+        "stream": len(stream),
+        "rows": rows,
+    }
+
+
+def _topics_table(rows: list[dict[str, Any]], trr: float, stream: float) -> Table:
+    names = {
+        "ε": "radius",
+        "edits": "attempted",
+        "accepted": "accepted",
+        "ES": "es",
+        "ERR": "err",
+        "ERR acc.": "err_accepted",
+        "stream": "stream_accuracy",
+        "TRR": "trr",
+        "paraphrases": "paraphrase_takes",
+        "false fires": "false_fires",
+        "keys": "keys",
+        "edits/key": "edits_per_key",
+        "s/edit": "seconds_per_edit",
+    }
+    cells = [
+        [row["method"], *(_cell(row.get(field)) for field in names.values())]
+        for row in sorted(rows, key=lambda row: (row["radius"] is None, row["radius"] or 0.0))
+    ]
+    unedited = {"TRR": f"{trr:.3f}", "stream": f"{stream:.3f}"}
+    cells.append(["unedited", *(unedited.get(name, "–") for name in names)])
+    return table(["", *names], cells)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return "–" if value is None else str(value)
+
+
+def _facts(out: Path, quick: bool, console: Console) -> dict[str, Any]:
+    console.print("\n2. A small GPT-2 learns facts, and edits change some of them")
+    facts = part2.load_facts()
+    tokenizer = part2.build_tokenizer(facts)
+    start = time.perf_counter()
+    model = part2.build_model(facts, tokenizer, _bar)
+    seconds = time.perf_counter() - start
+    editor, figures = part2.run(facts, model, tokenizer, part2.RADIUS, _bar)
+    figures["training_seconds"] = seconds
+    model.save_pretrained(out / "facts-model")
+    tokenizer.save_pretrained(out / "facts-model")
+    editor.save_pretrained(out / "facts-edits")
+    _remember(out, "facts", editor, [fact.prompts[0] for fact in facts])
+    editor.detach()
+    examples = figures["examples"]
+    console.print(table(list(examples[0]), [list(example.values()) for example in examples]))
+    console.print(
+        f"   {figures['facts']} facts ({figures['known_before']} known before), trained in "
+        f"{seconds:.0f} s; {figures['accepted']} of {figures['attempted']} edits accepted, "
+        f"{number(figures['seconds_per_edit'])} s each\n"
+        f"   changed facts answered: {figures['answered_after']}/{figures['attempted']}; their "
+        f"paraphrases: {figures['paraphrases_take']}/{figures['paraphrases']}; other facts as "
+        f"before: {figures['unchanged']}/{figures['untouched']}, in other words "
+        f"{figures['unchanged_paraphrases']}/{figures['untouched_paraphrases']}"
+    )
+    return figures
+
+
+def _remember(out: Path, part: str, editor: GraceEditor, prompts: list[str]) -> None:
+    answers = answers_of(editor.model, editor.adaptor, editor.tokenizer, prompts)
+    (out / f"{part}-answers.json").write_text(json.dumps(answers), encoding="utf-8")
+
+
+def _reload(out: Path, part: str, console: Console) -> bool:
+    """Load a model and its edits in a fresh process and compare every answer and lookup."""
+    command = [sys.executable, "-m", "grace_edit.demo.reload", str(out), part]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    console.print(f"   {part} in a fresh process: {(done.stdout or done.stderr).strip()}")
+    return done.returncode == 0
