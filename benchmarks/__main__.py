@@ -111,7 +111,7 @@ def _run(told: argparse.Namespace) -> int:
     text = page([(stem, run)], {file.name for file in files})
     files.append(told.out / f"{stem}.md")
     files[-1].write_text(text)
-    print("\n".join(goals_table(goals(run.measured))))
+    print("\n".join(goals_table([goal for goal in goals(run.measured) if goal.total])))
     print("\n".join(str(file) for file in files))
     bad = [*failures(run), *([run.environment["failed"]] if "failed" in run.environment else [])]
     late = sum("not run" in one.note for one in run.measured)

@@ -14,7 +14,7 @@ import torch
 
 import grace_kernels
 from benchmarks import __main__ as command
-from benchmarks import goals, gpu, gpu_operators, gpu_pruned, page, suite, timing
+from benchmarks import goals, gpu, gpu_operators, gpu_pruned, page, pictures, suite, timing
 from benchmarks.gate import right_answers
 from benchmarks.markdown import figure, times
 from benchmarks.measurements import Measurement, Run, Settings, read, select
@@ -271,6 +271,22 @@ def test_roofs_shares_and_ratios_are_those_of_the_best_right_contestants() -> No
     line = "| `lookup` | 100,000 × 1000 | 1 | bf16 | 100 | 62.5 | 125 | 625 ≈ | 250 | "
     assert line + "64 % | 80 % | 2.0 (cuBLAS query @ keys) | 10.0 |" in text
     assert "* cuBLAS keys @ query, bf16: indices wrong (100,000 × 1000" in text
+
+
+def test_the_picture_of_a_gpu_shows_all_contestants_the_roof_and_what_is_wrong() -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    assert pictures.times_on_a_gpu(figure, invented())
+    (legend,) = figure.legends
+    told = {text.get_text() for text in legend.get_texts()}
+    assert told == {"triton", "cuda", "cuBLAS", "cdist", "torch.compile", "roof"}
+    wrong = [replace(m, answers="wrong") if m.name == "cdist" else m for m in invented()]
+    figure = Figure()
+    assert pictures.times_on_a_gpu(figure, wrong)
+    (line,) = [x for x in figure.axes[0].lines if x.get_label() == "wrong answers"]
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([2e8], [625.0])
+    assert not pictures.times_on_a_gpu(Figure(), [m for m in invented() if m.kind == "bound"])
 
 
 def test_the_goals_of_a_gpu_are_judged() -> None:

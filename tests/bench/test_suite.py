@@ -146,6 +146,18 @@ def test_the_environment_says_what_the_figures_depend_on_and_no_path(run: Run) -
     assert str(ROOT) not in json.dumps(about)
 
 
+def test_outside_git_the_commit_is_unknown_and_changed_sources_are_marked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said = {"ls-files": "suite.py", "rev-parse": "abc", "status": ""}
+    monkeypatch.setattr(suite, "_printed", lambda *told: said[told[1]])
+    assert suite._commit() == "abc"
+    said["status"] = " M suite.py"
+    assert suite._commit() == "abc+"
+    said["ls-files"] = ""
+    assert suite._commit() is None
+
+
 def test_an_unknown_part_is_refused() -> None:
     with pytest.raises(ValueError, match="parts must be among operators, call, pruned"):
         suite.run(TINY, ("kernels",), silent, "")

@@ -266,6 +266,17 @@ def test_all_codebooks_of_a_form_need_the_same_kernels_and_there_are_few_forms()
     }
 
 
+def test_all_codebooks_of_a_form_with_a_sketch_need_the_same_kernels() -> None:
+    forms: dict[int, set[Any]] = {}
+    for number in range(72):
+        case = problems.random_sketched(number)
+        tile = next(n for n, (_, most) in enumerate(problems.BATCHES) if len(case.query) <= most)
+        found = case.keys.dtype, tile, case.keys.shape[1] % 16 == 0
+        forms.setdefault(number % problems.SKETCHED_FORMS, set()).add(found)
+    assert {len(found) for found in forms.values()} == {1}
+    assert len(set().union(*forms.values())) == problems.SKETCHED_FORMS
+
+
 def test_copies_for_a_device_keep_strides_offset_and_every_bit() -> None:
     wide = torch.arange(60.0).view(6, 10)
     part = wide[1:5:2, 3:8]
@@ -277,29 +288,62 @@ def test_copies_for_a_device_keep_strides_offset_and_every_bit() -> None:
 
 
 @pytest.mark.too_long_interpreted
-def test_a_sketch_fitted_on_the_device_holds_and_spares_nearly_all_keys(place: Place) -> None:
-    counted = place.backend != "reference"
-    for dtype in DTYPES:
-        n, dim = place.pick((50_000, 768), (3000, 96))
-        query, keys = clustered(n, dim, dtype)
-        radii = torch.ones(n)
-        right = grace_kernels.lookup(query, keys, radii, backend=place.truth)
-        there = [t.to(place.device) for t in (query, keys, radii)]
-        sketch = Sketch.fit(*there[1:])
-        assert len(sketch.faults(*there[1:])) == 0
-        for batch in (1, 16):
-            sketch.counters.zero_()
-            for start in range(0, 16, batch):
-                part = slice(start, start + batch)
-                how = {"sketch": sketch, "backend": place.backend}
-                with problems.poisoned():
-                    got = grace_kernels.lookup(there[0][part], *there[1:], **how)
-                for mine, want in zip(got, right, strict=True):
-                    assert testing.same_bits(mine.cpu(), want[part])
-            counts = sketch.counts()
-            assert not counted or (counts["queries"], counts["pairs"]) == (16, 16 * n)
-            assert counts["scanned"] == 0
-            assert counts["scored"] <= 0.01 * 16 * n
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sketch_fitted_on_the_device_holds_and_spares_nearly_all_keys(
+    dtype: torch.dtype, place: Place
+) -> None:
+    spared(place, dtype, *place.pick((50_000, 768), (3000, 96)))
+
+
+def spared(place: Place, dtype: torch.dtype, n: int, dim: int) -> None:
+    """Fit a sketch on the device; assert that its bounds hold and that hardly a key is read."""
+    query, keys = clustered(n, dim, dtype)
+    radii = torch.ones(n)
+    right = grace_kernels.lookup(query, keys, radii, backend=place.truth)
+    there = [t.to(place.device) for t in (query, keys, radii)]
+    sketch = Sketch.fit(*there[1:])
+    assert len(sketch.faults(*there[1:])) == 0
+    for batch in (1, 16):
+        sketch.counters.zero_()
+        for start in range(0, 16, batch):
+            part = slice(start, start + batch)
+            how = {"sketch": sketch, "backend": place.backend}
+            with problems.poisoned():
+                got = grace_kernels.lookup(there[0][part], *there[1:], **how)
+            for mine, want in zip(got, right, strict=True):
+                assert testing.same_bits(mine.cpu(), want[part])
+        counts = sketch.counts()
+        if place.backend != "reference":  # which looks at no sketch
+            assert (counts["queries"], counts["pairs"]) == (16, 16 * n)
+        assert counts["scanned"] == 0
+        assert counts["scored"] <= 0.01 * 16 * n
+
+
+@pytest.mark.skipif(not COMPILED, reason="the reference does not look at sketches")
+def test_a_lookup_that_reads_every_key_in_spite_of_a_sketch_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spared(ON_A_CPU, torch.float32, 2000, 40)
+    lookup, fit = grace_kernels.lookup, Sketch.fit
+
+    def scanning(*args: Any, sketch: Sketch | None = None, **how: Any) -> Any:
+        if sketch is not None:
+            sketch.counters[3] += 1
+        return lookup(*args, sketch=sketch, **how)
+
+    def misled(keys: torch.Tensor, radii: torch.Tensor) -> Sketch:
+        sketch = fit(keys, radii)
+        sketch.head[3, 2:] = 100
+        return sketch
+
+    for target, name, spoilt in (
+        (grace_kernels, "lookup", scanning),
+        (Sketch, "fit", misled),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, spoilt)
+            with pytest.raises(AssertionError):
+                spared(ON_A_CPU, torch.float32, 2000, 40)
 
 
 def clustered(n: int, dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
