@@ -103,10 +103,12 @@ def test_the_core_imports_without_the_extras_and_the_command_says_what_is_missin
 # Makes one edit; the second goes on until Ctrl-C. Elsewhere Python may lose one: an exception that
 # is raised while a generator is being closed, as torch and transformers do often, is dropped.
 SECOND_WAITS = """
-import time
+import signal, time
 from grace_edit import GraceEditor
 from grace_edit.__main__ import main
 
+# Where the suite runs in the background, its children ignore Ctrl-C from the start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 honest, made = GraceEditor.edit, []
 
 def edit(self, prompt, target):
