@@ -103,12 +103,11 @@ def test_the_core_imports_without_the_extras_and_the_command_says_what_is_missin
 # Makes one edit; the second goes on until Ctrl-C. Elsewhere Python may lose one: an exception that
 # is raised while a generator is being closed, as torch and transformers do often, is dropped.
 SECOND_WAITS = """
-import signal
-import time
+import signal, time
 from grace_edit import GraceEditor
 from grace_edit.__main__ import main
 
-# A suite that runs in the background of a shell hands on that it is ignored.
+# Where the suite runs in the background, its children ignore Ctrl-C from the start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 honest, made = GraceEditor.edit, []
 
