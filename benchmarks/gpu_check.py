@@ -61,14 +61,13 @@ def test(log: Path, seconds: float, rehearse: bool) -> bool:
     command = ["-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider"]
     command += [f"tests/{name}.py" for name in (FIRST[1:3] if rehearse else FIRST)]
     command += [] if rehearse else ["tests/ops", "--gpu"]
-    record = log.with_suffix(".xml")
-    command += [f"--until={time.time() + seconds}", f"--junitxml={record}"]
+    command += [f"--until={time.time() + seconds}", f"--junitxml={log.with_suffix('.xml')}"]
     if importlib.util.find_spec("xdist") and not rehearse:  # most of the time goes into compiling
         command += ["-n", str(max(1, min(14, (os.cpu_count() or 2) - 2))), "--maxschedchunk=4"]
     if importlib.util.find_spec("pytest_timeout"):
         command += ["--timeout=170", "--timeout-method=thread"]
     status = run(command, log, seconds + 60, OMP_NUM_THREADS="1")
-    found, late, failed = Counter(), Counter(), []
+    found, late, failed, record = Counter(), Counter(), [], log.with_suffix(".xml")
     for case in ET.parse(record).iter("testcase") if record.exists() else ():
         name, tags = case.get("name", ""), {child.tag: child.get("message", "") for child in case}
         what = next((tag for tag in ("failure", "error", "skipped") if tag in tags), "passed")
@@ -98,8 +97,8 @@ def main() -> int:
     good = given.rehearse or build(out / f"{name}-build.txt", BUILD * (end - time.monotonic()))
     good &= test(out / f"{name}-tests.txt", TESTS * (end - time.monotonic()), given.rehearse)
     left = end - time.monotonic()
-    device = "rehearsal" if given.rehearse else "cuda"
-    command = ["-m", "benchmarks", f"--device={device}", f"--out={out}", "--threads=1"]
+    command = ["-m", "benchmarks", f"--out={out}", "--threads=1"]
+    command += [f"--device={'rehearsal' if given.rehearse else 'cuda'}"]
     command += [f"--seconds={left - 25:.0f}", f"--commit={given.commit or ''}"]
     return 0 if run(command, None, left) == 0 and good else 1
 

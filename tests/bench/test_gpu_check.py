@@ -98,7 +98,7 @@ def test_each_step_has_what_those_before_it_left_and_one_that_fails_stops_none(
     steps: list[Any] = []
 
     def ran(command: list[str], log: Path | None, seconds: float, **variables: str) -> int:
-        steps.append((command[:4], log, round(seconds, -1)))
+        steps.append((command, log, round(seconds, -1)))
         return 0
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -115,7 +115,8 @@ def test_each_step_has_what_those_before_it_left_and_one_that_fails_stops_none(
     (built, a), (tested, b), (command, _, left) = steps
     assert (built, tested) == ("nvidia-h200-sxm-build.txt", "nvidia-h200-sxm-tests.txt")
     assert (round(a), round(b), left) == (30, 60, 100)
-    assert command[:3] == ["-m", "benchmarks", "--device=cuda"]
+    assert command[:2] == ["-m", "benchmarks"]
+    assert "--device=cuda" in command
 
 
 PLANTED = """
