@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import nn
 
-# Each file makes a subclass of Family. They are asked in this order whether a model is theirs: the
-# classifier, which takes any encoder with a head, comes last.
-from . import causal, seq2seq, masked, classifier  # noqa: F401 # isort: skip
+# Each file makes a subclass of Family. In the order in which --task offers them.
+from . import causal, seq2seq, classifier, masked  # noqa: F401 # isort: skip
 from .base import Family, no_family, target_of
 
 __all__ = ["FAMILIES", "Family", "family_of", "target_of"]
@@ -23,7 +22,7 @@ def family_of(model: nn.Module, tokenizer: Any) -> Family:
     Raises:
         ValueError: the model is of no supported kind.
     """
-    for family in FAMILIES.values():
+    for family in sorted(FAMILIES.values(), key=lambda family: family.last_resort):
         if family.recognises(model):
             return family(model, tokenizer)
     raise no_family(model)

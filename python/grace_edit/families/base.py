@@ -83,6 +83,8 @@ class Family(ABC):
     """The seam is a model whose `generate` is edited: it asks once and latches the answers."""
     pads_left: ClassVar[bool] = False
     """Several prompts are answered in batches that are padded on the left."""
+    last_resort: ClassVar[bool] = False
+    """It takes models of many kinds, and is asked after all others whether one is its own."""
     default_query: ClassVar[str] = "mean"
     default_replace: ClassVar[str] = "all"
 
@@ -99,7 +101,7 @@ class Family(ABC):
     @classmethod
     @abstractmethod
     def recognises(cls, model: nn.Module) -> bool:
-        """Say whether `model` is of this kind; families are asked in the order of `FAMILIES`."""
+        """Say whether `model` is of this kind."""
 
     @classmethod
     def is_named_by(cls, class_name: str, config: Any) -> bool:

@@ -18,6 +18,7 @@ class ClassifierFamily(Family):
     kind = "sequence classifier"
     auto_class = "AutoModelForSequenceClassification"
     class_endings = ("ForSequenceClassification",)
+    last_resort = True
 
     @classmethod
     def recognises(cls, model: nn.Module) -> bool:
