@@ -506,3 +506,14 @@ def test_a_relative_path_of_a_model_is_remembered_for_every_directory(
     assert done.exit_code == 0, done.stderr
     monkeypatch.chdir(tmp_path)
     assert "edit 0 answers" in grace("explain", "--codebook", out, FRANCE[0]).stdout
+
+
+def test_a_list_of_blocks_is_no_layer_and_that_is_one_line(grace, gpt2, edits_file, tmp_path):
+    done = grace(
+        "edit", "--model", gpt2, "--layer", "transformer.h", "--edits", edits_file(FRANCE),
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert done.exit_code == 2
+    assert done.stderr.splitlines()[-1] == (
+        "error: layer must run once in a forward, got 0 calls of 'transformer.h'"
+    )

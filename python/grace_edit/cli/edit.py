@@ -94,7 +94,10 @@ def _parse(line: int, raw: bytes) -> Request:
         raise ValueError(f"must be JSON: {error.msg} at column {error.colno}") from error
     if not isinstance(found, dict):
         raise ValueError(f"must be a JSON object, got {type(found).__name__}")
-    prompt, target = found.get("prompt"), found.get("target")
+    for name in ("prompt", "target"):
+        if name not in found:
+            raise ValueError(f"must have the field {name}, got {', '.join(found) or 'none'}")
+    prompt, target = found["prompt"], found["target"]
     if not isinstance(prompt, str) or not prompt:
         raise ValueError(f"prompt must be a string that is not empty, got {prompt!r}")
     if not (type(target) is int or (isinstance(target, str) and target)):

@@ -304,7 +304,9 @@ class Family(ABC):
         with self.adaptor.using(captures=captures, plan=None, generation=None, forced=None):
             self.run_prompts(self.inputs(prompts, left=left))
         if len(captures) != 1:
-            raise RuntimeError(f"layer must run once in a forward, got {len(captures)} calls")
+            raise ValueError(
+                f"layer must run once in a forward, got {len(captures)} calls of {self.layer!r}"
+            )
         return captures[0]
 
     def queries(self, prompts: Sequence[Sequence[int]]) -> Tensor:
