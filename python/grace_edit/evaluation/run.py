@@ -1,0 +1,285 @@
+"""A lifelong run: a stream of edits on one model, measured on the way and at the end.
+
+The protocol is the paper's: edits one after the other, each measured right after it was made (ES);
+every k edits and at the end all past edits (ERR) and upstream data (TRR); at the end everything
+else a record holds. Every answer is asked for freely and teacher forced.
+
+Work is done in units (an edit; a record or question measured at some point), each of which is on
+disk when it is finished. A run that was killed goes on with the unit that is missing and ends with
+the same figures, clock times aside: edits after the last saved state are made again.
+
+Where a method can tell that no edit answers a prompt, the answer is the unedited model's by
+construction: the adaptor writes nothing. Such prompts need no second generation. This is verified
+on a sample, and the results say on how many and with what outcome.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..progress import bar
+from . import metrics
+from .journal import Journal
+from .methods import Look, Made, Method, write_map
+from .model import SEQ2SEQ
+from .records import LOCALITY, EditRecord, Question, Target
+
+Units = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a stream is run and measured.
+
+    Args:
+        every: measure past edits and upstream data every so many edits; None: at the end alone.
+        only_errors: make an edit only where the model, as it is then, answers wrong (the paper).
+        most_past: measure at most so many past edits before the end, evenly spread; None: all.
+        save_every: keep the state every so many edits.
+        verify_every: of the prompts that no edit answers, one in so many is generated anyway.
+        rest: measure paraphrases, locality, portability and ARR at the end.
+
+    Raises:
+        ValueError: a number is below 1.
+    """
+
+    every: int | None = None
+    only_errors: bool = False
+    most_past: int | None = None
+    save_every: int = 10
+    verify_every: int = 20
+    rest: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("every", "most_past", "save_every", "verify_every"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as JSON can hold them."""
+        return asdict(self)
+
+    def checkpoints(self, edits: int) -> list[int]:
+        """Return after how many edits there is a measurement; the last is `edits`."""
+        return sorted({*range(self.every or edits, edits, self.every or edits), edits})
+
+
+def run_stream(
+    make: Callable[[], Method],
+    records: Sequence[EditRecord],
+    directory: Path,
+    protocol: Protocol,
+    *,
+    upstream: Sequence[Question] = (),
+    progress: bool = False,
+) -> Units:
+    """Run a stream to its end, from wherever an earlier run of it was stopped.
+
+    Args:
+        make: gives the method on an unedited model.
+        records: the edits, in order; the same as in the earlier run.
+        directory: of this method's log and state.
+        upstream: questions with answers that have nothing to do with the edits.
+        progress: show progress bars on stderr.
+
+    Returns:
+        The finished units by name, for `results`.
+
+    Raises:
+        ValueError: there is no record, or an upstream question without an answer.
+    """
+    if not records:
+        raise ValueError("records must hold at least one edit, got none")
+    for question in upstream:
+        if not question.answers:
+            raise ValueError(f"upstream must have answers, got none for {question.prompt!r}")
+    journal = Journal(directory)
+    try:
+        if "done" not in journal:
+            method = make()
+            try:
+                run = _Run(method, records, upstream, protocol, journal, progress)
+                run.go()
+                if (found := method.map()) is not None:
+                    write_map(directory, found)
+            finally:
+                method.close()
+            journal.add("done", {})
+        return journal.units
+    finally:
+        journal.close()
+
+
+@dataclass
+class _Run:
+    method: Method
+    records: Sequence[EditRecord]
+    upstream: Sequence[Question]
+    protocol: Protocol
+    journal: Journal
+    progress: bool
+
+    def go(self) -> None:
+        done, state = self.journal.saved()
+        if state is not None:
+            self.method.restore(state)
+        else:
+            self._measure_upstream(0)
+        start = 0
+        for stop in self.protocol.checkpoints(len(self.records)):
+            # What was measured before the state was kept is complete.
+            if stop >= done:
+                self._edit(max(start, done), stop)
+                self.journal.save(stop, self.method.save)
+                self._measure(stop)
+            start = stop
+
+    def _units(self, names: Iterable[str], what: str) -> Any:
+        missing = [name for name in names if name not in self.journal]
+        return bar(missing, f"{self.method.name}: {what}", self.progress)
+
+    # Editing
+
+    def _edit(self, start: int, stop: int) -> None:
+        numbers = range(start, stop)
+        for i in bar(numbers, f"{self.method.name}: edits {start + 1} to {stop}", self.progress):
+            self.journal.add(f"edit/{i}", self._one_edit(self.records[i]))
+            if (i + 1) % self.protocol.save_every == 0:
+                self.journal.save(i + 1, self.method.save)
+
+    def _one_edit(self, record: EditRecord) -> dict[str, Any]:
+        before = self._ask(record.prompt, (record.target,))
+        if self.protocol.only_errors and before["exact"]:
+            return {"before": before, "skipped": True, "keys": self.method.keys}
+        began = time.perf_counter()
+        made: Made = self.method.edit(record)
+        seconds = time.perf_counter() - began
+        return {
+            "before": before,
+            **asdict(made),
+            "seconds": seconds,
+            "after": self._ask(record.prompt, (record.target,)),
+            "keys": self.method.keys,
+        }
+
+    # Measuring
+
+    def _measure(self, edits: int) -> None:
+        past = [i for i in range(edits) if not self.journal.units[f"edit/{i}"].get("skipped")]
+        last = edits == len(self.records)
+        if not last and self.protocol.most_past is not None:
+            past = _spread(past, self.protocol.most_past)
+        for unit in self._units((f"err/{edits}/{i}" for i in past), "past edits"):
+            record = self.records[int(unit.split("/")[2])]
+            self.journal.add(unit, self._ask(record.prompt, (record.target,)))
+        self._measure_upstream(edits)
+        if last and self.protocol.rest:
+            for unit in self._units((f"rest/{i}" for i in past), "what a record asks"):
+                self.journal.add(unit, self._rest(self.records[int(unit.split("/")[1])], unit))
+
+    def _measure_upstream(self, edits: int) -> None:
+        names = (f"trr/{edits}/{j}" for j in range(len(self.upstream)))
+        for unit in self._units(names, "upstream data"):
+            question = self.upstream[int(unit.split("/")[2])]
+            found = self._upstream_unasked(edits, unit, question)
+            if found is None:
+                found = self._ask(question.prompt, question.answers)
+            self.journal.add(unit, found)
+
+    def _upstream_unasked(self, edits: int, unit: str, question: Question) -> dict[str, Any] | None:
+        """Return the answer before any edit, where no edit answers; None where one may."""
+        before = self.journal.units.get(f"trr/0/{unit.split('/')[2]}")
+        look = self.method.look(question.prompt) if edits and before is not None else None
+        if before is None or look is None or look.fires:
+            return None
+        found = {**before, **self._seen(look, question.answers[0])}
+        if self._verified(unit):
+            again = self._ask(question.prompt, question.answers)
+            found["verified"] = again["answer"] == before["answer"]
+        return found
+
+    def _rest(self, record: EditRecord, unit: str) -> dict[str, Any]:
+        target = record.target
+        found: dict[str, Any] = {
+            "paraphrase": [self._ask(prompt, (target,)) for prompt in record.paraphrases],
+            "portability": [self._ask(q.prompt, q.answers) for q in record.portability],
+            "accurate": [self._ask(q.prompt, q.answers) for q in record.accurate],
+        }
+        for kind in LOCALITY:
+            found[kind] = [
+                self._compare(question, f"{unit}/{kind}/{number}")
+                for number, question in enumerate(record.locality(kind))
+            ]
+        return found
+
+    def _ask(self, prompt: str, answers: Sequence[Target]) -> dict[str, Any]:
+        """Ask one prompt whose right answers are known, freely and teacher forced."""
+        method = self.method
+        asked, target = method.asked, answers[0]
+        look = method.look(prompt)
+        answer, forced = method.ask(prompt, target)
+        assert forced is not None
+        labels = [asked.label(one) for one in answers]
+        found = {
+            **self._seen(look, target),
+            "answer": answer.text,
+            "exact": any(metrics.exact(answer.text, label) for label in labels),
+            "f1": metrics.f1(answer.text, labels),
+            "accuracy": metrics.token_accuracy(forced.predicted, forced.wanted),
+        }
+        if asked.family == SEQ2SEQ:
+            pad = asked.tokenizer.pad_token_id
+            found["grace_f1"] = metrics.grace_f1(answer.ids, forced.wanted, pad)
+        if forced.losses is not None:
+            found["loss"] = _finite(sum(forced.losses) / len(forced.losses))
+        return found
+
+    def _seen(self, look: Look | None, target: Target) -> dict[str, Any]:
+        if look is None:
+            return {}
+        found: dict[str, Any] = {"fires": look.fires}
+        if look.fires:
+            found["right"] = look.label == self.method.asked.label(target)
+        if look.distance is not None and look.radius is not None:
+            found.update(distance=_finite(look.distance), radius=_finite(look.radius))
+        return found
+
+    def _compare(self, question: Question, name: str) -> dict[str, Any]:
+        """Ask one prompt that no edit should change, beside the unedited model."""
+        method = self.method
+        target = question.answers[0] if question.answers else None
+        look = method.look(question.prompt)
+        found = {} if look is None else self._seen(look, "" if target is None else target)
+        found.pop("right", None)
+        if look is not None and not look.fires and not self._verified(name):
+            return {**found, "same": True, **({} if target is None else {"agreement": 1.0})}
+        with method.unedited():
+            before, expected = method.ask(question.prompt, target)
+        after, forced = method.ask(question.prompt, target)
+        same = after.text == before.text
+        found["same"] = same
+        if expected is not None and forced is not None:
+            found["agreement"] = metrics.token_accuracy(forced.predicted, expected.predicted)
+        if look is not None and not look.fires:
+            found["verified"] = same
+        return found
+
+    def _verified(self, name: str) -> bool:
+        return zlib.crc32(name.encode()) % self.protocol.verify_every == 0
+
+
+def _spread(items: list[int], most: int) -> list[int]:
+    """Return at most `most` of the items, evenly spread, the last among them."""
+    if len(items) <= most:
+        return items
+    return [items[(n + 1) * len(items) // most - 1] for n in range(most)]
+
+
+def _finite(number: float) -> float | None:
+    return number if number == number and abs(number) != float("inf") else None
