@@ -381,7 +381,7 @@ def test_grace_is_measured_right_and_resumes_to_the_same_figures(
     again.restore(tmp_path / "whole" / "state" / "000004")
     told, _ = again.ask(STREAM[0].paraphrases[0], STREAM[0].target)
     assert units["rest/0"]["paraphrase"][0]["answer"] == told.text
-    for at in (4, 12, 20):
+    for at in (5, 14):
         out = tmp_path / str(at)
         killed(lambda out=out: graced(out), at, "after")
         assert without_times(figures_of("grace", graced(out), 4)) == expected

@@ -73,7 +73,7 @@ class Defer(_Switched):
     def _build(self, source: int, hidden: int) -> nn.ModuleDict:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            parts = {"gate": nn.Linear(source, 1), "values": nn.Linear(source, hidden)}
+            parts = {"gate": nn.Linear(source, 1), "out": nn.Linear(source, hidden)}
         return nn.ModuleDict(parts).to(self.asked.model.device)
 
     def _hook(self, module: nn.Module, given: Any, output: Any) -> Any:
@@ -89,7 +89,7 @@ class Defer(_Switched):
         query = source[:, last].float()
         gate = torch.sigmoid(self.parts["gate"](query))
         self.opened = float(gate.detach())
-        values = self.parts["values"](query)
+        values = self.parts["out"](query)
         causal = self.asked.family == CAUSAL
         rows = slice(last, last + 1) if causal else slice(None)
         own = hidden[:, rows].float()
@@ -150,7 +150,7 @@ class Defer(_Switched):
     def restore(self, directory: Path) -> None:
         tensors = load_file(directory / TENSORS)
         if tensors:
-            hidden, source = tensors["values.weight"].shape
+            hidden, source = tensors["out.weight"].shape
             self.parts = self._build(source, hidden)
             self.parts.load_state_dict(tensors)
 
@@ -243,7 +243,7 @@ class Retrieval(_Switched):
     """RAG: the fact whose prompt is most like the question is pasted before it.
 
     Facts and the question's last sentence are compared by the cosine of their words, weighted by
-    rarity among the facts; a fact below `threshold` is not pasted.
+    rarity among the facts (words of no fact do not count); a fact below `threshold` is not pasted.
 
     Args:
         threshold: least cosine, 0 to 1.
@@ -276,6 +276,7 @@ class Retrieval(_Switched):
         return {
             word: count * math.log(1 + total / (1 + self.documents[word]))
             for word, count in words.items()
+            if word in self.documents
         }
 
     def _best(self, prompt: str) -> tuple[int, float]:
