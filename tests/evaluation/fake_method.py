@@ -51,7 +51,8 @@ class FakeMethod(Method):
         refused = self.mixed[0] in "01234567"
         if not refused:
             self.facts[record.prompt] = str(record.target)
-        return Made(not refused, int(self.mixed[1], 16), "add", "refused" if refused else "")
+        edit = None if refused else int(record.id)
+        return Made(not refused, int(self.mixed[1], 16), "add", "refused" if refused else "", edit)
 
     def _nearest(self, prompt: str) -> str | None:
         found = [known for known in self.facts if prompt.startswith(known)]
@@ -62,10 +63,11 @@ class FakeMethod(Method):
             return None
         nearest = self._nearest(prompt)
         if nearest is None:
-            return Look(False, "", 2.0, 1.0)
-        return Look(True, self.facts[nearest], len(prompt) / len(nearest) - 1, 1.0)
+            return Look(False, "", (), 2.0, 1.0)
+        edits = (int(nearest.split()[1]),)
+        return Look(True, self.facts[nearest], edits, len(prompt) / len(nearest) - 1, 1.0)
 
-    def ask(self, prompt: str, target: Any) -> tuple[Answer, Forced | None]:
+    def ask(self, prompt: str, target: Any, least: int = 1) -> tuple[Answer, Forced | None]:
         self.calls.append(("ask", prompt))
         text = prompt.split()[-1]
         if self.enabled:

@@ -218,7 +218,7 @@ class Reader:
     def label(self, target: Any) -> str:
         return str(target).strip()
 
-    def ask(self, prompt: str, target: Any) -> tuple[str, None]:
+    def ask(self, prompt: str, target: Any, least: int) -> tuple[str, None]:
         return prompt, None
 
 

@@ -50,6 +50,9 @@ def test_a_target_said_freely_is_not_asked_again(
     assert forced.losses == pytest.approx(losses.tolist(), abs=1e-4)
     model.ask(prompt, words(40, 2))
     assert len(calls) == 3
+    # More is said where more is asked for, and the target's losses are of its own tokens.
+    longer, again = model.ask(prompt, target, 6)
+    assert (longer.text, again) == (words(8, 6), forced)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5", "bert"])

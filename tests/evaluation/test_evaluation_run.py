@@ -222,6 +222,8 @@ def test_the_figures_of_a_stream_worked_out_by_hand(tmp_path: Path) -> None:
     assert found[last, "ERR", "accuracy", "attempted"] == pytest.approx(0.5 + share / 2)
     # One of two paraphrases begins with the prompt.
     assert found[last, "generality", "exact", "accepted"] == 0.5
+    assert found[last, "generality", "right edit", "accepted"] == 0.5
+    assert found[last, "generality", "exact where right", "accepted"] == 1
     assert found[last, "portability", "exact", "accepted"] == 1
     assert found[last, "neighbour", "fires", "attempted"] == 0
     assert found[last, "neighbour", "unchanged", "attempted"] == 1

@@ -139,9 +139,11 @@ class Defer(_Switched):
             self.asked.read(prompt)
         return Look(self.opened >= 0.5)
 
-    def ask(self, prompt: str, target: Target | None) -> tuple[Answer, Forced | None]:
+    def ask(
+        self, prompt: str, target: Target | None, least: int = 1
+    ) -> tuple[Answer, Forced | None]:
         with self._asking(prompt):
-            return super().ask(prompt, target)
+            return super().ask(prompt, target, least)
 
     def save(self, directory: Path) -> None:
         tensors = {} if self.parts is None else self.parts.state_dict()
@@ -187,7 +189,7 @@ class Memory(_Switched):
         fact = (record.prompt, record.target)
         self.stored = torch.cat([self.stored, self._query(record.prompt).to(self.stored.dtype)])
         self.facts.append(fact)
-        return Made(True)
+        return Made(True, edit=len(self.facts) - 1)
 
     def _nearest(self, prompt: str) -> tuple[int, float]:
         radii = torch.zeros(len(self.facts), device=self.stored.device)
@@ -202,15 +204,17 @@ class Memory(_Switched):
 
     def look(self, prompt: str) -> Look | None:
         if not self.facts:
-            return Look(False)
+            return Look(False, edits=())
         index, distance = self._nearest(prompt)
         label = self.asked.label(self.facts[index][1])
-        return Look(distance <= self.radius, label, distance, self.radius)
+        return Look(distance <= self.radius, label, (index,), distance, self.radius)
 
-    def ask(self, prompt: str, target: Target | None) -> tuple[Answer, Forced | None]:
+    def ask(
+        self, prompt: str, target: Target | None, least: int = 1
+    ) -> tuple[Answer, Forced | None]:
         found = self._found(prompt)
         if found is None:
-            return super().ask(prompt, target)
+            return super().ask(prompt, target, least)
         said = self.asked.wanted_ids(prompt, found)
         answer = Answer(self.asked.label(found), said)
         if target is None:
@@ -269,7 +273,7 @@ class Retrieval(_Switched):
 
     def edit(self, record: EditRecord) -> Made:
         self._add((record.prompt, record.target))
-        return Made(True)
+        return Made(True, edit=len(self.facts) - 1)
 
     def _weigh(self, words: Counter[str]) -> dict[str, float]:
         total = len(self.facts) + 1
@@ -287,24 +291,27 @@ class Retrieval(_Switched):
                 best, most = number, likeness
         return best, most
 
-    def _found(self, prompt: str) -> Fact | None:
-        if not self.enabled:
-            return None
+    def _found(self, prompt: str) -> int | None:
         best, likeness = self._best(prompt)
-        return self.facts[best] if best >= 0 and likeness >= self.threshold else None
+        return best if best >= 0 and likeness >= self.threshold else None
 
     def _behind(self, prompt: str) -> str:
-        fact = self._found(prompt)
-        if fact is None:
+        found = self._found(prompt) if self.enabled else None
+        if found is None:
             return prompt
+        fact = self.facts[found]
         return f"{fact[0].strip()} {self.asked.label(fact[1])}. {prompt}"
 
     def look(self, prompt: str) -> Look | None:
-        fact = self._found(prompt)
-        return Look(False) if fact is None else Look(True, self.asked.label(fact[1]))
+        found = self._found(prompt)
+        if found is None:
+            return Look(False, edits=())
+        return Look(True, self.asked.label(self.facts[found][1]), (found,))
 
-    def ask(self, prompt: str, target: Target | None) -> tuple[Answer, Forced | None]:
-        return super().ask(self._behind(prompt), target)
+    def ask(
+        self, prompt: str, target: Target | None, least: int = 1
+    ) -> tuple[Answer, Forced | None]:
+        return super().ask(self._behind(prompt), target, least)
 
     @property
     def keys(self) -> int | None:

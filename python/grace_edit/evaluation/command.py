@@ -47,7 +47,7 @@ from .settings import SETTINGS, Setting
 
 GRACE = "grace"
 BASELINES = ("paper", "ft", "ewc", "replay", "defer", "memory", "rag")
-_IDENTITY = "identity.json"
+_IDENTITY, _ENVIRONMENTS = "identity.json", "environments.json"
 
 
 class EvaluationError(ValueError):
@@ -159,6 +159,7 @@ class _Evaluation:
 
     def run(self) -> dict[str, Any]:
         options = self.options
+        _environments(options.out)  # noted before anything is done in it
         figures: list[Figure] = []
         lines: dict[str, list[Growth]] = {}
         ratios: dict[str, dict[str, list[float]]] = {}
@@ -249,7 +250,7 @@ class _Evaluation:
         return {
             "format": 1,
             "command": self.options.command,
-            "environment": environment(),
+            "environments": _environments(self.options.out),
             "model": Path(self.name or "").name if os.path.isdir(self.name or "") else self.name,
             "setting": asdict(self.setting) if self.setting else None,
             "config": self.config.to_dict(),
@@ -287,6 +288,18 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def _environments(out: Path) -> list[dict[str, Any]]:
+    """Return every environment that this run was at work in, the present one last."""
+    path = out / _ENVIRONMENTS
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    now = environment()
+    if now not in found:
+        found.append(now)
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(found, indent=1) + "\n")
+    return found
 
 
 def _first(*options: Any) -> bool:

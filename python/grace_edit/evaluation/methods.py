@@ -36,12 +36,14 @@ class Made:
         steps: of training.
         case: what it did to the codebook, empty where there is none.
         reason: why it was refused, or what else is to be said.
+        edit: what `Look.edits` calls it, None where it was refused or nobody tells.
     """
 
     accepted: bool
     steps: int = 0
     case: str = ""
     reason: str = ""
+    edit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,13 @@ class Look:
     Args:
         fires: one does.
         label: the target of the nearest edit, as text.
+        edits: the edits that the nearest entry answers for; None where nobody tells.
         distance, radius: to the nearest key, and of it; None where the method has none.
     """
 
     fires: bool
     label: str = ""
+    edits: tuple[int, ...] | None = None
     distance: float | None = None
     radius: float | None = None
 
@@ -80,9 +84,15 @@ class Method(ABC):
         have changed. Where one does not fire, the answer is the unedited model's."""
         return None
 
-    def ask(self, prompt: str, target: Target | None) -> tuple[Answer, Forced | None]:
-        """Answer as the edited model does: freely, and teacher forced where there is a target."""
-        return self.asked.ask(prompt, target)
+    def ask(
+        self, prompt: str, target: Target | None, least: int = 1
+    ) -> tuple[Answer, Forced | None]:
+        """Answer as the edited model does: freely, and teacher forced where there is a target.
+
+        Args:
+            least: tokens that a causal model says at least.
+        """
+        return self.asked.ask(prompt, target, least)
 
     @abstractmethod
     def unedited(self) -> AbstractContextManager[None]:
@@ -182,13 +192,14 @@ class Grace(Method):
         prompt, target = self.asked.for_editor(record.prompt), self.asked.target(record.target)
         more = {} if self.extras is None else self.extras(record)
         result = self.editor.edit(prompt, target, **more)
-        return Made(result.success, result.steps, result.case or "", result.reason)
+        return Made(result.success, result.steps, result.case or "", result.reason, result.id)
 
     def look(self, prompt: str) -> Look | None:
         found = self.editor.explain(self.asked.for_editor(prompt))
         if found.edit_id is None:
-            return Look(False)
-        return Look(found.hit, found.label.strip(), found.distance, found.radius)
+            return Look(False, edits=())
+        edits = self.editor.codebook.members(found.slot)
+        return Look(found.hit, found.label.strip(), edits, found.distance, found.radius)
 
     def unedited(self) -> AbstractContextManager[None]:
         return self.editor.disable()

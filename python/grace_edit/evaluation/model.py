@@ -23,8 +23,6 @@ from .records import Target
 CAUSAL, SEQ2SEQ, CLASSIFIER = FAMILIES = ("causal", "seq2seq", "classifier")
 MOST_TOKENS = 20
 """What an encoder–decoder generates at most, as in the code published with GRACE."""
-FEW_TOKENS = 8
-"""What a causal model says where no right answer gives a length."""
 
 
 @dataclass(frozen=True)
@@ -142,11 +140,13 @@ class AskedModel:
 
     # Asking
 
-    def ask(self, prompt: str, target: Target | None) -> tuple[Answer, Forced | None]:
+    def ask(
+        self, prompt: str, target: Target | None, least: int = 1
+    ) -> tuple[Answer, Forced | None]:
         """Let the model answer by itself (greedy), then with a target's own tokens.
 
-        By itself a causal model says as many tokens as `target` has (`FEW_TOKENS` without one), an
-        encoder–decoder up to its end token and at most `MOST_TOKENS`, a classifier its class.
+        By itself a causal model says as many tokens as `target` has, at least `least`; an
+        encoder–decoder up to its end token and at most `MOST_TOKENS`; a classifier its class.
         Without a target there is nothing to force.
         """
         wanted = None if target is None else self.wanted_ids(prompt, target)
@@ -155,7 +155,7 @@ class AskedModel:
             number = int(logits.argmax())
             answer = Answer(self._class_name(number), [number])
             return answer, None if wanted is None else _forced(logits, wanted)
-        tokens = FEW_TOKENS if wanted is None else len(wanted)
+        tokens = max(least, len(wanted or ()))
         made = self._generate(prompt, MOST_TOKENS if self.family == SEQ2SEQ else tokens)
         new = made.sequences[0].tolist()
         text = str(self.tokenizer.decode(new, skip_special_tokens=True)).strip()

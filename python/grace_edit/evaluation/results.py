@@ -27,7 +27,8 @@ _SCORES = (
 )
 PROTOCOLS = {
     FREE: "greedy generation with the KV cache, one prompt at a time; a causal model says as many "
-    "tokens as the right answer has, an encoder-decoder ends by itself",
+    "tokens as the right answer has (eight at least where it is compared with the unedited one's), "
+    "an encoder-decoder ends by itself",
     FORCED: "the right answer's own tokens before each of its tokens, the edit asked at the end of "
     "the prompt",
     "scope": "whether an edit answers the prompt, and whether it is the right one",
@@ -90,7 +91,8 @@ class _Book:
             values = [_score(one, score) for one in asked]
             if any(value is not None for value in values) or not asked:
                 yield self._figure(edits, metric, protocol, score, among, values)
-        yield from self._fires(edits, metric, among, asked, hits=True)
+        hits = any("right" in one for one in asked)
+        yield from self._fires(edits, metric, among, asked, hits=hits)
 
     def _fires(
         self, edits: int, metric: str, among: str, asked: Sequence[dict[str, Any]], *, hits: bool
@@ -100,8 +102,11 @@ class _Book:
         fires = [one.get("fires") for one in asked]
         yield self._figure(edits, metric, "scope", "fires", among, fires)
         if hits:
-            right = [one.get("right", False) for one in asked if "fires" in one]
+            right = [bool(one.get("right")) for one in asked if "fires" in one]
             yield self._figure(edits, metric, "scope", "right edit", among, right)
+            # What is lost elsewhere is lost by scope, what is lost here by decoding.
+            said = [one["exact"] for one in asked if one.get("right")]
+            yield self._figure(edits, metric, FREE, "exact where right", among, said)
 
     def _edits(self, edits: int) -> dict[int, dict[str, Any]]:
         found = {i: self.units[f"edit/{i}"] for i in range(edits)}
@@ -224,7 +229,7 @@ def _ratios(asked: Iterable[dict[str, Any]]) -> list[float]:
     return [
         one["distance"] / one["radius"]
         for one in asked
-        if one.get("distance") is not None and one.get("radius")
+        if one.get("distance") is not None and (one.get("radius") or 0) > 0
     ]
 
 
@@ -245,6 +250,7 @@ def headline(figures: Sequence[Figure], method: str) -> dict[str, float | None]:
         "generality": ("generality", "exact", "attempted"),
         "generality teacher-forced": ("generality", "accuracy", "attempted"),
         "paraphrases that hit the right edit": ("generality", "right edit", "attempted"),
+        "paraphrases said where it fires": ("generality", "exact where right", "attempted"),
         "portability": ("portability", "exact", "attempted"),
         "keys": ("stream", "keys", "accepted"),
         "seconds per edit": ("stream", "seconds per edit", "attempted"),

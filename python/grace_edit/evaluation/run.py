@@ -30,6 +30,8 @@ from .model import SEQ2SEQ
 from .records import LOCALITY, EditRecord, Question, Target
 
 Units = dict[str, dict[str, Any]]
+COMPARED = 8
+"""Tokens that a causal model says at least where its answer is compared with the unedited one's."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ class _Run:
                 self.journal.save(i + 1, self.method.save)
 
     def _one_edit(self, record: EditRecord) -> dict[str, Any]:
-        before = self._ask(record.prompt, (record.target,))
+        before = self._ask(record.prompt, (record.target,), None)
         if self.protocol.only_errors and before["exact"]:
             return {"before": before, "skipped": True, "keys": self.method.keys}
         began = time.perf_counter()
@@ -164,7 +166,7 @@ class _Run:
             "before": before,
             **asdict(made),
             "seconds": seconds,
-            "after": self._ask(record.prompt, (record.target,)),
+            "after": self._ask(record.prompt, (record.target,), made.edit),
             "keys": self.method.keys,
         }
 
@@ -176,12 +178,19 @@ class _Run:
         if not last and self.protocol.most_past is not None:
             past = _spread(past, self.protocol.most_past)
         for unit in self._units((f"err/{edits}/{i}" for i in past), "past edits"):
-            record = self.records[int(unit.split("/")[2])]
-            self.journal.add(unit, self._ask(record.prompt, (record.target,)))
+            number = int(unit.split("/")[2])
+            record = self.records[number]
+            found = self._ask(record.prompt, (record.target,), self._made(number))
+            self.journal.add(unit, found)
         self._measure_upstream(edits)
         if last and self.protocol.rest:
             for unit in self._units((f"rest/{i}" for i in past), "what a record asks"):
-                self.journal.add(unit, self._rest(self.records[int(unit.split("/")[1])], unit))
+                self.journal.add(unit, self._rest(int(unit.split("/")[1]), unit))
+
+    def _made(self, number: int) -> int | None:
+        """Return the edit that a record became, None if it was refused or nobody tells."""
+        found: int | None = self.journal.units[f"edit/{number}"]["edit"]
+        return found
 
     def _measure_upstream(self, edits: int) -> None:
         names = (f"trr/{edits}/{j}" for j in range(len(self.upstream)))
@@ -189,7 +198,7 @@ class _Run:
             question = self.upstream[int(unit.split("/")[2])]
             found = self._upstream_unasked(edits, unit, question)
             if found is None:
-                found = self._ask(question.prompt, question.answers)
+                found = self._ask(question.prompt, question.answers, None)
             self.journal.add(unit, found)
 
     def _upstream_unasked(self, edits: int, unit: str, question: Question) -> dict[str, Any] | None:
@@ -198,18 +207,19 @@ class _Run:
         look = self.method.look(question.prompt) if edits and before is not None else None
         if before is None or look is None or look.fires:
             return None
-        found = {**before, **self._seen(look, question.answers[0])}
+        found = {**before, **_seen(look)}
         if self._verified(unit):
-            again = self._ask(question.prompt, question.answers)
+            again = self._ask(question.prompt, question.answers, None)
             found["verified"] = again["answer"] == before["answer"]
         return found
 
-    def _rest(self, record: EditRecord, unit: str) -> dict[str, Any]:
+    def _rest(self, number: int, unit: str) -> dict[str, Any]:
+        record, made = self.records[number], self._made(number)
         target = record.target
         found: dict[str, Any] = {
-            "paraphrase": [self._ask(prompt, (target,)) for prompt in record.paraphrases],
-            "portability": [self._ask(q.prompt, q.answers) for q in record.portability],
-            "accurate": [self._ask(q.prompt, q.answers) for q in record.accurate],
+            "paraphrase": [self._ask(prompt, (target,), made) for prompt in record.paraphrases],
+            "portability": [self._ask(q.prompt, q.answers, None) for q in record.portability],
+            "accurate": [self._ask(q.prompt, q.answers, None) for q in record.accurate],
         }
         for kind in LOCALITY:
             found[kind] = [
@@ -218,8 +228,12 @@ class _Run:
             ]
         return found
 
-    def _ask(self, prompt: str, answers: Sequence[Target]) -> dict[str, Any]:
-        """Ask one prompt whose right answers are known, freely and teacher forced."""
+    def _ask(self, prompt: str, answers: Sequence[Target], made: int | None) -> dict[str, Any]:
+        """Ask one prompt whose right answers are known, freely and teacher forced.
+
+        Args:
+            made: the edit that should answer, None where there is none.
+        """
         method = self.method
         asked, target = method.asked, answers[0]
         look = method.look(prompt)
@@ -227,7 +241,7 @@ class _Run:
         assert forced is not None
         labels = [asked.label(one) for one in answers]
         found = {
-            **self._seen(look, target),
+            **_seen(look, made),
             "answer": answer.text,
             "exact": any(metrics.exact(answer.text, label) for label in labels),
             "f1": metrics.f1(answer.text, labels),
@@ -240,28 +254,17 @@ class _Run:
             found["loss"] = _finite(sum(forced.losses) / len(forced.losses))
         return found
 
-    def _seen(self, look: Look | None, target: Target) -> dict[str, Any]:
-        if look is None:
-            return {}
-        found: dict[str, Any] = {"fires": look.fires}
-        if look.fires:
-            found["right"] = look.label == self.method.asked.label(target)
-        if look.distance is not None and look.radius is not None:
-            found.update(distance=_finite(look.distance), radius=_finite(look.radius))
-        return found
-
     def _compare(self, question: Question, name: str) -> dict[str, Any]:
         """Ask one prompt that no edit should change, beside the unedited model."""
         method = self.method
         target = question.answers[0] if question.answers else None
         look = method.look(question.prompt)
-        found = {} if look is None else self._seen(look, "" if target is None else target)
-        found.pop("right", None)
+        found = _seen(look)
         if look is not None and not look.fires and not self._verified(name):
             return {**found, "same": True, **({} if target is None else {"agreement": 1.0})}
         with method.unedited():
-            before, expected = method.ask(question.prompt, target)
-        after, forced = method.ask(question.prompt, target)
+            before, expected = method.ask(question.prompt, target, COMPARED)
+        after, forced = method.ask(question.prompt, target, COMPARED)
         same = after.text == before.text
         found["same"] = same
         if expected is not None and forced is not None:
@@ -272,6 +275,17 @@ class _Run:
 
     def _verified(self, name: str) -> bool:
         return zlib.crc32(name.encode()) % self.protocol.verify_every == 0
+
+
+def _seen(look: Look | None, made: int | None = None) -> dict[str, Any]:
+    if look is None:
+        return {}
+    found: dict[str, Any] = {"fires": look.fires}
+    if look.edits is not None and made is not None:
+        found["right"] = look.fires and made in look.edits
+    if look.distance is not None and look.radius is not None:
+        found.update(distance=_finite(look.distance), radius=_finite(look.radius))
+    return found
 
 
 def _spread(items: list[int], most: int) -> list[int]:
