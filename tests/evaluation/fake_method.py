@@ -111,7 +111,11 @@ def records(count: int) -> list[EditRecord]:
             id=str(i),
             prompt=f"fact {i} is",
             target=f"new{i}",
-            paraphrases=(f"fact {i} is really", f"indeed fact {i} is"),
+            paraphrases=(
+                f"fact {i} is really",
+                f"indeed fact {i} is",
+                f"fact {(i + 1) % count} is not this",
+            ),
             neighbours=(Question(f"fact {i}0 is", (f"old{i}",)),),
             same_subject=(Question(f"fact {i} has"),),
             portability=(Question(f"fact {i} is why", (f"new{i}", "because"), "Reasoning"),),

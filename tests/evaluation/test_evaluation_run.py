@@ -132,7 +132,9 @@ def test_a_run_killed_at_any_unit_ends_with_the_same_figures(
     for at in range(1, writes + 1):
         out = tmp_path / str(at)
         killed(lambda out=out: run_fake(out), at, how)
-        assert all_of(run_fake(out)) == expected, f"killed at write {at}"
+        # And once more, from the log that it left.
+        for _ in range(2):
+            assert all_of(run_fake(out)) == expected, f"killed at write {at}"
 
 
 def test_a_run_killed_again_and_again_ends_with_the_same_figures(
@@ -155,7 +157,7 @@ def test_a_process_that_gets_kill_9_goes_on_in_another(
     lines: int, how: str, whole: tuple[Any, int], tmp_path: Path
 ) -> None:
     script = Path(__file__).with_name("fake_method.py")
-    done = subprocess.run([sys.executable, script, tmp_path, str(lines), how], timeout=120)
+    done = subprocess.run([sys.executable, script, tmp_path, str(lines), how], timeout=1200)
     assert done.returncode == -signal.SIGKILL
     text = (tmp_path / "journal.jsonl").read_text()
     assert text.endswith("\n") == (how == "whole")
@@ -220,9 +222,13 @@ def test_the_figures_of_a_stream_worked_out_by_hand(tmp_path: Path) -> None:
     # Two tokens a target: one always leads, the other where the answer is right.
     assert found[last, "ERR", "accuracy", "accepted"] == 1
     assert found[last, "ERR", "accuracy", "attempted"] == pytest.approx(0.5 + share / 2)
-    # One of two paraphrases begins with the prompt.
-    assert found[last, "generality", "exact", "accepted"] == 0.5
-    assert found[last, "generality", "right edit", "accepted"] == 0.5
+    # One of three paraphrases begins with the prompt, one with that of the next record.
+    assert found[last, "generality", "exact", "accepted"] == pytest.approx(1 / 3)
+    assert found[last, "generality", "right edit", "accepted"] == pytest.approx(1 / 3)
+    others = [accepted[(i + 1) % COUNT] for i in range(COUNT) if accepted[i]]
+    fires = (1 + sum(others) / len(others)) / 3
+    assert fires > 1 / 3
+    assert found[last, "generality", "fires", "accepted"] == pytest.approx(fires)
     assert found[last, "generality", "exact where right", "accepted"] == 1
     assert found[last, "portability", "exact", "accepted"] == 1
     assert found[last, "neighbour", "fires", "attempted"] == 0
@@ -326,7 +332,7 @@ def test_easyedits_keys_are_kept(tmp_path: Path) -> None:
     assert first["pre"]["rewrite_acc"] == [0.5]
     post = first["post"]
     assert set(post) == {"rewrite_acc", "rephrase_acc", "locality", "portability"}
-    assert len(post["rephrase_acc"]) == 2
+    assert len(post["rephrase_acc"]) == 3
     assert post["locality"] == {"neighborhood_acc": [1.0]}  # nothing is forced without an answer
     assert set(post["portability"]) == {"Reasoning_acc"}
 

@@ -257,7 +257,7 @@ class _Evaluation:
             "baseline_settings": self.options.baseline_settings,
             "seed": self.options.seed,
             "data": {
-                "source": Path(self.data.source).name,
+                "source": Path(self.data.source).name if self.data.sha256 else self.data.source,
                 "sha256": self.data.sha256,
                 "kind": self.data.kind,
                 "records": len(self.records),

@@ -1,7 +1,7 @@
 """Pictures of a run, as PNG and SVG, each with its data beside it as CSV.
 
 matplotlib is needed here alone and imported when a picture is drawn. Colours are Okabe and Ito's,
-which stay apart for the colour-blind; markers differ too.
+which stay apart for the colour-blind (brown for their yellow, faint on white); markers differ too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .methods import KeyMap
 from .results import Figure, Growth
 
 COLOURS = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#000000",
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#8C6D31", "#000000",
 )  # fmt: skip
 MARKERS = "osD^vPX*"
 GREY = "#777777"
@@ -68,6 +68,9 @@ def _style(number: int) -> dict[str, Any]:
         "color": COLOURS[number % len(COLOURS)],
         "marker": MARKERS[number % len(MARKERS)],
         "markersize": 5,
+        # Of lines that coincide the first drawn shows at the sides.
+        "linewidth": max(1.0, 3.4 - 0.4 * number),
+        "clip_on": False,
     }
 
 
@@ -142,7 +145,7 @@ def growth(lines: Mapping[str, Sequence[Growth]], path: Path) -> list[Path]:
     canvas = _figure(8, 3.6)
     keys, shared = canvas.subplots(1, 2)
     most = max((one.accepted for line in lines.values() for one in line), default=1)
-    keys.plot([0, most], [0, most], color=GREY, linestyle="--", label="one key per edit")
+    keys.plot([0, most], [0, most], color=GREY, linestyle="--", zorder=5, label="one key per edit")
     for number, (method, line) in enumerate(lines.items()):
         sheet.rows += [[method, one.edits, one.accepted, one.keys] for one in line]
         style = {**_style(number), "markevery": max(1, len(line) // 8)}
@@ -283,7 +286,7 @@ def layers(rows: Sequence[Mapping[str, Any]], path: Path) -> list[Path]:
     names = [name for name in (*shares, *prices) if any(row.get(name) is not None for row in rows)]
     sheet = _Sheet(path, ["layer", *names])
     sheet.rows = [[row["layer"], *(row.get(name) for name in names)] for row in rows]
-    canvas = _figure(9, 4)
+    canvas = _figure(9, 4.4)
     left, right = canvas.subplots(1, 2, width_ratios=(3, 2))
     ticks = range(len(rows))
     for axis, wanted in ((left, shares), (right, prices)):
@@ -291,13 +294,25 @@ def layers(rows: Sequence[Mapping[str, Any]], path: Path) -> list[Path]:
             if name in names:
                 values = [row.get(name) for row in rows]
                 axis.plot(ticks, values, label=label, **_style(number))
-        axis.set_xticks(ticks, [str(row["layer"]) for row in rows], rotation=30, ha="right")
+        axis.set_xticks(ticks, _differing([str(row["layer"]) for row in rows]))
+        axis.set_xlabel("layer")
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=8)
-    left.set(title="What an edit does, by layer", ylabel="share", ylim=(-0.03, 1.03))
+        axis.legend(
+            frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.08), ncols=2
+        )
+    left.set(title="What an edit does", ylabel="share", ylim=(-0.03, 1.03))
     right.set(title="What it costs", ylabel="per edit")
     right.set_ylim(bottom=0)
     return sheet.save(canvas)
+
+
+def _differing(names: Sequence[str]) -> list[str]:
+    """Return the parts of dotted names in which they differ: "24" of "model.layers.24.mlp"."""
+    parts = [name.split(".") for name in names]
+    if len({len(one) for one in parts}) > 1:
+        return list(names)
+    kept = [i for i, column in enumerate(zip(*parts, strict=True)) if len(set(column)) > 1]
+    return [".".join(one[i] for i in kept) if kept else ".".join(one) for one in parts]
 
 
 def draw_all(

@@ -253,6 +253,7 @@ def headline(figures: Sequence[Figure], method: str) -> dict[str, float | None]:
         "paraphrases said where it fires": ("generality", "exact where right", "attempted"),
         "portability": ("portability", "exact", "attempted"),
         "keys": ("stream", "keys", "accepted"),
+        "steps per edit": ("stream", "steps per edit", "attempted"),
         "seconds per edit": ("stream", "seconds per edit", "attempted"),
     }
     for kind in LOCALITY:
