@@ -40,12 +40,13 @@ class Fields:
             raise FieldError(f"{at or 'record'} must be a JSON object, got {_shown(raw)}")
         self.raw, self.at = raw, at
 
-    def _name(self, field: str) -> str:
+    def name(self, field: str) -> str:
+        """Return how errors name a field."""
         return f"{self.at}.{field}" if self.at else field
 
     def _get(self, field: str) -> Any:
         if field not in self.raw:
-            raise FieldError(f"{self._name(field)} must be there, got only {sorted(self.raw)}")
+            raise FieldError(f"{self.name(field)} must be there, got only {sorted(self.raw)}")
         return self.raw[field]
 
     def has(self, field: str) -> bool:
@@ -56,7 +57,7 @@ class Fields:
         """Return a string, as it is."""
         found = self._get(field)
         if not isinstance(found, str):
-            raise FieldError(f"{self._name(field)} must be a string, got {_shown(found)}")
+            raise FieldError(f"{self.name(field)} must be a string, got {_shown(found)}")
         return found
 
     def optional(self, field: str) -> str:
@@ -71,14 +72,14 @@ class Fields:
         """
         found = self.text(field)
         if not found.strip():
-            raise Unusable(f"{self._name(field)} is empty")
+            raise Unusable(f"{self.name(field)} is empty")
         return found
 
     def texts(self, field: str) -> tuple[str, ...]:
         """Return a list of strings; none where there is no field."""
         found = self.raw.get(field, [])
         if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
-            raise FieldError(f"{self._name(field)} must be a list of strings, got {_shown(found)}")
+            raise FieldError(f"{self.name(field)} must be a list of strings, got {_shown(found)}")
         return tuple(item for item in found if item.strip())
 
     def answers(self, field: str) -> tuple[str, ...]:
@@ -89,13 +90,13 @@ class Fields:
             flat += item if isinstance(item, list) else [item]
         if not all(isinstance(item, str) for item in flat):
             raise FieldError(
-                f"{self._name(field)} must be a string or lists of strings, got {_shown(found)}"
+                f"{self.name(field)} must be a string or lists of strings, got {_shown(found)}"
             )
         return tuple(item.strip() for item in flat if item.strip())
 
     def inside(self, field: str) -> Fields:
         """Return the fields of an object that is a field."""
-        return Fields(self._get(field), self._name(field))
+        return Fields(self._get(field), self.name(field))
 
     def grouped(self, field: str) -> dict[str, tuple[Question, ...]]:
         """Return questions by group: `{"Reasoning": [{"prompt", "ground_truth"}]}`."""
@@ -105,8 +106,8 @@ class Fields:
         found = {}
         for group, items in groups.raw.items():
             if not isinstance(items, list):
-                raise FieldError(f"{groups._name(group)} must be a list, got {_shown(items)}")
-            asked = [Fields(item, f"{groups._name(group)}[{i}]") for i, item in enumerate(items)]
+                raise FieldError(f"{groups.name(group)} must be a list, got {_shown(items)}")
+            asked = [Fields(item, f"{groups.name(group)}[{i}]") for i, item in enumerate(items)]
             found[group] = tuple(
                 Question(one.text("prompt"), one.answers("ground_truth"), group)
                 for one in asked
