@@ -244,6 +244,22 @@ def test_rag_pastes_the_fact_that_is_most_like_the_last_sentence() -> None:
     assert method.keys == 3
 
 
+def test_rag_retrieves_by_an_encoder_where_there_is_one(tmp_path: Path) -> None:
+    def encoder(texts: list[str]) -> torch.Tensor:
+        return torch.tensor([[float(len(text)), 10.0] for text in texts])
+
+    method = Retrieval(Reader(), threshold=0.99, encoder=encoder)  # type: ignore[arg-type]
+    method.edit(EditRecord("", "short", "one"))
+    method.edit(EditRecord("", "something much longer", "two"))
+    assert method.ask("Foreign. Nothing that is as long.", "x")[0].startswith("something much")  # type: ignore[attr-defined]
+    assert method.ask("tiny", "x")[0] == "short one. tiny"
+    assert method.ask("eleven more", "x")[0] == "eleven more"  # like neither
+    method.save(tmp_path)
+    again = Retrieval(Reader(), threshold=0.99, encoder=encoder)  # type: ignore[arg-type]
+    again.restore(tmp_path)
+    assert again.ask("tiny", "x") == method.ask("tiny", "x")
+
+
 def test_rag_reads_its_fact_and_wants_a_language_model(asked: Asked) -> None:
     model = asked("gpt2")
     method = Retrieval(model, threshold=0.9)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -243,33 +243,49 @@ _WORD = re.compile(r"\w+")
 _LAST = re.compile(r"(?<=[.!?\n])\s+")
 
 
-class Retrieval(_Switched):
-    """RAG: the fact whose prompt is most like the question is pasted before it.
+Encoder = Callable[[list[str]], Tensor]
+"""Texts to vectors, `list[str] -> [B, D]`."""
 
-    Facts and the question's last sentence are compared by the cosine of their words, weighted by
-    rarity among the facts (words of no fact do not count); a fact below `threshold` is not pasted.
+
+class Retrieval(_Switched):
+    """RAG: the fact whose prompt is most like the question's last sentence is pasted before it.
+
+    They are compared by the cosine of their embeddings or, without an encoder, of their words,
+    weighted by rarity among the facts (words of no fact do not count). A fact below `threshold` is
+    not pasted. Words alone are a weak retriever: give the encoder that GRACE's keys come from.
 
     Args:
         threshold: least cosine, 0 to 1.
+        encoder: of sentences.
 
     Raises:
         ValueError: the model is a classifier, which reads no facts.
     """
 
-    def __init__(self, asked: AskedModel, *, threshold: float = 0.5) -> None:
+    def __init__(
+        self, asked: AskedModel, *, threshold: float = 0.5, encoder: Encoder | None = None
+    ) -> None:
         super().__init__(asked, "rag")
         if asked.family == CLASSIFIER:
             raise ValueError("rag must be run on a language model, got a classifier")
-        self.threshold = threshold
+        self.threshold, self.encoder = threshold, encoder
         self.facts: list[Fact] = []
+        self.vectors: list[Tensor] = []
         self.words: list[Counter[str]] = []
         self.documents: Counter[str] = Counter()
 
     def _add(self, fact: Fact) -> None:
-        found = _words(fact[0])
         self.facts.append(fact)
+        if self.encoder is not None:
+            self.vectors.append(self._embedded(fact[0]))
+            return
+        found = _words(fact[0])
         self.words.append(found)
         self.documents.update(found.keys())
+
+    def _embedded(self, text: str) -> Tensor:
+        assert self.encoder is not None
+        return torch.nn.functional.normalize(self.encoder([text])[0].detach().float(), dim=0)
 
     def edit(self, record: EditRecord) -> Made:
         self._add((record.prompt, record.target))
@@ -283,17 +299,19 @@ class Retrieval(_Switched):
             if word in self.documents
         }
 
-    def _best(self, prompt: str) -> tuple[int, float]:
-        asked = self._weigh(_words(_LAST.split(prompt.strip())[-1]))
-        best, most = -1, 0.0
-        for number, words in enumerate(self.words):
-            if (likeness := _cosine(asked, self._weigh(words))) > most:
-                best, most = number, likeness
-        return best, most
+    def _likenesses(self, text: str) -> list[float]:
+        if self.encoder is not None:
+            found: list[float] = (torch.stack(self.vectors) @ self._embedded(text)).tolist()
+            return found
+        asked = self._weigh(_words(text))
+        return [_cosine(asked, self._weigh(words)) for words in self.words]
 
     def _found(self, prompt: str) -> int | None:
-        best, likeness = self._best(prompt)
-        return best if best >= 0 and likeness >= self.threshold else None
+        if not self.facts:
+            return None
+        likenesses = self._likenesses(_LAST.split(prompt.strip())[-1])
+        best = max(range(len(likenesses)), key=likenesses.__getitem__)
+        return best if likenesses[best] >= self.threshold else None
 
     def _behind(self, prompt: str) -> str:
         found = self._found(prompt) if self.enabled else None
@@ -321,7 +339,7 @@ class Retrieval(_Switched):
         write_facts(directory, self.facts)
 
     def restore(self, directory: Path) -> None:
-        self.facts, self.words, self.documents = [], [], Counter()
+        self.facts, self.words, self.vectors, self.documents = [], [], [], Counter()
         for fact in read_facts(directory):
             self._add(fact)
 

@@ -24,7 +24,7 @@ import torch
 
 from ..config import GraceConfig
 from . import metrics, pictures
-from .baselines import Defer, Memory, Retrieval
+from .baselines import Defer, Encoder, Memory, Retrieval
 from .finetuning import ElasticFineTuning, FineTuning, ReplayFineTuning
 from .journal import write_whole
 from .loading import Loaded, load, load_questions
@@ -111,7 +111,11 @@ class Options:
 
 
 def run(
-    options: Options, loaded: tuple[Any, Any] | None = None, extras: Extras | None = None
+    options: Options,
+    loaded: tuple[Any, Any] | None = None,
+    *,
+    extras: Extras | None = None,
+    encoder: Encoder | None = None,
 ) -> dict[str, Any]:
     """Run a stream with GRACE and the baselines, write the results and return them.
 
@@ -119,20 +123,25 @@ def run(
         options: what to run.
         loaded: model and tokenizer, if somebody has loaded them; `options.model` then names them.
         extras: further arguments of `GraceEditor.edit` for a record.
+        encoder: of sentences, for the baseline "rag"; without one it compares words.
 
     Raises:
         EvaluationError: options that do not fit together, or a directory of another run.
         DataError: the data cannot be read.
         ValueError: a layer or setting that the model or the editor refuses.
     """
-    return _Evaluation(options, loaded, extras).run()
+    return _Evaluation(options, loaded, extras, encoder).run()
 
 
 class _Evaluation:
     def __init__(
-        self, options: Options, loaded: tuple[Any, Any] | None, extras: Extras | None
+        self,
+        options: Options,
+        loaded: tuple[Any, Any] | None,
+        extras: Extras | None,
+        encoder: Encoder | None,
     ) -> None:
-        self.options, self.extras = options, extras
+        self.options, self.extras, self.encoder = options, extras, encoder
         self.setting = _setting(options)
         self.config = _config(options, self.setting)
         self.name = options.model or (self.setting.model if self.setting else None)
@@ -229,7 +238,7 @@ class _Evaluation:
         if name == "memory":
             return Memory(asked, config)
         if name == "rag":
-            return Retrieval(asked, **settings)
+            return Retrieval(asked, encoder=self.encoder, **settings)
         return Grace(asked, config, name=name, extras=self.extras)
 
     def _sweep(self) -> tuple[list[Figure], list[dict[str, Any]]]:
