@@ -1,0 +1,181 @@
+"""The dense parts of a key: what the words mean, whatever the words are.
+
+`TokenTable` reads the edited model's own input embeddings, a word at a time; nothing is run.
+`SentenceEncoder` runs an encoder over the sentence, one text at a time. Both return integers, so
+that what is made of them has the same bits in every order of additions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ONE = 1 << 12
+"""Length of a vector of integers that stands for a vector of length 1."""
+_ROW_LIMIT = 1 << 14
+_TOKENS_PER_WORD = 32
+_CACHED = 1 << 16
+
+
+class TokenTable:
+    """Vectors of words from a model's input embeddings.
+
+    A number of an embedding is rounded to bfloat16 and then to a multiple of `unit`, so a model
+    that was trained in bfloat16 or float16 gives the same integers in each dtype that holds it. The
+    vector of a word is the sum over its tokens, less the centre, scaled to length 1.
+
+    Args:
+        weight: `[V, E]` input embeddings, any floating dtype, any device. Read when a word is met
+            for the first time, never changed.
+        tokenizer: of the model, as transformers makes it.
+        centre: `[E]` int64, in `unit`s; see `centre_of`.
+        unit: a power of two.
+    """
+
+    kind = "tokens"
+
+    def __init__(self, weight: Tensor, tokenizer: Any, centre: np.ndarray, unit: float) -> None:
+        if weight.ndim != 2 or weight.shape[1] != len(centre):
+            raise ValueError(
+                f"weight must have shape [V, {len(centre)}], got {list(weight.shape)}"
+            )
+        self.width = weight.shape[1]
+        self.unit = unit
+        self.centre = np.asarray(centre, dtype=np.int64)
+        self._weight = weight
+        self._tokenizer = tokenizer
+        self._before = _ids(tokenizer, "a")
+
+    def word(self, text: str) -> np.ndarray:
+        """Return `[E]` float64 integers of length about `ONE`, 0 for a word without tokens."""
+        ids = self.ids(text)[:_TOKENS_PER_WORD]
+        if not ids:
+            return np.zeros(self.width)
+        rows = _on_grid(self._weight[torch.tensor(ids, device=self._weight.device)], self.unit)
+        total = (rows - self.centre).sum(axis=0).astype(np.float64)
+        return _unit_length(total)
+
+    def ids(self, text: str) -> list[int]:
+        """Return the tokens of a word that stands within a text."""
+        both = _ids(self._tokenizer, "a " + text)
+        n = len(self._before)
+        return both[n:] if both[:n] == self._before else _ids(self._tokenizer, text)
+
+    def fingerprint(self) -> str:
+        """Return a hash of the shape and of up to 64 rows, the same for every dtype of the model."""
+        rows = torch.linspace(0, len(self._weight) - 1, min(64, len(self._weight))).long()
+        numbers = _on_grid(self._weight[rows.to(self._weight.device)], self.unit)
+        return _digest(list(self._weight.shape), self.unit, numbers.astype("<i4").tobytes())
+
+
+def centre_of(weight: Tensor) -> tuple[np.ndarray, float]:
+    """Return the centre and the unit for a `TokenTable` of embeddings `[V, E]`.
+
+    The unit is the power of two nearest below 1/256 of their root mean square.
+
+    Returns:
+        `[E]` int64, the mean row in units; the unit.
+    """
+    rms = float(weight.float().square().mean().sqrt())
+    unit = 2.0 ** int(np.floor(np.log2(rms / 256)))
+    total = np.zeros(weight.shape[1], dtype=np.int64)
+    for rows in weight.split(1 << 14):
+        total += _on_grid(rows, unit).sum(axis=0)
+    return np.rint(total / len(weight)).astype(np.int64), unit
+
+
+class SentenceEncoder:
+    """Vectors of sentences from a callable.
+
+    Args:
+        encode: takes a list of B texts, returns `[B, E]` (a tensor or an array). It is called with
+            one text at a time, so that nothing depends on what stands beside it.
+        reference: what names it in a saved map, e.g. a path or an id.
+
+    The last 4096 sentences are remembered. Without its subject a sentence is soon met again.
+    """
+
+    kind = "encoder"
+
+    def __init__(self, encode: Callable[[list[str]], Any], reference: str = "callable") -> None:
+        self.reference = reference
+        self._encode = encode
+        self._met: OrderedDict[str, np.ndarray] = OrderedDict()
+
+    def sentence(self, text: str) -> np.ndarray:
+        """Return `[E]` float64 integers of length about `ONE`.
+
+        Raises:
+            ValueError: the callable did not return one finite vector.
+        """
+        met = self._met.get(text)
+        if met is None:
+            with torch.inference_mode():
+                made = torch.as_tensor(self._encode([text])).detach().cpu().double()
+            if made.ndim != 2 or len(made) != 1 or not bool(made.isfinite().all()):
+                raise ValueError(
+                    f"encoder must return one finite row for one text, got shape "
+                    f"{list(made.shape)}"
+                )
+            met = _unit_length(made[0].numpy())
+            self._met[text] = met
+            if len(self._met) > 4096:
+                self._met.popitem(last=False)
+        else:
+            self._met.move_to_end(text)
+        return met
+
+    def fingerprint(self) -> str:
+        """Return a hash of what it makes of three sentences, rounded to 1/64 of their length."""
+        rows = [self.sentence(text) for text in _PROBES]
+        return _digest([len(rows[0])], 0.0, np.rint(np.stack(rows) / 64).astype("<i4").tobytes())
+
+
+_PROBES = ("The capital of something is", "Who wrote something?", "something was born in")
+
+
+def load_encoder(name: str) -> SentenceEncoder:
+    """Load a sentence encoder by transformers path or id: mean of the last hidden states.
+
+    It runs in float32 on the CPU. At most 256 tokens of a sentence are read.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(name)
+    model: Any = AutoModel.from_pretrained(name).float().eval()
+
+    def encode(texts: Sequence[str]) -> Tensor:
+        rows = []
+        for text in texts:
+            one = tokenizer(text, truncation=True, max_length=256, return_tensors="pt")
+            rows.append(model(**one).last_hidden_state[0].mean(dim=0))
+        return torch.stack(rows)
+
+    return SentenceEncoder(encode, name)
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _on_grid(rows: Tensor, unit: float) -> np.ndarray:
+    rounded = rows.detach().to(torch.bfloat16).cpu().double().numpy()
+    return np.rint(rounded / unit).clip(-_ROW_LIMIT, _ROW_LIMIT).astype(np.int64)
+
+
+def _unit_length(numbers: np.ndarray) -> np.ndarray:
+    # The norm of integers below 2^19 is exact before its root; root, division and rounding are
+    # IEEE's, one number at a time. (An encoder's numbers are no integers: its bits are its own.)
+    norm = np.sqrt(np.dot(numbers, numbers))
+    return np.rint(numbers * ONE / norm) if norm > 0 else np.zeros_like(numbers)
+
+
+def _digest(shape: list[int], unit: float, data: bytes) -> str:
+    head = f"{shape} {unit} ".encode()
+    return hashlib.sha256(head + data).hexdigest()[:16]

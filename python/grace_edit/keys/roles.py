@@ -1,0 +1,166 @@
+"""Which words of a prompt name its subject: a small network over properties that any word has.
+
+"The mother tongue of Danielle Darrieux is": the subject's words must be met again, the others may
+be said in other words. No list of names and no model is asked: how common a word is, capitals,
+digits, its place, and the same of two words on either side tell. All arithmetic is on integers, so
+that a weight has the same bits everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .words import RAREST, CommonWords, folded
+
+UNIT = RAREST * RAREST
+"""A feature is an integer of this unit: levels and their squares fit without rounding."""
+FULL = 256
+"""A weight of one."""
+
+_FUNCTION_WORDS = frozenset(
+    "a an and are as at be been by did do does for from had has have her his how in is it its not "
+    "of on or that the their these this those to was were what when where which who with".split()
+)
+
+PROPERTIES = (
+    "there is a word",
+    "level",
+    "level squared",
+    "rarest",
+    "capital, not first",
+    "capital inside",
+    "digit",
+    "punctuation",
+    "function word",
+)
+OFFSETS = (0, -1, 1, -2, 2)
+"""Of the words whose properties are looked at."""
+GLOBALS = (
+    "first",
+    "last",
+    "capital, first",
+    "first, level",
+    "as rare as any",
+    "text has capitals",
+    "text has capitals, level",
+    "neither capital nor digit in a text with capitals",
+    "rarest in a text without capitals",
+)
+FEATURES = len(PROPERTIES) * len(OFFSETS) + len(GLOBALS)
+_CAPITAL = PROPERTIES.index("capital, not first")
+_REACH = max(OFFSETS)
+
+
+@dataclass(frozen=True)
+class Word:
+    """What is known of a word wherever it stands.
+
+    Args:
+        text: as written.
+        level: 0 (most common) to 15.
+        properties: `PROPERTIES` where it is not the first word, in `UNIT`s.
+        capital: does it begin with a capital.
+        plain: neither capital nor digit.
+    """
+
+    text: str
+    level: int
+    properties: tuple[int, ...]
+    capital: bool
+    plain: bool
+
+
+def describe(text: str, common: CommonWords) -> Word:
+    """Look at one word alone."""
+    level = common.level(text)
+    capital = text[:1].isupper()
+    digit = any(c.isdigit() for c in text)
+    flags = (
+        level == RAREST,
+        capital,
+        any(c.isupper() for c in text[1:]),
+        digit,
+        not any(c.isalnum() for c in text),
+        folded(text) in _FUNCTION_WORDS,
+    )
+    properties = (UNIT, level * RAREST, level * level, *(UNIT * flag for flag in flags))
+    return Word(text, level, properties, capital, not capital and not digit)
+
+
+def features(words: Sequence[Word]) -> np.ndarray:
+    """Return `[len(words), FEATURES]` int64, in `UNIT`s, of the words of one sentence."""
+    n = len(words)
+    padded = np.zeros((n + 2 * _REACH, len(PROPERTIES)), dtype=np.int64)
+    padded[_REACH : _REACH + n] = [word.properties for word in words]
+    padded[_REACH, _CAPITAL] = 0  # a sentence begins with a capital whatever its first word is
+    level = np.array([word.level for word in words], dtype=np.int64) * RAREST
+    plain = np.array([word.plain for word in words])
+    first, last = np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)
+    first[0] = last[-1] = True
+    capitals = bool(padded[:, _CAPITAL].any())
+    rarest = level == RAREST * RAREST
+    whole = (
+        first * UNIT,
+        last * UNIT,
+        first * (UNIT * words[0].capital),
+        first * level,
+        (level == level.max()) * UNIT,
+        np.full(n, UNIT * capitals),
+        level * capitals,
+        plain * (UNIT * capitals),
+        rarest * (UNIT * (not capitals)),
+    )
+    beside = [padded[_REACH + offset : _REACH + offset + n] for offset in OFFSETS]
+    return np.concatenate([*beside, np.stack(whole, axis=1)], axis=1)
+
+
+class Roles:
+    """The network: one hidden layer of ReLUs, then a table that turns a logit into a weight.
+
+    Args:
+        hidden: `[H, FEATURES + 1]` int16, weights and, last, the bias of the hidden layer.
+        output: `[H + 1]` int16, weights and, last, the bias of the logit.
+
+    Numbers are in 1/256. A logit is cut to 1/16 and to ±8.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+
+    def __init__(self, hidden: np.ndarray, output: np.ndarray) -> None:
+        self.hidden = np.asarray(hidden, dtype=np.int16)
+        self.output = np.asarray(output, dtype=np.int16)
+        if self.hidden.ndim != 2 or self.hidden.shape[1] != FEATURES + 1:
+            raise ValueError(
+                f"hidden must have shape [H, {FEATURES + 1}], got {list(self.hidden.shape)}"
+            )
+        if self.output.shape != (len(self.hidden) + 1,):
+            raise ValueError(
+                f"output must have shape [{len(self.hidden) + 1}], got {list(self.output.shape)}"
+            )
+        # Integers below 2^53 in float64: products by BLAS, exact in any order.
+        self._weights = np.ascontiguousarray(self.hidden[:, :-1].T, dtype=np.float64)
+        self._bias = self.hidden[:, -1] * float(UNIT)
+        self._output = self.output[:-1].astype(np.float64)
+        self._output_bias = float(self.output[-1]) * UNIT * 256
+
+    def subject(self, words: Sequence[Word]) -> np.ndarray:
+        """Return `[len(words)]` int64, 0..256: how surely each word names the subject."""
+        if not words:
+            return np.zeros(0, dtype=np.int64)
+        x = features(words).astype(np.float64)
+        logit = np.maximum(x @ self._weights + self._bias, 0) @ self._output + self._output_bias
+        step = np.floor_divide(logit, UNIT * 256 * 16) + 128
+        return _SIGMOID[step.clip(0, 255).astype(np.int64)]
+
+
+def _sigmoid_table() -> np.ndarray:
+    # No entry lies nearer than 0.007 to where its rounding changes, so any exp gives this table.
+    x = (np.arange(256) - 128 + 0.5) / 16
+    return np.rint(FULL / (1 + np.exp(-x))).astype(np.int64)
+
+
+_SIGMOID = _sigmoid_table()
