@@ -31,12 +31,14 @@ class EditMaker:
     def new_codebook(self, capacity: int) -> Codebook:
         """Return an empty codebook of the layer's widths, dtypes, device and drift."""
         drift, seen = measure_drift(self.family, self.config.seed)
-        config = self.config
+        config, policy = self.config, self.config.policy
+        if policy == "default" and self.family.adaptor.query == "text":
+            policy = "nearest"  # keys made from text: their balls overlap, the nearest is right
         return Codebook(
             seen.queries.shape[-1],
             seen.outputs.shape[-1],
             radius=config.radius,
-            policy=config.policy,
+            policy=policy,
             capacity=capacity,
             dtype=seen.queries.dtype,
             value_dtype=seen.outputs.dtype,
