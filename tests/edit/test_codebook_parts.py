@@ -109,6 +109,21 @@ def test_members_of_an_entry_that_goes_with_a_superseded_edit_keep_their_label()
     book.check()
 
 
+@pytest.mark.parametrize("label", [1, 2])
+def test_the_entries_of_a_superseded_edit_take_no_part_in_the_decision(label: int) -> None:
+    book = Codebook(2, VALUE_DIM)
+    old = make(book, 1, vec(0, 0), vec(0.5, 0), prompts=[[1], [2]])
+    assert book.entries == 1
+    new = make(book, label, vec(0.5, 0), prompts=[[2]])
+    assert book.edit(new).result.case == "add"  # not expanded, not split: the entry is going
+    assert (book.ids, book.entries, book.radii.max().item()) == ([new], 1, 1.0)
+    assert answers(book, vec(0.5, 0), vec(-0.6, 0)) == [label, None]
+    book.check()
+    book.delete(new)
+    assert (book.ids, answers(book, vec(0.5, 0), vec(-0.6, 0))) == ([old], [1, 1])
+    book.check()
+
+
 def test_a_key_that_its_edit_has_already_is_refused() -> None:
     book = Codebook(2, VALUE_DIM)
     id = make(book, 1, vec(0, 0), prompts=[[1]])
