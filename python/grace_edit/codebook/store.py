@@ -27,7 +27,9 @@ from safetensors.torch import save as render_tensors
 from . import snapshot
 from .codebook import Codebook
 
-FORMAT = 1
+FORMAT = 2
+"""The highest that is read; what an older release reads right is written as 1."""
+
 CONFIG = "grace_config.json"
 TENSORS = "codebook.safetensors"
 EDITS = "edits.jsonl"
@@ -68,7 +70,7 @@ def save(
     tensors, records = snapshot.content_of(storage)
     files = {TENSORS: render_tensors(tensors), EDITS: records.encode(), **(beside or {})}
     described: dict[str, Any] = {
-        "format": FORMAT,
+        "format": snapshot.format_of(storage),
         "codebook": snapshot.settings_of(storage),
         "config": config,
         "files": {name: _sha256(content) for name, content in files.items()},

@@ -30,16 +30,18 @@ class EditMaker:
 
     def new_codebook(self, capacity: int) -> Codebook:
         """Return an empty codebook of the layer's widths, dtypes, device and drift."""
-        config, family = self.config, self.family
+        config, family, policy = self.config, self.family, self.config.policy
         if family.adaptor.text is None:
             drift, seen = measure_drift(family, config.seed)
         else:
             drift, seen = 0.0, family.capture(probes_of(family, config.seed)[:1])
+            if policy == "default":
+                policy = "nearest"  # keys made from text: their balls overlap, the nearest is right
         return Codebook(
             seen.queries.shape[-1],
             seen.outputs.shape[-1],
             radius=config.radius,
-            policy=config.policy,
+            policy=policy,
             capacity=capacity,
             dtype=seen.queries.dtype,
             value_dtype=seen.outputs.dtype,
