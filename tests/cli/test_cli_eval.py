@@ -1,13 +1,16 @@
-"""grace eval on a small model: what it prints and writes, resuming, refusals."""
+"""grace eval and tune with a small model: what it prints and writes, resuming, refusals."""
 
 from __future__ import annotations
 
 import json
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from grace_edit.evaluation import DataError
 
 LAYER = "transformer.h.1.mlp"
 FACTS = (("france", "rome", "oslo"), ("italy", "oslo", "paris"), ("spain", "paris", "madrid"))
@@ -108,3 +111,56 @@ def test_data_that_is_not_there_or_wrong_is_named(
         f"{wrong}:1",
         f"{wrong}:2",
     ]
+
+
+@pytest.fixture
+def learned(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Calls of what learns a map, which is tested elsewhere; it finds two figures."""
+    calls: list[dict[str, Any]] = []
+
+    def stand_in(data: Path, out: Path, **more: Any) -> dict[str, Any]:
+        calls.append({"data": data, "out": out, **more})
+        if data.name == "bad.jsonl":
+            raise DataError("bad.jsonl:1: must be JSON\nbad.jsonl:2: must be JSON")
+        return {"radius": 0.75, "fired": {"neighbours": 0.0125}}
+
+    module = types.ModuleType("tuning")
+    module.tune = stand_in  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "grace_edit.evaluation.tuning", module)
+    return calls
+
+
+def test_tune_learns_for_the_tokens_of_a_model_or_for_an_encoder_and_tells_what_it_found(
+    learned: list[dict[str, Any]], grace: Callable[..., Any], gpt2: Path, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "map"
+    done = grace("tune", data, "--model", gpt2, "--out", out)
+    assert done.exit_code == 0, done.output
+    assert [line.split() for line in done.stdout.splitlines()[:2]] == [
+        ["radius", "0.75"],
+        ["fired", "neighbours", "0.0125"],
+    ]
+    assert (learned[0]["data"], learned[0]["out"], learned[0]["encoder"]) == (data, out, "tokens")
+    assert type(learned[0]["model"]).__name__ == "GPT2LMHeadModel"
+    done = grace("tune", data, "--encoder", "some/encoder", "--out", out, "--json")
+    assert json.loads(done.stdout)["fired"] == {"neighbours": 0.0125}
+    assert (learned[1]["model"], learned[1]["encoder"]) == (None, "some/encoder")
+
+
+def test_tune_refuses_in_lines_before_it_loads_anything(
+    learned: list[dict[str, Any]], grace: Callable[..., Any], data: Path, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("x")
+    out = ("--out", tmp_path / "map")
+    for arguments, code, said in (
+        ((data, *out), 2, ["--model must be given where --encoder is tokens"]),
+        ((tmp_path / "none", "--encoder", "e", *out), 3, ["none: no such file or directory"]),
+        ((data, "--encoder", "e", "--out", tmp_path), 4, ["must be a new or empty directory"]),
+        ((bad, "--encoder", "e", *out), 2, ["bad.jsonl:1: must be", "bad.jsonl:2: must be"]),
+    ):
+        done = grace("tune", *arguments)
+        assert (done.exit_code, done.stdout) == (code, "")
+        lines = done.stderr.splitlines()
+        assert len(lines) == len(said)
+        assert all(what in line for what, line in zip(said, lines, strict=True))

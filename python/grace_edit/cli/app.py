@@ -334,6 +334,44 @@ def evaluate(
 
 
 @app.command()
+def tune(
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="Records with rewordings and neighbours, in a form that grace eval reads: a file, "
+            "or a directory of files.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="New directory for the map.")],
+    model: Annotated[
+        str | None, typer.Option(help="Directory or hub id of the model, for its own tokens.")
+    ] = None,
+    encoder: Annotated[
+        str, typer.Option(help="Dense part: tokens, or a sentence encoder's directory or id.")
+    ] = "tokens",
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="To load the model in.", show_default="the checkpoint's")
+    ] = None,
+    device: Where = Device.cpu,
+    json: Json = False,
+) -> None:
+    """Learn from records which prompts ask the same: a text map, for query="text"."""
+    from . import evaluate as evaluation
+
+    done = evaluation.tune(
+        data,
+        out,
+        model=model,
+        encoder=encoder,
+        dtype=_value(dtype),
+        device=device.value,
+        as_json=json,
+    )
+    raise typer.Exit(done)
+
+
+@app.command()
 def doctor(json: Json = False) -> None:
     """Say what is installed and which operators answer, and test them."""
     from . import doctor as examination

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,58 @@ def _show(results: dict[str, Any], loaded: Loaded, out: Path) -> None:
     rows = [[name, *(number(figures.get(name)) for figures in found.values())] for name in names]
     console.print(table(("", *found), rows))
     console.print(f"{plain(out)}: results.json, figures.csv, EasyEdit's keys, pictures")
+
+
+def tune(
+    data: Path,
+    out: Path,
+    *,
+    model: str | None,
+    encoder: str,
+    dtype: str | None,
+    device: str,
+    as_json: bool,
+) -> int:
+    """Learn a text map from records and save it."""
+    from ..evaluation.tuning import tune as learn
+
+    if encoder == "tokens" and model is None:
+        raise CommandError(
+            USAGE, "--model must be given where --encoder is tokens, a model's own, got none"
+        )
+    if not data.exists():
+        raise CommandError(NOT_FOUND, f"{data}: no such file or directory")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CommandError(CONFLICT, f"--out {out}: must be a new or empty directory")
+    loaded = None
+    if model is not None:
+        loaded = load_model(model, task="auto", dtype=dtype, device=device)
+    found = _done(
+        lambda: learn(
+            data,
+            out,
+            model=loaded and loaded.model,
+            tokenizer=loaded and loaded.tokenizer,
+            encoder=encoder,
+            progress=progress_wanted(),
+        )
+    )
+    if as_json:
+        print_json({"out": str(out), **found})
+        return OK
+    console = screen()
+    console.print(facts(dict(_flat(found))))
+    console.print(f"{plain(out)}: for --map, or GraceConfig(query='text', text_map=...)")
+    return OK
+
+
+def _flat(found: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Give the figures of nested dicts, each by its whole name."""
+    for name, value in found.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{before}{name} ")
+        else:
+            yield before + str(name), number(value) if isinstance(value, float) else value
 
 
 def progress_wanted() -> bool:
