@@ -39,6 +39,7 @@ from .results import (
     figures_of,
     growth_of,
     headline,
+    misses_of,
     ratios_of,
     to_csv,
 )
@@ -163,18 +164,20 @@ class _Evaluation:
         lines: dict[str, list[Growth]] = {}
         ratios: dict[str, dict[str, list[float]]] = {}
         maps: dict[str, KeyMap] = {}
+        misses: dict[str, dict[str, int]] = {}
         for name in (GRACE, *options.baselines):
             directory = options.out / name
             units = self._stream(name, self.config, self.records, directory)
             figures += figures_of(name, units, len(self.records))
             lines[name] = growth_of(units, len(self.records))
             ratios[name] = ratios_of(units, len(self.records))
+            misses[name] = misses_of(units, len(self.records))
             if (found := read_map(directory)) is not None:
                 maps[name] = found
             text = json.dumps(easyedit(units, self.records), indent=1, ensure_ascii=False)
             write_whole(options.out / f"easyedit-{name}.json", text + "\n")
         swept, rows = self._sweep()
-        results = self._results([*figures, *swept])
+        results = self._results([*figures, *swept], misses)
         write_whole(options.out / "figures.csv", to_csv([*figures, *swept]))
         write_whole(options.out / "results.json", json.dumps(results, indent=1) + "\n")
         if options.draw:
@@ -245,7 +248,9 @@ class _Evaluation:
             figures += found
         return figures, rows
 
-    def _results(self, figures: Sequence[Figure]) -> dict[str, Any]:
+    def _results(
+        self, figures: Sequence[Figure], misses: dict[str, dict[str, int]]
+    ) -> dict[str, Any]:
         names = dict.fromkeys(figure.method for figure in figures)
         return {
             "format": 1,
@@ -270,6 +275,7 @@ class _Evaluation:
                 "definitions": metrics.DEFINITIONS,
             },
             "headline": {name: headline(figures, name) for name in names},
+            "rewordings": {name: found for name, found in misses.items() if found},
             "figures": [asdict(figure) for figure in figures],
         }
 

@@ -93,6 +93,11 @@ class Method(ABC):
         """
         return self.asked.ask(prompt, target, least)
 
+    def answering(self, edit: int) -> AbstractContextManager[None] | None:
+        """Let one edit answer every prompt inside a `with` block, whatever its scope; None: this
+        method cannot."""
+        return None
+
     @abstractmethod
     def unedited(self) -> AbstractContextManager[None]:
         """Answer as the unedited model inside a `with` block."""
@@ -186,6 +191,11 @@ class Grace(Method):
             return Look(False, edits=())
         edits = self.editor.codebook.members(found.slot)
         return Look(found.hit, found.label.strip(), edits, found.distance, found.radius)
+
+    def answering(self, edit: int) -> AbstractContextManager[None] | None:
+        book = self.editor.codebook
+        value = book.values[book.edit(edit).slot].detach().clone()
+        return self.editor.adaptor.using(forced=value[None])
 
     def unedited(self) -> AbstractContextManager[None]:
         return self.editor.disable()
