@@ -38,12 +38,31 @@ class Misfire:
 
 def find_misfires(family: Family, edits: Sequence[Edit], progress: bool) -> list[Misfire]:
     """Return the edits that miss, per mode; every edit must have a stored prompt."""
+    if family.adaptor.text is not None:
+        return _unanswered(family, edits)
     missing = []
     pieces = [edits[i : i + MOST_ROWS] for i in range(0, len(edits), MOST_ROWS)]
     for piece in bar(pieces, "verifying", progress):
         for mode, queries in _in_modes(family, [list(e.prompt or ()) for e in piece]):
-            missing += _misses(family.adaptor.codebook, piece, mode, queries)
+            book = family.adaptor.codebook
+            missing += _misses(book, piece, mode, queries, book.lookup(queries)[0].tolist())
     return missing
+
+
+def _unanswered(family: Family, edits: Sequence[Edit]) -> list[Misfire]:
+    """Return the edits that miss under `query="text"`: alone, as in any batch and padding."""
+    if not edits:
+        return []
+    adaptor = family.adaptor
+    prompts = [list(edit.prompt or ()) for edit in edits]
+    check_fits(adaptor.codebook, None, family.capture(prompts[:1]).outputs)
+    return _misses(
+        adaptor.codebook,
+        edits,
+        "alone",
+        family.queries(prompts),
+        adaptor.answer(prompts).index.tolist(),
+    )
 
 
 def find_unproven(family: Family, edits: Sequence[Edit], progress: bool) -> list[int]:
@@ -67,8 +86,9 @@ def _in_modes(family: Family, prompts: list[list[int]]) -> Iterator[tuple[str, T
     yield "padded", padded.queries[: len(prompts)]
 
 
-def _misses(book: Codebook, edits: Sequence[Edit], mode: str, queries: Tensor) -> list[Misfire]:
-    answered = book.lookup(queries)[0].tolist()
+def _misses(
+    book: Codebook, edits: Sequence[Edit], mode: str, queries: Tensor, answered: Sequence[int]
+) -> list[Misfire]:
     found = []
     for edit, slot, query in zip(edits, answered, queries, strict=True):
         if slot >= 0 and (
