@@ -46,7 +46,7 @@ def save(codebook: Codebook, directory: str | Path, config: dict[str, Any]) -> N
     one. Steps of undo are not saved.
 
     Args:
-        codebook: outside a transaction.
+        codebook: outside a transaction; one that another thread has opened is waited for.
         directory: made if it is not there.
         config: what JSON can hold; `load` returns it.
 
@@ -54,15 +54,16 @@ def save(codebook: Codebook, directory: str | Path, config: dict[str, Any]) -> N
         TypeError, ValueError: `config` is not JSON. Nothing is written.
         OSError: as the file system says.
     """
-    storage = codebook.storage
-    if storage.journal.is_open:
-        raise ValueError("cannot save inside a transaction: end it first")
-    directory = Path(directory)
-    tensors, records = snapshot.content_of(storage)
-    files = {TENSORS: render_tensors(tensors), EDITS: records.encode()}
+    with codebook.changing() as storage:
+        if storage.journal.is_open:
+            raise ValueError("cannot save inside a transaction: end it first")
+        directory = Path(directory)
+        tensors, records = snapshot.content_of(storage)
+        settings = snapshot.settings_of(storage)
+        files = {TENSORS: render_tensors(tensors), EDITS: records.encode()}
     described: dict[str, Any] = {
         "format": FORMAT,
-        "codebook": snapshot.settings_of(storage),
+        "codebook": settings,
         "config": config,
         "files": {name: _sha256(content) for name, content in files.items()},
     }

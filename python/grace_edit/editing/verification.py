@@ -68,14 +68,25 @@ def _in_modes(family: Family, prompts: list[list[int]]) -> Iterator[tuple[str, T
 
 
 def _misses(book: Codebook, edits: Sequence[Edit], mode: str, queries: Tensor) -> list[Misfire]:
-    answered = book.lookup(queries)[0].tolist()
-    found = []
-    for edit, slot, query in zip(edits, answered, queries, strict=True):
-        if slot >= 0 and (
-            edit.id in book.members(slot) or book.edit_of_slot(slot).label == edit.label
-        ):
-            continue
-        own = slice(edit.slot, edit.slot + 1)
-        _, distance = grace_kernels.nearest(query[None], book.keys[own], book.radii[own])
-        found.append(Misfire(edit.id, mode, float(distance), float(book.radii[edit.slot])))
+    with book.lock:  # other threads may edit in the meantime
+        answered = book.lookup(queries)[0].tolist()
+        found = []
+        for asked, slot, query in zip(edits, answered, queries, strict=True):
+            edit = _now(book, asked.id)
+            if edit is None or (
+                slot >= 0
+                and (edit.id in book.members(slot) or book.edit_of_slot(slot).label == edit.label)
+            ):
+                continue
+            own = slice(edit.slot, edit.slot + 1)
+            _, distance = grace_kernels.nearest(query[None], book.keys[own], book.radii[own])
+            found.append(Misfire(edit.id, mode, float(distance), float(book.radii[edit.slot])))
     return found
+
+
+def _now(book: Codebook, id: int) -> Edit | None:
+    try:
+        edit = book.edit(id)
+    except KeyError:
+        return None
+    return edit if edit.live else None
