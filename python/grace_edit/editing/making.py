@@ -21,12 +21,14 @@ class EditMaker:
     """Makes edits of an attached model as a configuration says.
 
     Args:
-        family: of the attached model; its adaptor's codebook takes the edits.
+        family: of the attached model.
         config: how values are trained and entries shared.
+        book: the codebook that takes the edits; None: the one that serves.
     """
 
     family: Family
     config: GraceConfig
+    book: Codebook | None = None
 
     def new_codebook(self, capacity: int) -> Codebook:
         """Return an empty codebook of the layer's widths, dtypes, device and drift."""
@@ -92,7 +94,7 @@ class EditMaker:
 
     @property
     def _book(self) -> Codebook:
-        return self.family.adaptor.codebook
+        return self.family.adaptor.codebook if self.book is None else self.book
 
     def _share(
         self, proposal: Proposal, prompt: list[int], target: list[int]
