@@ -47,11 +47,14 @@ class Storage:
     """Everything a codebook holds. Read what is public here; write by the methods.
 
     Writing needs an open `transaction`, and the `lock` where other threads read; only filling an
-    empty codebook (`fill` here, in `slots` and in `queries`) needs neither.
+    empty codebook (`fill` here, in `slots` and in `queries`) needs neither. Where both locks are
+    taken, `changing` is taken first.
 
     Attributes:
         settings, slots, queries, imported, journal: see their classes.
         lock: held while slots change; must be held while they are read in another thread.
+        changing: held by the thread that changes the codebook, from the first look on which its
+            decision rests to the end of its transaction. Those who only read never take it.
         version: goes up with every change, and never down.
         entry_records: by slot, of each entry about which there is more to say than "as imported";
             None: an imported slot that is dead.
@@ -80,6 +83,7 @@ class Storage:
         self.queries = Queries(key_dim, dtype, self.journal)
         self.imported = Imported()
         self.lock = threading.RLock()
+        self.changing = threading.RLock()
         self.version = 0
         self.entry_records: dict[int, Entry | None] = {}
         self.edit_records: dict[int, Edit | None] = {}
@@ -94,10 +98,10 @@ class Storage:
         self._changed = False  # version went up within the open transaction
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: item for name, item in vars(self).items() if name != "lock"}
+        return {k: item for k, item in vars(self).items() if k not in ("lock", "changing")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, lock=threading.RLock())
+        vars(self).update(state, lock=threading.RLock(), changing=threading.RLock())
 
     def held(self, table: str, key: Any) -> Any:
         """Return what a place holds; see `journal.Part`."""
@@ -122,7 +126,14 @@ class Storage:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Make what is done inside one step of undo, all of it or nothing; may be nested."""
+        """Make what is done inside one step of undo, all of it or nothing; may be nested.
+
+        That of another thread is waited for: what it is told is done stays done.
+        """
+        with self.changing:
+            yield from self._transaction()
+
+    def _transaction(self) -> Iterator[None]:
         self.journal.begin()
         try:
             yield
@@ -156,6 +167,10 @@ class Storage:
         Raises:
             UndoError: there is none, or a transaction is open.
         """
+        with self.changing:
+            self._undo()
+
+    def _undo(self) -> None:
         self.journal.require_step()
         capacity = self.journal.before_last(self.slots, "capacity")
         if capacity is not None and not self.slots.frozen:
@@ -259,23 +274,26 @@ class Storage:
 
     def history(self) -> list[Edit]:
         """Return every edit that was not purged, by id."""
-        ids = sorted({*range(len(self.imported.labels)), *self.edit_records})
-        return [self.edit(id) for id in ids if self.edit_records.get(id, self) is not None]
+        with self.lock:
+            ids = sorted({*range(len(self.imported.labels)), *self.edit_records})
+            return [self.edit(id) for id in ids if self.edit_records.get(id, self) is not None]
 
     def live_ids(self) -> list[int]:
         """Return the ids of the live edits, without their parts, ascending."""
-        imported = [i for i in range(len(self.imported.labels)) if i not in self.edit_records]
-        known = (edit for edit in self.edit_records.values() if edit is not None)
-        return sorted(imported + [e.id for e in known if e.live and e.part_of is None])
+        with self.lock:
+            imported = [i for i in range(len(self.imported.labels)) if i not in self.edit_records]
+            known = (edit for edit in self.edit_records.values() if edit is not None)
+            return sorted(imported + [e.id for e in known if e.live and e.part_of is None])
 
     def group(self, id: int) -> list[Edit]:
         """Return a whole edit and its parts, whose ids follow its own."""
-        found = [self.edit(id)]
-        part = self.edit_records.get(id + 1)
-        while part is not None and part.part_of == id:
-            found.append(part)
-            part = self.edit_records.get(id + len(found))
-        return found
+        with self.lock:
+            found = [self.edit(id)]
+            part = self.edit_records.get(id + 1)
+            while part is not None and part.part_of == id:
+                found.append(part)
+                part = self.edit_records.get(id + len(found))
+            return found
 
     def owned_slots(self, ids: Iterable[int]) -> list[int]:
         """Return the slots whose keys are the queries of these live edits and their parts."""
