@@ -185,6 +185,11 @@ class Codebook:
         return [edit for edit in self.storage.history() if edit.part_of is None]
 
     @property
+    def live_keys(self) -> list[Edit]:
+        """The live edits, each followed by its parts: everything that a prompt may be asked for."""
+        return [edit for edit in self.storage.history() if edit.live]
+
+    @property
     def labels(self) -> list[Label | None]:
         """The label of each slot in use; None for a dead one."""
         with self.lock:
