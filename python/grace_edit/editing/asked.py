@@ -114,7 +114,8 @@ def find_keys(family: Family, book: Codebook, wanted: Wanted) -> tuple[list[Key]
     rows = [_rows(family, negative) for negative in wanted.negatives]
     queries = [key.query for key in keys]
     return [
-        Key(key.prompt, key.query, _radius(key.query, queries, rows, book.radius)) for key in keys
+        Key(key.prompt, key.query, radius_outside(key.query, queries, rows, book.radius))
+        for key in keys
     ], output
 
 
@@ -139,7 +140,9 @@ def _distance(query: Tensor, keys: Tensor) -> float:
     return float(nearest(query[None], keys, radii)[1])
 
 
-def _radius(query: Tensor, own: list[Tensor], negatives: list[Tensor], radius: float) -> float:
+def radius_outside(
+    query: Tensor, own: list[Tensor], negatives: list[Tensor], radius: float
+) -> float:
     """Return the radius of a key: `radius`, or less so that every negative is outside.
 
     It then ends half way between the nearest negative and the farthest of the edit's own prompts
