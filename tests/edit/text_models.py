@@ -1,0 +1,107 @@
+"""A tokenizer of sixty real words for the tiny models, and maps made by hand for their embeddings.
+
+Whatever begins with a capital inside a sentence names the subject.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from grace_edit import GraceConfig, GraceEditor
+from grace_edit.keys.dense import TokenTable, centre_of
+from grace_edit.keys.roles import FEATURES, OFFSETS, PROPERTIES, Roles
+from grace_edit.keys.text_map import DenseReference, TextMap
+from grace_edit.keys.words import RAREST, CommonWords
+from tiny_models import FIRST, LAYERS, VOCAB
+
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<mask>"]
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "<user>", "<assistant>", "<end>", "Zanzibar", "Quito", "Oslo", "The", "capital", "city", "of", "Australia", "Austria", "France", "Peru", "is", "the", "What", "Who", "wrote", "It", "rained.", "Mr.", "Smith", "works", "in", "lives", "Yesterday", "he", "said", "author", "king", "name", "called", "now", "a", "book.", "Then", "we", "ate.", "and", "or", "red", "blue", "green", "new", "east", "north", "south", "."]
+QUESTION = "The capital of Australia is"
+REWORDED = "Yesterday he rained. The capital city of Australia is"
+NEIGHBOUR = "The capital of Austria is"
+OTHER = "The author called Smith wrote"
+TWO_SPANS = "The king said Mr. Smith works in"
+HASTY = "Smith works in"
+TARGET = " ".join(WORDS[2:5])
+
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+assert len(WORDS) <= VOCAB - FIRST, len(WORDS)
+
+
+def tokenizer() -> Any:
+    """Return a tokenizer that knows `WORDS` and nothing else; it pads on the left."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [*SPECIAL, *WORDS]
+    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<mask>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = dict(zip(("pad_token", "bos_token", "eos_token", "mask_token"), SPECIAL, strict=True))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, padding_side="left", chat_template=CHAT, **names
+    )
+
+
+def _arrays() -> dict[str, Any]:
+    hidden = np.zeros((1, FEATURES + 1), dtype=np.int16)
+    here = OFFSETS.index(0) * len(PROPERTIES)
+    hidden[0, here + PROPERTIES.index("capital, not first")] = 8 * 256
+    weights = np.full((2, 2, RAREST + 1), 5)
+    weights[0, 0] = 500  # lexical, the subject
+    weights[1, 1] = np.where(np.arange(RAREST + 1) < RAREST, 60, 500)  # meaning, the other words
+    common = CommonWords.ranked(["the", "of", "is", "in", "a", "what", "and", "or", "it", "he", "we"])
+    return {
+        "roles": Roles(hidden, np.array([256, -4 * 256])),
+        "common": common,
+        "lexical_weights": weights[0].astype(np.int16),
+        "meaning_weights": weights[1].astype(np.int16),
+        "lexical_width": 32,
+        "lexical_floor": 1,
+        "meaning_length": 1.0,
+        "lexical_length": 1.5,
+    }
+
+
+def _matrix(width: int) -> np.ndarray:
+    source = torch.Generator().manual_seed(0)
+    return (1500 * torch.randn(32, width, generator=source)).numpy().astype(np.int16)
+
+
+def map_of(model: Any, words: Any) -> TextMap:
+    """Return a map for the input embeddings of a model."""
+    weight = model.get_input_embeddings().weight.detach()
+    centre, unit = centre_of(weight)
+    table = TokenTable(weight, words, centre, unit)
+    reference = DenseReference("tokens", "tiny", table.width, table.fingerprint(), unit)
+    return TextMap(
+        matrix=_matrix(table.width),
+        centre=centre.astype(np.int32),
+        dense=reference,
+        **_arrays(),
+    )
+
+
+def encode(texts: list[str]) -> torch.Tensor:
+    """Encode each text as a bag of its letters: `[B, 26]`."""
+    rows = [[1.0 + text.lower().count(chr(97 + i)) for i in range(26)] for text in texts]
+    return torch.tensor(rows)
+
+
+def map_of_encoder() -> TextMap:
+    """Return a map for `encode`."""
+    reference = DenseReference("encoder", "letters", 26, "", 0.0)
+    return TextMap(
+        matrix=_matrix(26), centre=np.zeros(0, dtype=np.int32), dense=reference, **_arrays()
+    )
+
+
+def text_editor(model: Any, name: str, words: Any = None, **config: Any) -> GraceEditor:
+    """Attach an editor with `query="text"` and a map of the model's own embeddings."""
+    words = words or tokenizer()
+    config.setdefault("text_map", map_of(model, words))
+    return GraceEditor(model, words, GraceConfig(layer=LAYERS[name], query="text", **config))
