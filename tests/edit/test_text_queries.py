@@ -101,10 +101,8 @@ def test_beams_sampling_and_several_sequences_get_the_answer(trained, replace):
 def test_a_static_cache_gives_the_same_tokens(trained):
     editor = edited(trained, "llama", replace="all")
     dynamic = generated(editor.model, [AGAIN, ASKED], 4)
-    static = generated(
-        editor.model, [AGAIN, ASKED], 4, cache_implementation="static", disable_compile=True
-    )
-    assert static == dynamic
+    static = {"cache_implementation": "static", "disable_compile": True}
+    assert generated(editor.model, [AGAIN, ASKED], 4, **static) == dynamic
     assert dynamic[1][:3] == ANSWER
 
 
@@ -161,7 +159,8 @@ def test_a_chat_and_the_plain_sentence_are_the_same_query(trained):
     editor = edited(trained)
     chat = chat_of(OTHER, TARGET, QUESTION)
     found = editor.explain(chat)
-    assert found.hit and found.distance == 0
+    assert found.hit
+    assert found.distance == 0
     assert not editor.explain(chat_of(QUESTION, TARGET, OTHER)).hit
     editor.undo()
     assert editor.edit(chat, ANSWER).success
@@ -184,7 +183,9 @@ def test_plain_forwards_ask_with_all_that_the_mask_marks(editor):
             with editor.disable():
                 plain = model(ids, attention_mask=mask, position_ids=places).logits
             changed = (logits != plain).any(dim=2).sum(dim=1).tolist()
-            assert changed[0] >= 1 and changed[1] >= 1 and changed[2] == 0
+            assert changed[0] >= 1
+            assert changed[1] >= 1
+            assert changed[2] == 0
         # With past nobody asks, unless a plan says so.
         past = model(torch.tensor([FAR]), use_cache=True).past_key_values
         step = model(torch.tensor([ASKED]), past_key_values=copy.deepcopy(past)).logits
@@ -236,7 +237,8 @@ def test_undo_delete_and_disable(editor):
     editor.undo()
     assert generated(editor.model, [ASKED], 3)[0] == ANSWER
     second = editor.edit(QUESTION, "six seven")
-    assert second.success and generated(editor.model, [ASKED], 2)[0] == ids_of("six seven")
+    assert second.success
+    assert generated(editor.model, [ASKED], 2)[0] == ids_of("six seven")
     editor.undo()
     assert generated(editor.model, [ASKED], 3)[0] == ANSWER
 
@@ -288,7 +290,8 @@ def test_the_same_edits_one_by_one_in_a_batch_and_verified(trained):
     assert all(result.success and not result.fragile for result in many.edit_batch(edits))
     assert torch.equal(one.codebook.keys, many.codebook.keys)
     assert torch.equal(one.codebook.values, many.codebook.values)
-    assert many.codebook.drift == 0 and many.codebook.keys.dtype == torch.float32
+    assert many.codebook.drift == 0
+    assert many.codebook.keys.dtype == torch.float32
     assert many.verify() == []
     many.codebook.radii[0] = -1.0
     (lost,) = many.verify()
@@ -317,7 +320,8 @@ def test_encoders_take_edits_by_text(trained, name, target):
         asked, again, far = QUESTION, REWORDED, OTHER
     plain = editor.answer(far)
     assert editor.edit(asked, target).success
-    assert editor.explain(again).hit and not editor.explain(far).hit
+    assert editor.explain(again).hit
+    assert not editor.explain(far).hit
     assert editor.answer(far) == plain
     prompts = [editor.family.encode(p) for p in (far, asked)]
     assert editor.family.produces([prompts[1]], [editor.codebook.edit(0).label], None) == [True]
@@ -335,7 +339,7 @@ def test_a_prompt_without_a_word_and_an_editor_without_a_tokenizer_are_refused(t
             None,
             GraceConfig(layer=LAYERS["gpt2"], query="text", text_map=editor.config.text_map),
         )
-    with pytest.raises(ValueError, match="text_map must be given: .* grace tune"):
+    with pytest.raises(ValueError, match="text_map must be given"):
         GraceEditor(trained("gpt2"), WORDS, GraceConfig(layer=LAYERS["gpt2"], query="text"))
 
 
@@ -410,17 +414,21 @@ def test_the_rows_of_a_prompt_are_made_once_and_not_kept_for_ever(editor, monkey
 
 def test_explaining_says_which_words_and_which_part_decided(editor):
     found = editor.explain(REWORDED)
-    assert found.hit and found.text.span == "The capital city of Australia is"
+    assert found.hit
+    assert found.text.span == "The capital city of Australia is"
     assert found.text.subject == ["Australia"] == found.text.shared
-    assert found.text.edit_span == QUESTION and found.text.decides == "meaning"
+    assert found.text.edit_span == QUESTION
+    assert found.text.decides == "meaning"
     assert found.text.meaning + found.text.lexical == pytest.approx(found.distance**2, rel=1e-4)
     missed = editor.explain(NEIGHBOUR)
-    assert not missed.hit and missed.text.decides == "lexical"
+    assert not missed.hit
+    assert missed.text.decides == "lexical"
     assert set(missed.text.unshared) == {"Austria", "Australia"}
     assert editor.explain(QUESTION).text.decides is None
     editor.undo()
     empty = editor.explain(NEIGHBOUR)
-    assert empty.edit_id is None and empty.text.subject == ["Austria"]
+    assert empty.edit_id is None
+    assert empty.text.subject == ["Austria"]
     assert empty.to_dict()["text"]["edit_span"] is None
 
 
@@ -429,5 +437,7 @@ def test_status_names_what_makes_the_keys_and_what_they_cost(editor):
     generated(editor.model, [ASKED, FAR], 2)
     text = editor.status()["text"]
     assert (text["encoder"], text["map"], text["width"]) == ("tokens", "tiny", 64)
-    assert text["requests"] == 2 and text["us_per_request"] > 0
-    assert editor.status()["query"] == "text" and editor.status()["fragile"] == []
+    assert text["requests"] == 2
+    assert text["us_per_request"] > 0
+    assert editor.status()["query"] == "text"
+    assert editor.status()["fragile"] == []

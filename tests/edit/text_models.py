@@ -10,14 +10,20 @@ from typing import Any
 import numpy as np
 import torch
 from grace_edit import GraceConfig, GraceEditor
-from grace_edit.keys.dense import TokenTable, centre_of
+from grace_edit.keys.dense import SentenceEncoder, TokenTable, centre_of
 from grace_edit.keys.roles import FEATURES, OFFSETS, PROPERTIES, Roles
 from grace_edit.keys.text_map import DenseReference, TextMap
 from grace_edit.keys.words import RAREST, CommonWords
 from tiny_models import FIRST, LAYERS, VOCAB
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<mask>"]
-WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "<user>", "<assistant>", "<end>", "Zanzibar", "Quito", "Oslo", "The", "capital", "city", "of", "Australia", "Austria", "France", "Peru", "is", "the", "What", "Who", "wrote", "It", "rained.", "Mr.", "Smith", "works", "in", "lives", "Yesterday", "he", "said", "author", "king", "name", "called", "now", "a", "book.", "Then", "we", "ate.", "and", "or", "red", "blue", "green", "new", "east", "north", "south", "."]
+_SENTENCES = """
+one two three four five six seven eight nine ten <user> <assistant> <end> Zanzibar Quito Oslo
+The capital city of Australia Austria France Peru is the What Who wrote It rained. Mr. Smith works
+in lives Yesterday he said author king name called now a book. Then we ate. and or red blue green
+new east north south .
+"""
+WORDS = _SENTENCES.split()
 QUESTION = "The capital of Australia is"
 REWORDED = "Yesterday he rained. The capital city of Australia is"
 NEIGHBOUR = "The capital of Austria is"
@@ -26,6 +32,7 @@ TWO_SPANS = "The king said Mr. Smith works in"
 HASTY = "Smith works in"
 TARGET = " ".join(WORDS[2:5])
 
+_COMMON = ("the", "of", "is", "in", "a", "what", "and", "or", "it", "he", "we")
 CHAT = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} <end> {% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -54,7 +61,7 @@ def _arrays() -> dict[str, Any]:
     weights = np.full((2, 2, RAREST + 1), 5)
     weights[0, 0] = 500  # lexical, the subject
     weights[1, 1] = np.where(np.arange(RAREST + 1) < RAREST, 60, 500)  # meaning, the other words
-    common = CommonWords.ranked(["the", "of", "is", "in", "a", "what", "and", "or", "it", "he", "we"])
+    common = CommonWords.ranked(_COMMON)
     return {
         "roles": Roles(hidden, np.array([256, -4 * 256])),
         "common": common,
@@ -94,7 +101,8 @@ def encode(texts: list[str]) -> torch.Tensor:
 
 def map_of_encoder() -> TextMap:
     """Return a map for `encode`."""
-    reference = DenseReference("encoder", "letters", 26, "", 0.0)
+    fingerprint = SentenceEncoder(encode).fingerprint()
+    reference = DenseReference("encoder", "letters", 26, fingerprint, 0.0)
     return TextMap(
         matrix=_matrix(26), centre=np.zeros(0, dtype=np.int32), dense=reference, **_arrays()
     )
