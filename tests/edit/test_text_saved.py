@@ -12,15 +12,13 @@ import grace_edit
 import pytest
 import torch
 from grace_edit import GraceConfig, GraceEditor, StoreError
+from text_maps import encode, map_of, map_of_encoder
 from text_models import (
     NEIGHBOUR,
     OTHER,
     QUESTION,
     REWORDED,
     TARGET,
-    encode,
-    map_of,
-    map_of_encoder,
     text_editor,
     tokenizer,
 )
