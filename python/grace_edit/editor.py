@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,8 @@ import grace_kernels
 from . import rekeying, serving
 from .adaptor import attach as attaching
 from .adaptor.adaptor import GraceAdaptor
-from .adaptor.positions import QueryPlan
+from .adaptor.positions import Latched, QueryPlan
+from .adaptor.text_queries import TextQueries
 from .codebook.codebook import Codebook
 from .codebook.records import Edit, EditResult
 from .config import GraceConfig
@@ -23,6 +24,8 @@ from .editing.explanation import Explanation, explain
 from .editing.making import EditMaker
 from .editing.verification import Misfire, find_misfires
 from .families import family_of
+from .keys.choice import text_keys
+from .keys.prompts import PromptReader
 from .progress import bar
 
 log = logging.getLogger("grace_edit")
@@ -43,8 +46,8 @@ class GraceEditor:
         config: a `GraceConfig`; at least the layer.
 
     Raises:
-        ValueError: unknown or ambiguous layer, a model of no supported kind, or a model that
-            carries an adaptor already.
+        ValueError: unknown or ambiguous layer, a model of no supported kind, a model that carries
+            an adaptor already, or `query="text"` without a tokenizer or a map that fits.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, config: GraceConfig) -> None:
@@ -53,12 +56,18 @@ class GraceEditor:
         if config.recipe == "paper" and config.replace in (None, "prompt"):
             replace = "before"
         query = config.query or family.default_query
+        text = None
+        if query == "text":
+            keys = text_keys(family.model, tokenizer, config.encoder, config.text_map)
+            text = TextQueries(keys, PromptReader(tokenizer))
+        asks_at_mask = query == "last" or (query == "text" and replace == "last")
         adaptor = GraceAdaptor(
             Codebook(1, 1),  # until the layer has shown its widths
             query=query,
             replace=replace,
             special_ids=family.special_ids if query == "mean" else (),
-            mask_token_id=family.mask_token_id if query == "last" else None,
+            mask_token_id=family.mask_token_id if asks_at_mask else None,
+            text=text,
         )
         family.attach(config.layer, adaptor)
         try:
@@ -209,12 +218,28 @@ class GraceEditor:
         with self.family.working():
             return self.family.queries(encoded)
 
+    def answers(self, prompts: Sequence[Any]) -> Latched:
+        """Return what answers B prompts, for the `answers` of a plan of one's own.
+
+        Under `query="text"` alone, whose answers depend on nothing that the layer sees.
+
+        Returns:
+            `index [B]` (-1: no entry) and `values [B, V]`, on the device of the codebook.
+
+        Raises:
+            ValueError: another query.
+        """
+        if self.adaptor.text is None:
+            raise ValueError(f"query must be 'text' for this, got {self.adaptor.query!r}")
+        return self.adaptor.answer([self.family.encode(prompt) for prompt in prompts])
+
     def status(self) -> dict[str, Any]:
         """Return what is attached where, how full it is and what serves it."""
         book = self.codebook
         return {
             "layer": self.layer,
             "query": self.adaptor.query,
+            "text": None if self.adaptor.text is None else self.adaptor.text.describe(),
             "replace": self.adaptor.replace,
             "entries": book.entries,
             "edits": book.edits,
@@ -283,7 +308,8 @@ class GraceEditor:
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the edits to `directory`: `grace_config.json`, `codebook.safetensors`,
-        `edits.jsonl`."""
+        `edits.jsonl`, and under `query="text"` the map, `text_map.safetensors` and
+        `text_map.json`; its encoder by name and fingerprint."""
         serving.save(self.family, self.config, directory)
 
     @classmethod
@@ -293,6 +319,7 @@ class GraceEditor:
         tokenizer: Any,
         directory: str | Path,
         *,
+        encoder: Callable[[list[str]], Any] | str | None = None,
         allow_above: bool = False,
         progress: bool = False,
     ) -> GraceEditor:
@@ -300,16 +327,24 @@ class GraceEditor:
 
         Args:
             directory: what `save_pretrained` wrote.
+            encoder: of edits with `query="text"`, where it was a callable or lies elsewhere now.
             allow_above: accept a model that differs from the saved one only above the wrapped
                 layer, after proving every edit on it anew.
             progress: show a progress bar while proving.
 
         Raises:
             StoreError: a file is missing, truncated, altered or of a newer format, or the edits
-                belong to another model, layer or dtype; the message names which.
+                belong to another model, layer, dtype, text map or encoder; the message names which.
+            ValueError: edits with `query="text"` need a tokenizer, or an encoder that must be given
+                again.
         """
         family, config = serving.attach_saved(
-            model, tokenizer, directory, allow_above=allow_above, progress=progress
+            model,
+            tokenizer,
+            directory,
+            encoder=encoder,
+            allow_above=allow_above,
+            progress=progress,
         )
         editor = cls.__new__(cls)
         editor.model, editor.family, editor.config = model, family, config

@@ -97,7 +97,8 @@ class GraceGenerator(GraceSeam):
                 "single forward, and generate plans each of its own"
             )
         whole_prefill(adaptor, kwargs, getattr(self, "generation_config", None))
-        warn_later_turn(adaptor, kwargs)
+        if adaptor.generation is None:  # an assistant inside generate keeps a cache of its own
+            warn_later_turn(adaptor, kwargs)
         state = Generation(prompt_length(args, kwargs))
         try:
             # enabled: it ends as it begins, whatever other threads switch off meanwhile.

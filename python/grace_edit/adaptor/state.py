@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .positions import LatchedPlan, QueryPlan
+from .positions import Latched, LatchedPlan, QueryPlan
 
 _MOST_ROOMS = 8  # batch sizes whose room for answers waits to be used again
 _MOST_PINNED = 32  # tensors of plans
@@ -20,20 +20,6 @@ class Captured:
 
     queries: Tensor
     outputs: Tensor
-
-
-@dataclass
-class Latched:
-    """The answers of a batch, latched at the prompt's end for the tokens after it.
-
-    Args:
-        index: `[B]`, the entry that answers each sequence, -1 for none.
-        values: `[B, V]`, their values as they were then: an edit in between changes no answer that
-            was begun.
-    """
-
-    index: Tensor
-    values: Tensor
 
 
 @dataclass
@@ -49,6 +35,8 @@ class Generation:
             first.
         latched: where the answers go if later forwards need them.
         answered: they are there.
+        ids: `[B, n]`, the last columns of the sequence that were seen so far, where the text of the
+            prompt asks.
     """
 
     prompt_len: int
@@ -58,6 +46,7 @@ class Generation:
     computed: int | None = None
     latched: Latched | None = None
     answered: bool = False
+    ids: Tensor | None = None
 
 
 class Switch:

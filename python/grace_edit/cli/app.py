@@ -246,6 +246,131 @@ def codebook(
     raise typer.Exit(show.codebook(directory, as_json=json))
 
 
+@app.command("eval")
+def evaluate(
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA",
+            help="Edits and the questions that measure them: a JSON or JSONL file in the form of "
+            "CounterFact, zsRE, KnowEdit, SCOTUS or the hallucination data, or the name of one in "
+            "the package datasets.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(metavar="DIR", help="For what is written; a run begun there is gone on with."),
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Directory or hub id.", show_default="the setting's")
+    ] = None,
+    setting: Annotated[
+        str | None, typer.Option(help="Values for what is not given here: one of the paper's.")
+    ] = None,
+    layer: Annotated[str | None, typer.Option(help="Layer to wrap.")] = None,
+    query: Annotated[Query | None, typer.Option(help="What asks.")] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="Dense part of text queries: tokens, or a sentence encoder's directory."),
+    ] = None,
+    text_map: Annotated[
+        Path | None, typer.Option("--map", metavar="DIR", help="Text map, from grace tune.")
+    ] = None,
+    radius: Annotated[
+        float | None, typer.Option(help="Radius of a new entry.", show_default="1.0")
+    ] = None,
+    edits: Annotated[
+        int | None, typer.Option(help="The first so many records.", show_default="all")
+    ] = None,
+    every: Annotated[
+        int | None,
+        typer.Option(help="Measure past edits every so many.", show_default="at the end"),
+    ] = None,
+    baselines: Annotated[
+        str, typer.Option(help="Comma-separated: paper, ft, ewc, replay, defer, memory, rag.")
+    ] = "",
+    upstream: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Questions for TRR.", show_default="unrelated ones of DATA"
+        ),
+    ] = None,
+    kind: Annotated[str, typer.Option(help="Kind of data.")] = "auto",
+    split: Annotated[str, typer.Option(help="Of a named data set.")] = "test",
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="To load the model in.", show_default="the checkpoint's")
+    ] = None,
+    device: Where = Device.cpu,
+    json: Json = False,
+) -> None:
+    """Make a stream of edits and measure it as the field does. Killed, it goes on when called
+    again."""
+    from . import evaluate as evaluation
+
+    given = {"encoder": encoder, "text_map": None if text_map is None else str(text_map)}
+    options = evaluation.Options(
+        data=data,
+        out=out,
+        model=model,
+        setting=setting,
+        kind=kind,
+        split=split,
+        edits=edits,
+        every=every,
+        layer=layer,
+        radius=radius,
+        query=_value(query),
+        config={name: value for name, value in given.items() if value is not None},
+        baselines=tuple(name.strip() for name in baselines.split(",") if name.strip()),
+        upstream=upstream,
+        seed=seed,
+        progress=evaluation.progress_wanted(),
+        command=" ".join(["grace", *sys.argv[1:]]),
+    )
+    done = evaluation.evaluate(options, dtype=_value(dtype), device=device.value, as_json=json)
+    raise typer.Exit(done)
+
+
+@app.command()
+def tune(
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="Records with rewordings and neighbours, in a form that grace eval reads: a file, "
+            "or a directory of files.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="New directory for the map.")],
+    model: Annotated[
+        str | None, typer.Option(help="Directory or hub id of the model, for its own tokens.")
+    ] = None,
+    encoder: Annotated[
+        str, typer.Option(help="Dense part: tokens, or a sentence encoder's directory or id.")
+    ] = "tokens",
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="To load the model in.", show_default="the checkpoint's")
+    ] = None,
+    device: Where = Device.cpu,
+    json: Json = False,
+) -> None:
+    """Learn from records which prompts ask the same: a text map, for query="text"."""
+    from . import evaluate as evaluation
+
+    done = evaluation.tune(
+        data,
+        out,
+        model=model,
+        encoder=encoder,
+        dtype=_value(dtype),
+        device=device.value,
+        as_json=json,
+    )
+    raise typer.Exit(done)
+
+
 @app.command()
 def doctor(json: Json = False) -> None:
     """Say what is installed and which operators answer, and test them."""

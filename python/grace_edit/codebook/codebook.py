@@ -55,7 +55,9 @@ class Codebook:
     Args:
         key_dim, value_dim: D and V.
         radius: of a new entry, the method's one hyperparameter; in the units of the keys.
-        policy: "default", or "paper" for the decisions of the code published with the paper.
+        policy: "default"; "nearest" for keys whose balls overlap (made from text): every edit has
+            an entry of its own with the full radius, and the nearest decides; or "paper" for the
+            decisions of the code published with the paper.
         capacity: slots to start with.
         dtype: of keys and queries: float32, float16 or bfloat16.
         value_dtype: of values; None means `dtype`.

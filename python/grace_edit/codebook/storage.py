@@ -313,12 +313,23 @@ class Storage:
         edit = self.edit(id)
         self.leave_entry(edit)
         self.put_edit(replace(edit, state="superseded", slot=-1, superseded_by=by))
+        self._end_life(edit)
+
+    def free_entry(self, edit: Edit) -> None:
+        """Free the entry that is a live edit's own and answers no other; the edit is not live."""
+        self.retire_value(edit.slot)
+        self.vacate(edit.slot)
+        self._end_life(edit)
+        self.slots.clear_free()
+        self.slots.trim()
+
+    def _end_life(self, edit: Edit) -> None:
         if edit.query_index >= 0:
             self.queries.clear_answer(edit.query_index)
-        if edit.prompt is not None and self.by_prompt.get(edit.prompt) == id:
+        if edit.prompt is not None and self.by_prompt.get(edit.prompt) == edit.id:
             self._drop("by_prompt", edit.prompt)
         query = digest(self.query_of(edit))
-        if self.by_query.get(query) == id:
+        if self.by_query.get(query) == edit.id:
             self._drop("by_query", query)
         self._put_number("live_edits", self.live_edits - 1)
 

@@ -12,7 +12,7 @@ from ..codebook.codebook import Codebook
 from ..codebook.records import Edit, EditResult, Proposal
 from ..config import GraceConfig
 from ..families import Family, target_of
-from .drift import measure_drift
+from .drift import measure_drift, probes_of
 from .training import Fit, fit_value
 
 
@@ -32,19 +32,24 @@ class EditMaker:
 
     def new_codebook(self, capacity: int) -> Codebook:
         """Return an empty codebook of the layer's widths, dtypes, device and drift."""
-        drift, seen = measure_drift(self.family, self.config.seed)
-        config = self.config
+        config, family, policy = self.config, self.family, self.config.policy
+        if family.adaptor.text is None:
+            drift, seen = measure_drift(family, config.seed)
+        else:
+            drift, seen = 0.0, family.capture(probes_of(family, config.seed)[:1])
+            if policy == "default":
+                policy = "nearest"  # keys made from text: their balls overlap, the nearest is right
         return Codebook(
             seen.queries.shape[-1],
             seen.outputs.shape[-1],
             radius=config.radius,
-            policy=config.policy,
+            policy=policy,
             capacity=capacity,
             dtype=seen.queries.dtype,
             value_dtype=seen.outputs.dtype,
             drift=drift if config.drift is None else config.drift,
             max_radius=config.max_radius,
-            device=seen.queries.device,
+            device=seen.outputs.device,
         )
 
     def make(self, prompt: list[int], target: list[int], value: Tensor | None = None) -> EditResult:
@@ -65,6 +70,8 @@ class EditMaker:
             raise ValueError(
                 f"layer {self.family.layer} must have finite inputs, got NaN or infinity"
             )
+        if self.family.adaptor.text is not None and not bool(seen.queries.any()):
+            raise ValueError('prompt must hold a word under query="text", got none')
         paper = self.config.policy == "paper"
         label = self.family.label(prompt, target) if paper else target
         query = seen.queries[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,12 +38,32 @@ class Misfire:
 
 def find_misfires(family: Family, edits: Sequence[Edit], progress: bool) -> list[Misfire]:
     """Return the edits that miss, per mode; every edit must have a stored prompt."""
+    if family.adaptor.text is not None:
+        return _unanswered(family, edits)
     missing = []
     pieces = [edits[i : i + MOST_ROWS] for i in range(0, len(edits), MOST_ROWS)]
     for piece in bar(pieces, "verifying", progress):
         for mode, queries in _in_modes(family, [list(e.prompt or ()) for e in piece]):
-            missing += _misses(family.adaptor.codebook, piece, mode, queries)
+            book = family.adaptor.codebook
+            ask = lambda q=queries: book.lookup(q)[0]  # noqa: E731
+            missing += _misses(book, piece, mode, queries, ask)
     return missing
+
+
+def _unanswered(family: Family, edits: Sequence[Edit]) -> list[Misfire]:
+    """Return the edits that miss under `query="text"`: alone, as in any batch and padding."""
+    if not edits:
+        return []
+    adaptor = family.adaptor
+    prompts = [list(edit.prompt or ()) for edit in edits]
+    check_fits(adaptor.codebook, None, family.capture(prompts[:1]).outputs)
+    return _misses(
+        adaptor.codebook,
+        edits,
+        "alone",
+        family.queries(prompts),
+        lambda: adaptor.answer(prompts).index,
+    )
 
 
 def find_unproven(family: Family, edits: Sequence[Edit], progress: bool) -> list[int]:
@@ -67,9 +87,15 @@ def _in_modes(family: Family, prompts: list[list[int]]) -> Iterator[tuple[str, T
     yield "padded", padded.queries[: len(prompts)]
 
 
-def _misses(book: Codebook, edits: Sequence[Edit], mode: str, queries: Tensor) -> list[Misfire]:
+def _misses(
+    book: Codebook,
+    edits: Sequence[Edit],
+    mode: str,
+    queries: Tensor,
+    ask: Callable[[], Tensor],
+) -> list[Misfire]:
     with book.lock:  # other threads may edit in the meantime
-        answered = book.lookup(queries)[0].tolist()
+        answered = ask().tolist()
         found = []
         for asked, slot, query in zip(edits, answered, queries, strict=True):
             edit = _now(book, asked.id)

@@ -13,6 +13,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -314,7 +315,10 @@ class Family(ABC):
 
     @torch.no_grad()
     def capture(self, prompts: Sequence[Sequence[int]], *, left: bool = False) -> Captured:
-        """Run prompts as one batch and return what the wrapped layer saw, in its own dtype."""
+        """Run prompts as one batch and return what the wrapped layer saw, in its own dtype.
+
+        Under `query="text"` the queries are the keys of the prompts, float32.
+        """
         captures: list[Captured] = []
         with self.adaptor.using(captures=captures, plan=None, generation=None, forced=None):
             self.run_prompts(self.inputs(prompts, left=left))
@@ -322,10 +326,21 @@ class Family(ABC):
             raise ValueError(
                 f"layer must run once in a forward, got {len(captures)} calls of {self.layer!r}"
             )
-        return captures[0]
+        seen = captures[0]
+        return seen if self.adaptor.text is None else replace(seen, queries=self._keys(prompts))
+
+    def _keys(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        text = self.adaptor.text
+        assert text is not None
+        return torch.stack([text.key(ids) for ids in prompts]).to(self.adaptor.codebook.device)
 
     def queries(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Return the queries `[B, D]` of prompts, run in padded batches."""
+        """Return the queries `[B, D]` of prompts, run in padded batches.
+
+        Under `query="text"` nothing is run, and they are those of the first spans.
+        """
+        if self.adaptor.text is not None:
+            return self._keys(prompts)
         pieces = [prompts[i : i + MOST_ROWS] for i in range(0, len(prompts), MOST_ROWS)]
         return torch.cat([self.capture(piece).queries for piece in pieces])
 
