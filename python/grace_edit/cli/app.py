@@ -30,6 +30,7 @@ class Query(str, Enum):
 
     last = "last"
     mean = "mean"
+    text = "text"
 
 
 class Replace(str, Enum):
