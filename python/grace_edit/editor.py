@@ -34,6 +34,11 @@ log = logging.getLogger("grace_edit")
 class GraceEditor:
     """Edit a trained model without touching its weights.
 
+    Several threads may use one editor. `edit`, `edit_batch`, `delete`, `undo` and `rekey` wait for
+    each other, from the first look at the codebook to the end, so none takes back what another one
+    reported as done; so do changes by `editor.codebook`. Requests never wait for a value to be
+    trained.
+
     Args:
         model: a transformers model: causal (GPT-2, Llama, Qwen, ...), encoder–decoder (T5, edited
             in the encoder), sequence classifier or masked language model (BERT, RoBERTa, ...).
@@ -116,7 +121,7 @@ class GraceEditor:
             CapacityError: the codebook is frozen and full.
         """
         pair = self.family.encode_edit(prompt, target)
-        with self.family.working(), self.codebook.transaction():
+        with self.codebook.transaction(), self.family.working():
             result = self._maker.make(*pair)
         log.info("edit %s", result.to_dict())
         return result
@@ -140,7 +145,7 @@ class GraceEditor:
             except ValueError as error:
                 raise ValueError(f"edits[{number}]: {error}") from error
         maker = self._maker
-        with self.family.working(), self.codebook.transaction():
+        with self.codebook.transaction(), self.family.working():
             results = [maker.make(*pair) for pair in bar(encoded, "editing", progress)]
         for result in results:
             log.info("edit %s", result.to_dict())

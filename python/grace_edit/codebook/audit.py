@@ -16,6 +16,8 @@ def check(storage: Storage) -> None:
     _slots(storage)
     _edits(storage)
     _sketch(storage)
+    if storage.settings.nearest:
+        _own_entries(storage)
     if not storage.settings.paper:
         _answers(storage)
 
@@ -109,6 +111,18 @@ def _edits(storage: Storage) -> None:
         _require(storage.by_query == by_query, "the index of queries is wrong")
         by_prompt = {edit.prompt: edit.id for edit in stored if edit.prompt is not None}
         _require(storage.by_prompt == by_prompt, "the index of prompts is wrong")
+
+
+def _own_entries(storage: Storage) -> None:
+    for slot in range(storage.slots.in_use):
+        entry = storage.entry(slot)
+        if entry is None:
+            continue
+        _require(entry.members == (entry.owner,), f"slot {slot} answers for other edits")
+        imported = storage.edit(entry.owner).query_index < 0
+        radius = storage.imported.radii[slot].item() if imported else storage.settings.radius
+        held = storage.slots.radii[slot].item()
+        _require(held == radius, f"slot {slot} has not its edit's radius")
 
 
 def _answers(storage: Storage) -> None:

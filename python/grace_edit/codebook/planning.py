@@ -43,14 +43,19 @@ def propose(
         if entry is not None and distance == 0.0:
             replaced.add(entry.owner)
             query = storage.query_of(storage.edit(entry.owner))
-        decision = rules.decide(
-            distance,
-            radius,
-            same,
-            radius=settings.radius,
-            drift=settings.drift,
-            max_radius=settings.max_radius,
-        )
+        if settings.nearest:
+            decision = rules.decide_nearest(
+                distance, radius, same, radius=settings.radius, drift=settings.drift
+            )
+        else:
+            decision = rules.decide(
+                distance,
+                radius,
+                same,
+                radius=settings.radius,
+                drift=settings.drift,
+                max_radius=settings.max_radius,
+            )
         if own_entry:
             decision = _decide_own(storage, decision, query, ids, distance, radius)
 
@@ -87,7 +92,7 @@ def _decide_own(
     neighbour_radius: float | None,
 ) -> Decision:
     """Turn a decision into one that gives the edit an entry of its own."""
-    if decision.case == "split":
+    if decision.case == "split" or (storage.settings.nearest and decision.case == "add"):
         return decision
     if distance == 0.0:
         return replace(decision, case="update")

@@ -28,12 +28,29 @@ def delete(storage: Storage, id: int, purge: bool) -> None:
                 index = storage.queries.add(storage.slots.keys[id], id)
                 edit = replace(edit, query_index=index)
                 storage.put_entry(id, storage.live_entry(id))
+            alone = _stands_alone(storage, edit)
+            if alone:
+                storage.free_entry(edit)
             edit = replace(edit, state="deleted", slot=-1, value_id=-1, superseded_by=None)
             storage.put_edit(edit)
-            _replay(storage)
+            if not alone:
+                _replay(storage)
         if purge:
             storage.purge(edit)
         storage.end_change()
+
+
+def _stands_alone(storage: Storage, edit: Edit) -> bool:
+    """Say whether no decision about another edit would be another one without this edit.
+
+    Where every edit has an entry of its own, only those that it superseded, or that superseded it,
+    depend on it.
+    """
+    if not storage.settings.nearest or not edit.live:
+        return False
+    return all(
+        other is None or other.superseded_by != edit.id for other in storage.edit_records.values()
+    )
 
 
 def _replay(storage: Storage) -> None:

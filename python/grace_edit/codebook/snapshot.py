@@ -44,6 +44,11 @@ def settings_of(storage: Storage) -> dict[str, Any]:
     }
 
 
+def format_of(storage: Storage) -> int:
+    """Return the lowest format whose readers understand this codebook."""
+    return 2 if storage.settings.nearest else 1
+
+
 def content_of(storage: Storage) -> tuple[dict[str, Tensor], str]:
     """Return the tensors and the lines of records of a codebook."""
     asked = [edit for edit in storage.history() if edit.query_index >= 0]

@@ -47,11 +47,14 @@ class Storage:
     """Everything a codebook holds. Read what is public here; write by the methods.
 
     Writing needs an open `transaction`, and the `lock` where other threads read; only filling an
-    empty codebook (`fill` here, in `slots` and in `queries`) needs neither.
+    empty codebook (`fill` here, in `slots` and in `queries`) needs neither. Where both locks are
+    taken, `changing` is taken first.
 
     Attributes:
         settings, slots, queries, imported, journal: see their classes.
         lock: held while slots change; must be held while they are read in another thread.
+        changing: held by the thread that changes the codebook, from the first look on which its
+            decision rests to the end of its transaction. Those who only read never take it.
         version: goes up with every change, and never down.
         entry_records: by slot, of each entry about which there is more to say than "as imported";
             None: an imported slot that is dead.
@@ -80,6 +83,7 @@ class Storage:
         self.queries = Queries(key_dim, dtype, self.journal)
         self.imported = Imported()
         self.lock = threading.RLock()
+        self.changing = threading.RLock()
         self.version = 0
         self.entry_records: dict[int, Entry | None] = {}
         self.edit_records: dict[int, Edit | None] = {}
@@ -94,10 +98,10 @@ class Storage:
         self._changed = False  # version went up within the open transaction
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: item for name, item in vars(self).items() if name != "lock"}
+        return {k: item for k, item in vars(self).items() if k not in ("lock", "changing")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, lock=threading.RLock())
+        vars(self).update(state, lock=threading.RLock(), changing=threading.RLock())
 
     def held(self, table: str, key: Any) -> Any:
         """Return what a place holds; see `journal.Part`."""
@@ -122,7 +126,14 @@ class Storage:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Make what is done inside one step of undo, all of it or nothing; may be nested."""
+        """Make what is done inside one step of undo, all of it or nothing; may be nested.
+
+        That of another thread is waited for: what it is told is done stays done.
+        """
+        with self.changing:
+            yield from self._transaction()
+
+    def _transaction(self) -> Iterator[None]:
         self.journal.begin()
         try:
             yield
@@ -156,6 +167,10 @@ class Storage:
         Raises:
             UndoError: there is none, or a transaction is open.
         """
+        with self.changing:
+            self._undo()
+
+    def _undo(self) -> None:
         self.journal.require_step()
         capacity = self.journal.before_last(self.slots, "capacity")
         if capacity is not None and not self.slots.frozen:
@@ -259,13 +274,15 @@ class Storage:
 
     def history(self) -> list[Edit]:
         """Return every edit that was not purged, by id."""
-        ids = sorted({*range(len(self.imported.labels)), *self.edit_records})
-        return [self.edit(id) for id in ids if self.edit_records.get(id, self) is not None]
+        with self.lock:
+            ids = sorted({*range(len(self.imported.labels)), *self.edit_records})
+            return [self.edit(id) for id in ids if self.edit_records.get(id, self) is not None]
 
     def live_ids(self) -> list[int]:
         """Return the ids of the live edits, ascending."""
-        imported = [i for i in range(len(self.imported.labels)) if i not in self.edit_records]
-        return sorted(imported + [e.id for e in self.edit_records.values() if e and e.live])
+        with self.lock:
+            imported = [i for i in range(len(self.imported.labels)) if i not in self.edit_records]
+            return sorted(imported + [e.id for e in self.edit_records.values() if e and e.live])
 
     def query_of(self, edit: Edit) -> Tensor:
         """Return the stored query `[D]` of an edit of the history, of the host or a slot's key."""
@@ -296,12 +313,23 @@ class Storage:
         edit = self.edit(id)
         self.leave_entry(edit)
         self.put_edit(replace(edit, state="superseded", slot=-1, superseded_by=by))
+        self._end_life(edit)
+
+    def free_entry(self, edit: Edit) -> None:
+        """Free the entry that is a live edit's own and answers no other; the edit is not live."""
+        self.retire_value(edit.slot)
+        self.vacate(edit.slot)
+        self._end_life(edit)
+        self.slots.clear_free()
+        self.slots.trim()
+
+    def _end_life(self, edit: Edit) -> None:
         if edit.query_index >= 0:
             self.queries.clear_answer(edit.query_index)
-        if edit.prompt is not None and self.by_prompt.get(edit.prompt) == id:
+        if edit.prompt is not None and self.by_prompt.get(edit.prompt) == edit.id:
             self._drop("by_prompt", edit.prompt)
         query = digest(self.query_of(edit))
-        if self.by_query.get(query) == id:
+        if self.by_query.get(query) == edit.id:
             self._drop("by_query", query)
         self._put_number("live_edits", self.live_edits - 1)
 

@@ -27,7 +27,9 @@ from safetensors.torch import save as render_tensors
 from . import snapshot
 from .codebook import Codebook
 
-FORMAT = 1
+FORMAT = 2
+"""The highest that is read; what an older release reads right is written as 1."""
+
 CONFIG = "grace_config.json"
 TENSORS = "codebook.safetensors"
 EDITS = "edits.jsonl"
@@ -52,7 +54,7 @@ def save(
     one. Steps of undo are not saved.
 
     Args:
-        codebook: outside a transaction.
+        codebook: outside a transaction; one that another thread has opened is waited for.
         directory: made if it is not there.
         config: what JSON can hold; `load` returns it.
         beside: further files by name, saved with the same care; `load_all` returns them.
@@ -61,15 +63,16 @@ def save(
         TypeError, ValueError: `config` is not JSON. Nothing is written.
         OSError: as the file system says.
     """
-    storage = codebook.storage
-    if storage.journal.is_open:
-        raise ValueError("cannot save inside a transaction: end it first")
-    directory = Path(directory)
-    tensors, records = snapshot.content_of(storage)
-    files = {TENSORS: render_tensors(tensors), EDITS: records.encode(), **(beside or {})}
+    with codebook.changing() as storage:
+        if storage.journal.is_open:
+            raise ValueError("cannot save inside a transaction: end it first")
+        directory = Path(directory)
+        tensors, records = snapshot.content_of(storage)
+        settings, number = snapshot.settings_of(storage), snapshot.format_of(storage)
+        files = {TENSORS: render_tensors(tensors), EDITS: records.encode(), **(beside or {})}
     described: dict[str, Any] = {
-        "format": FORMAT,
-        "codebook": snapshot.settings_of(storage),
+        "format": number,
+        "codebook": settings,
         "config": config,
         "files": {name: _sha256(content) for name, content in files.items()},
     }

@@ -71,10 +71,11 @@ def explain(family: Family, prompt: list[int]) -> Explanation:
         return _explain_text(family, family.adaptor.text, prompt)
     seen = family.capture([prompt])
     check_fits(book, seen.queries, seen.outputs)
-    found = [_entry(family, slot, d) for slot, d in book.nearest_two(seen.queries[0])]
-    if not found:
-        return Explanation(False, None, -1, float("inf"), float("nan"), "", None)
-    hit = int(book.lookup(seen.queries)[0]) >= 0
+    with book.lock:  # all of it says the same of the same entries
+        found = [_entry(family, slot, d) for slot, d in book.nearest_two(seen.queries[0])]
+        if not found:
+            return Explanation(False, None, -1, float("inf"), float("nan"), "", None)
+        hit = int(book.lookup(seen.queries)[0]) >= 0
     return Explanation(hit, **found[0], runner_up=found[1] if len(found) > 1 else None)
 
 

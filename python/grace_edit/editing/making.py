@@ -21,25 +21,29 @@ class EditMaker:
     """Makes edits of an attached model as a configuration says.
 
     Args:
-        family: of the attached model; its adaptor's codebook takes the edits.
+        family: of the attached model.
         config: how values are trained and entries shared.
+        book: the codebook that takes the edits; None: the one that serves.
     """
 
     family: Family
     config: GraceConfig
+    book: Codebook | None = None
 
     def new_codebook(self, capacity: int) -> Codebook:
         """Return an empty codebook of the layer's widths, dtypes, device and drift."""
-        config, family = self.config, self.family
+        config, family, policy = self.config, self.family, self.config.policy
         if family.adaptor.text is None:
             drift, seen = measure_drift(family, config.seed)
         else:
             drift, seen = 0.0, family.capture(probes_of(family, config.seed)[:1])
+            if policy == "default":
+                policy = "nearest"  # keys made from text: their balls overlap, the nearest is right
         return Codebook(
             seen.queries.shape[-1],
             seen.outputs.shape[-1],
             radius=config.radius,
-            policy=config.policy,
+            policy=policy,
             capacity=capacity,
             dtype=seen.queries.dtype,
             value_dtype=seen.outputs.dtype,
@@ -90,7 +94,7 @@ class EditMaker:
 
     @property
     def _book(self) -> Codebook:
-        return self.family.adaptor.codebook
+        return self.family.adaptor.codebook if self.book is None else self.book
 
     def _share(
         self, proposal: Proposal, prompt: list[int], target: list[int]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +45,8 @@ def find_misfires(family: Family, edits: Sequence[Edit], progress: bool) -> list
     for piece in bar(pieces, "verifying", progress):
         for mode, queries in _in_modes(family, [list(e.prompt or ()) for e in piece]):
             book = family.adaptor.codebook
-            missing += _misses(book, piece, mode, queries, book.lookup(queries)[0].tolist())
+            ask = lambda q=queries: book.lookup(q)[0]  # noqa: E731
+            missing += _misses(book, piece, mode, queries, ask)
     return missing
 
 
@@ -61,7 +62,7 @@ def _unanswered(family: Family, edits: Sequence[Edit]) -> list[Misfire]:
         edits,
         "alone",
         family.queries(prompts),
-        adaptor.answer(prompts).index.tolist(),
+        lambda: adaptor.answer(prompts).index,
     )
 
 
@@ -87,15 +88,31 @@ def _in_modes(family: Family, prompts: list[list[int]]) -> Iterator[tuple[str, T
 
 
 def _misses(
-    book: Codebook, edits: Sequence[Edit], mode: str, queries: Tensor, answered: Sequence[int]
+    book: Codebook,
+    edits: Sequence[Edit],
+    mode: str,
+    queries: Tensor,
+    ask: Callable[[], Tensor],
 ) -> list[Misfire]:
-    found = []
-    for edit, slot, query in zip(edits, answered, queries, strict=True):
-        if slot >= 0 and (
-            edit.id in book.members(slot) or book.edit_of_slot(slot).label == edit.label
-        ):
-            continue
-        own = slice(edit.slot, edit.slot + 1)
-        _, distance = grace_kernels.nearest(query[None], book.keys[own], book.radii[own])
-        found.append(Misfire(edit.id, mode, float(distance), float(book.radii[edit.slot])))
+    with book.lock:  # other threads may edit in the meantime
+        answered = ask().tolist()
+        found = []
+        for asked, slot, query in zip(edits, answered, queries, strict=True):
+            edit = _now(book, asked.id)
+            if edit is None or (
+                slot >= 0
+                and (edit.id in book.members(slot) or book.edit_of_slot(slot).label == edit.label)
+            ):
+                continue
+            own = slice(edit.slot, edit.slot + 1)
+            _, distance = grace_kernels.nearest(query[None], book.keys[own], book.radii[own])
+            found.append(Misfire(edit.id, mode, float(distance), float(book.radii[edit.slot])))
     return found
+
+
+def _now(book: Codebook, id: int) -> Edit | None:
+    try:
+        edit = book.edit(id)
+    except KeyError:
+        return None
+    return edit if edit.live else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -98,6 +99,9 @@ class Family(ABC):
         self.takes_positions = "position_ids" in accepted
         self.longest = _longest(model, self.config)
         self.attached = False
+        self._at_work = 0  # threads inside `working`, and what they put into eval mode
+        self._training: list[nn.Module] = []
+        self._lock = threading.Lock()
 
     @classmethod
     @abstractmethod
@@ -267,18 +271,29 @@ class Family(ABC):
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Run the model in eval mode inside a `with` block; all is put back, whatever happens."""
+        """Run the model in eval mode inside a `with` block; all is put back, whatever happens.
+
+        Where several threads are inside at a time, the last one that leaves puts it back.
+        """
         if not self.attached:
             raise ValueError("the editor must be attached to its model for this; it was detached")
-        training = [module for module in self.model.modules() if module.training]
+        with self._lock:
+            self._at_work += 1
         try:
-            for module in training:
-                module.training = False
+            with self._lock:
+                for module in self.model.modules():
+                    if module.training:
+                        self._training.append(module)
+                        module.training = False
             with torch.inference_mode(False):
                 yield
         finally:
-            for module in training:
-                module.training = True
+            with self._lock:
+                self._at_work -= 1
+                if not self._at_work:
+                    for module in self._training:
+                        module.training = True
+                    self._training = []
 
     @property
     def device(self) -> torch.device:
