@@ -287,9 +287,17 @@ class GraceEditor:
     def _live(self) -> list[Edit]:
         return [edit for edit in self.codebook.history if edit.live]
 
-    def disable(self) -> AbstractContextManager[None]:
-        """Serve the unedited model inside a `with` block."""
-        return self.adaptor.using(enabled=False)
+    def disable(self, *, thread_only: bool = False) -> AbstractContextManager[None]:
+        """Serve the unedited model inside a `with` block, in every thread.
+
+        A generation that another thread has begun before ends as it began. Blocks may be nested,
+        and those of several threads may overlap: the model is edited again when the last one ends.
+        A thread that is started inside must have begun its generation before the block ends.
+
+        Args:
+            thread_only: only in the thread that enters the block; others are served as before.
+        """
+        return self.adaptor.disabled(thread_only=thread_only)
 
     def plan(self, plan: QueryPlan) -> AbstractContextManager[None]:
         """Name the rows that ask yourself inside a `with` block (packed batches, past tokens)."""

@@ -23,6 +23,7 @@ from .output import (
     OK,
     USAGE,
     CommandError,
+    asks_line,
     complain,
     print_json,
     quiet,
@@ -146,6 +147,11 @@ def run(options: Options) -> int:
     requests = read_requests(options.edits)
     saved = None if options.resume is None else read_edits_of(options.resume)
     config = _new_config(options) if saved is None else _kept_config(options, saved)
+    for name in ("encoder", "text_map"):
+        if options.settings.get(name) is not None and config.query != "text":
+            raise CommandError(
+                USAGE, f"--{name.replace('_', '-')} must be left out without --query text"
+            )
     source = options.model or (saved.source if saved is not None else "")
     if not source:
         raise CommandError(USAGE, "--model must be given, got none")
@@ -196,8 +202,8 @@ def _kept_config(options: Options, saved: SavedEdits) -> GraceConfig:
         if name != "layer" and value is not None and value != own.get(name):
             raise CommandError(
                 USAGE,
-                f"--{name} must be left out with --resume, whose edits have {own.get(name)}, "
-                f"got {value}",
+                f"--{name.replace('_', '-')} must be left out with --resume, whose edits have "
+                f"{own.get(name)}, got {value}",
             )
     layer = options.settings.get("layer") or own.get("layer")
     return GraceConfig(**{**own, "layer": layer})
@@ -253,6 +259,7 @@ def _summary(
         "model": loaded.facts(),
         "layer": editor.layer,
         "query": editor.adaptor.query,
+        "text": editor.status()["text"],
         "replace": editor.adaptor.replace,
         "drift": editor.codebook.drift,
         "accepted": accepted,
@@ -274,7 +281,9 @@ def _show(
                 "class": f"{model['class']}: {model['task']}, {model['why']}",
                 "runs in": f"{model['dtype']} on {model['device']}",
                 "layer": editor.layer,
-                "asks": f"query {editor.adaptor.query}, replaces {editor.adaptor.replace}",
+                "asks": asks_line(
+                    editor.adaptor.query, editor.adaptor.replace, editor.status()["text"]
+                ),
                 "drift": number(book.drift),
             }
         )
