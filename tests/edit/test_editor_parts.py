@@ -10,6 +10,7 @@ from grace_edit import GraceEditor
 from grace_edit.editing import making
 from grace_edit.editing.asked import radius_outside, read_wanted
 from grace_edit.editing.training import Fit
+from text_models import NEIGHBOUR, OTHER, QUESTION, REWORDED, TARGET, text_editor
 from tiny_models import book_of, generated, run_of, same
 
 # B ends like A but is shorter, so that its query is near; C and D are far from both.
@@ -291,3 +292,29 @@ def test_no_edit_of_several_prompts_loses_one_in_a_conflicting_stream(edited, mo
             editor.codebook.check()
     keys = {id: 1 + len(editor.codebook.parts(id)) for id in editor.codebook.ids}
     assert sum(count > 1 for count in keys.values()) > 3
+
+
+def test_with_keys_from_text_every_prompt_has_an_entry_and_a_negative_stays_outside(trained):
+    probe = text_editor(trained("gpt2"), "gpt2")
+    probe.edit(QUESTION, TARGET)
+    away = probe.explain(NEIGHBOUR).distance
+    assert away > 0.0
+    editor = text_editor(trained("gpt2"), "gpt2", radius=away * 1.5)
+    assert editor.codebook.policy == "nearest"
+    editor.edit(QUESTION, TARGET)
+    assert editor.explain(NEIGHBOUR).hit
+    result = editor.edit(QUESTION, TARGET, paraphrases=[OTHER], negatives=[NEIGHBOUR])
+    assert (result.success, result.keys, editor.codebook.entries) == (True, 2, 2)
+    assert [editor.explain(p).key for p in (QUESTION, REWORDED, OTHER)] == [0, 0, 1]
+    assert editor.answer(OTHER, 3) == editor.answer(QUESTION, 3) == TARGET
+    assert not editor.explain(NEIGHBOUR).hit
+    assert editor.codebook.radii[0].item() < away
+    near = editor.edit(NEIGHBOUR, "one two").id  # and is edited itself without harm to the other
+    assert editor.explain(NEIGHBOUR).edit_id == near
+    assert editor.explain(QUESTION).edit_id == result.id
+    assert editor.verify() == []
+    editor.codebook.check()
+    editor.delete(result.id)
+    assert editor.codebook.ids == [0, near]  # what it superseded is back
+    assert editor.explain(OTHER).edit_id != result.id
+    editor.codebook.check()

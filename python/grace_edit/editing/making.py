@@ -105,6 +105,8 @@ class EditMaker:
         kept = [self._produce([prompt], target, fit.value) for prompt in prompts]
         names = ["the prompt", *(f"paraphrases[{i}]" for i in range(len(prompts) - 1))]
         failed = [name for name, works in zip(names, kept, strict=True) if not works]
+        if not failed:
+            return fit.reason
         return f"{fit.reason}; with the value that all share {', '.join(failed)} missed it"
 
     @property
