@@ -218,7 +218,9 @@ def test_the_output_projection_is_given_the_tokens_of_the_targets_alone(edited, 
     plan = editor.family.plan(batch, torch.tensor([len(p) for p in prompts]))
     with editor.family.answering(value.expand(2, -1), plan):
         whole = editor.model(**batch).logits
-    picked = [whole[b, len(p) - 1 + i] for b, p in enumerate(prompts) for i in range(len(targets[b]))]
+    picked = [
+        whole[b, len(p) - 1 + i] for b, p in enumerate(prompts) for i in range(len(targets[b]))
+    ]
     assert (logits - torch.stack(picked)).abs().max() < 1e-4
     assert logits_of(editor.model, prompts[0]).ndim == 2  # other forwards give them all
 

@@ -9,15 +9,15 @@ from ..keys.prompts import chat_frame
 
 SENTENCES = (
     "The meeting was moved to Thursday.",
-    "Most of the seats in the hall were still empty when the lights went down.",
-    "He put the letter back into the drawer and said nothing.",
-    "In recent years, the number of visitors has more than doubled.",
     "See the second chapter for details.",
-    "It had rained since the early morning.",
-    "According to the report, neither of the two plans was carried out in the end.",
-    "Here is something else that is worth knowing.",
+    "Nobody in the room said a word.",
+    "Here is something else worth knowing.",
+    "It had rained since early morning.",
+    "The second plan was never carried out.",
+    "He closed the drawer and went home.",
+    "The hall was still half empty.",
 )
-"""Of no subject and no relation in particular; the first ones are used."""
+"""Of no subject and no relation in particular, and short: every step runs them. The first are used."""
 
 
 def behind_sentences(

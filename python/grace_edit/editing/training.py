@@ -100,7 +100,9 @@ def fit_value(
             lead = float(odds.min())
             if lead >= least and patience is None:
                 patience = 2 * steps + _PATIENCE
-            enough = lead >= margin or (lead >= least and patience is not None and steps >= patience)
+            enough = lead >= margin or (
+                lead >= least and patience is not None and steps >= patience
+            )
             if (early_stop and enough) or last_step:
                 reached = _verified(family, prompts, targets, stored.detach())
                 # Likely in one pass over the text and still not produced freely: ask more.
