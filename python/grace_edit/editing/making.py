@@ -13,9 +13,17 @@ from ..codebook.codebook import Codebook
 from ..codebook.records import Edit, EditResult, Proposal
 from ..config import GraceConfig
 from ..families import Family, target_of
+from ..families.base import MOST_ROWS
 from .asked import Key, Wanted, find_keys
+from .contexts import behind_sentences
 from .drift import measure_drift, probes_of
 from .training import Fit, fit_value
+
+_FIRST_MOVE = 4.0
+"""Nats by which the first step is to raise the log odds of the target's tokens."""
+
+_CONTEXTS_OF_TEXT = 4
+"""Sentences that values are trained behind under `query="text"`, see `GraceConfig.contexts`."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +139,7 @@ class EditMaker:
     def _fit(self, prompts: list[list[int]], targets: list[list[int]], start: Tensor) -> Fit:
         config, paper = self.config, self.config.recipe == "paper"
         scale = float(start.float().square().mean().sqrt().clamp(min=1e-3))
+        contexts = [] if paper else self._contexts(prompts, targets)
         return fit_value(
             self.family,
             prompts,
@@ -140,8 +149,26 @@ class EditMaker:
             lr=1.0 if paper else config.lr * scale,
             max_steps=100 if paper else config.max_steps,
             margin=config.margin,
+            move=0.0 if paper else _FIRST_MOVE,
+            contexts=contexts,
             early_stop=not paper,
         )
+
+    def _contexts(
+        self, prompts: list[list[int]], targets: list[list[int]]
+    ) -> list[tuple[list[int], list[int]]]:
+        """Return the prompts behind other sentences, with their targets, on which to train too."""
+        count = self.config.contexts
+        if count is None:
+            count = _CONTEXTS_OF_TEXT if self.config.query == "text" else 0
+        if not self.family.takes_contexts or self.family.adaptor.replace != "last":
+            return []
+        made = [
+            (behind, target)
+            for prompt, target in zip(prompts, targets, strict=True)
+            for behind in behind_sentences(self.family, prompt, target, count)
+        ]
+        return made[: max(0, MOST_ROWS - len(prompts))]
 
     def _first_value(self, own_output: Tensor) -> Tensor:
         if self.config.init == "warm" and self.config.recipe != "paper":
@@ -191,7 +218,11 @@ class EditMaker:
             result = replace(result, reason=note, fragile=fragile, keys=len(keys))
             if fit is not None:
                 result = replace(
-                    result, loss_start=fit.loss_start, loss_end=fit.loss_end, steps=fit.steps
+                    result,
+                    loss_start=fit.loss_start,
+                    loss_end=fit.loss_end,
+                    steps=fit.steps,
+                    probability=fit.probability,
                 )
             book.record(result)
         return result
@@ -224,5 +255,6 @@ def _refused(proposal: Proposal, fit: Fit, reason: str) -> EditResult:
         loss_end=fit.loss_end,
         steps=fit.steps,
         success=False,
+        probability=fit.probability,
         reason=reason,
     )
