@@ -232,7 +232,8 @@ class _Evaluation:
         if name == "memory":
             return Memory(asked, config)
         if name == "rag":
-            return Retrieval(asked, **settings)
+            by_text = Memory(asked, config) if config.query == "text" else None
+            return Retrieval(asked, memory=by_text, **settings)
         return Grace(asked, config, name=name)
 
     def _sweep(self) -> tuple[list[Figure], list[dict[str, Any]]]:

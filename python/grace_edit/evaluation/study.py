@@ -1,6 +1,6 @@
-"""The study of one model on a folder of published records: lifelong edits, scope, and what to blame.
+"""The study of a model on a folder of published records: lifelong edits, scope, what to blame.
 
-out/study.json, study.csv   every row of the tables; they hold figures alone, no record
+out/study.{json,csv,png}    every row of the tables, and distances; figures alone, no record
 out/data/                   the records, split by subject
 out/map/, unseen-1/, ...    text maps, learned from the subjects that are not edited
 out/edits/, paper/, ...     the runs, each as `command.run` leaves it
@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..keys.augment import Amounts, Fact, Wordings, augmented
+from ..keys.augment import Amounts, Wordings, augmented
 from ..keys.choice import text_keys
 from ..keys.text_map import SETTINGS as MAP_FILE
 from ..keys.text_map import TextMap
@@ -115,7 +115,7 @@ class _Study:
     ) -> None:
         self.data, self.out, self.loaded, self.sizes = data, out, loaded, sizes
         self.encoder = str(options.config.get("encoder", "tokens"))
-        self.encoders = encoders
+        self.encoders = tuple(one for one in encoders if one != self.encoder)
         self.parts: Split = split(data, out / "data", edits=sizes.edits, seed=options.seed)
         self.asked = AskedModel(*loaded)
         self.records = self._records()
@@ -145,7 +145,7 @@ class _Study:
         results = {
             "command": self.options.command,
             "model": self.options.model,
-            "config": {"encoder": Path(self.encoder).name},
+            "encoder": _short(self.encoder),
             "counts": self.parts.counts,
             "sizes": asdict(self.sizes),
             "environments": environments(self.out),
@@ -158,6 +158,9 @@ class _Study:
         writer.writeheader()
         writer.writerows(rows)
         write_whole(self.out / "study.csv", text.getvalue())
+        picture = self.out / "edits" / "pictures" / "scope-grace.png"
+        if picture.exists():
+            shutil.copyfile(picture, self.out / "study.png")
         return results
 
     # Parts
@@ -179,8 +182,10 @@ class _Study:
         units = read_units(self.out / "edits" / "grace")
         for encoder in (self.encoder, *self.encoders):
             own = encoder == self.encoder
-            name = Path(encoder).name
-            ring, taken = self._ring("map" if own else f"map-{name}", self.parts.train, encoder, units)
+            name = _short(encoder)
+            ring, taken = self._ring(
+                "map" if own else f"map-{name}", self.parts.train, encoder, units
+            )
             yield from self._asked(f"scope, {name}", ring, taken, units)
             yield from self._harder(f"harder prompts, {name}", ring, taken)
             yield from self._zsre(f"zsRE, {name}", ring)
@@ -191,10 +196,14 @@ class _Study:
     def _unseen(self, name: str, encoder: str, units: Units) -> Iterator[Row]:
         parts: list[list[Row]] = []
         for number, (relations, folder) in enumerate(self.parts.unseen):
-            where = f"unseen-{number + 1}" + ("" if encoder == self.encoder else f"-{name}")
+            where = f"unseen-{number + 1}" + (
+                "" if encoder == self.encoder else f"-{_folder(encoder)}"
+            )
             ring, taken = self._ring(where, folder, encoder, units)
             own = [i for i in taken if self.records[i].relation in relations]
-            parts.append(list(self._asked(f"relations never seen, {name}", ring, taken, units, own)))
+            parts.append(
+                list(self._asked(f"relations never seen, {name}", ring, taken, units, own))
+            )
         for one, other in zip(*parts, strict=True):
             yield _together(one, other)
 
@@ -237,7 +246,9 @@ class _Study:
     def _run(self, where: str, data: Path, *, config: dict[str, Any], **changes: Any) -> Any:
         changes.setdefault("every", None if where != "edits" else 100)
         config = {**self.options.config, **config}
-        options = replace(self.options, data=str(data), out=self.out / where, config=config, **changes)
+        options = replace(
+            self.options, data=str(data), out=self.out / where, config=config, **changes
+        )
         return run(options, self.loaded)
 
     def _map(self, where: str, train: Path, encoder: str | None = None) -> Path:
@@ -375,6 +386,15 @@ class _Study:
         yield _row(part, "questions that follow from the edit fired", ring.fired(others))
 
 
+def _short(encoder: str) -> str:
+    """Return the last names of a path: without those of this machine."""
+    return "/".join(Path(encoder).parts[-2:])
+
+
+def _folder(encoder: str) -> str:
+    return _short(encoder).replace("/", "-")
+
+
 def load_prompts(path: Path) -> list[str]:
     """Return the prompts of a file of questions."""
     return [json.loads(line)["prompt"] for line in path.read_text("utf-8").splitlines()]
@@ -431,7 +451,9 @@ _PASSAGES: tuple[_Wanted, ...] = (
 )
 
 
-def _rows(results: dict[str, Any], part: str, method: str, wanted: Sequence[_Wanted]) -> Iterator[Row]:
+def _rows(
+    results: dict[str, Any], part: str, method: str, wanted: Sequence[_Wanted]
+) -> Iterator[Row]:
     """Give the figures at the end of a run; TRR's also before it."""
     mine = [one for one in results["figures"] if one["method"] == method]
     last = max(one["edits"] for one in mine)
