@@ -182,6 +182,22 @@ def edit(
         Query | None,
         typer.Option(help="What asks.", show_default="last for decoders, mean for encoders"),
     ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            help="With --query text: directory or hub id of a sentence encoder, or tokens for the "
+            "model's own embeddings.",
+            show_default="tokens",
+        ),
+    ] = None,
+    text_map: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="With --query text: directory of a map.",
+            show_default="the one that comes with the package",
+        ),
+    ] = None,
     replace: Annotated[
         Replace | None,
         typer.Option(help="What is replaced.", show_default="last for causal, all for encoders"),
@@ -211,6 +227,8 @@ def edit(
         "layer": layer,
         "radius": radius,
         "query": _value(query),
+        "encoder": encoder,
+        "text_map": text_map,
         "replace": _value(replace),
         "policy": _value(policy),
         "recipe": _value(recipe),
@@ -234,6 +252,48 @@ def explain(
     from . import show
 
     raise typer.Exit(show.explain(codebook, prompt, model=model, device=device.value, as_json=json))
+
+
+@app.command()
+def chat(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Directory or hub id, or smollm2.", show_default="the one the edits were made on"
+        ),
+    ] = None,
+    codebook: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Directory of saved edits, or a new one for /save."),
+    ] = None,
+    layer: Annotated[
+        str | None,
+        typer.Option(help="Layer to wrap, without saved edits.", show_default="none; smollm2's"),
+    ] = None,
+    radius: Annotated[
+        float | None, typer.Option(help="Radius of a new entry.", show_default="1.0")
+    ] = None,
+    query: Annotated[Query | None, typer.Option(help="What asks.", show_default="last")] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Continue each message; no chat template.")
+    ] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 128,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="To load the model in.", show_default="the checkpoint's")
+    ] = None,
+    device: Where = Device.cpu,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per event on stdout.")
+    ] = False,
+) -> None:
+    """Ask an edited model, see which edit answers and why, and correct it on the spot."""
+    from .chat import Options, run
+
+    settings = {"layer": layer, "radius": radius, "query": _value(query)}
+    options = Options(
+        model, codebook, plain, max_tokens, _value(dtype), device.value, json, settings
+    )
+    raise typer.Exit(run(options))
 
 
 @app.command()
