@@ -404,7 +404,7 @@ def evaluate(
         upstream=upstream,
         seed=seed,
         progress=evaluation.progress_wanted(),
-        command=" ".join(["grace", *sys.argv[1:]]),
+        command=" ".join(["grace", *map(_named, sys.argv[1:])]),
     )
     done = evaluation.evaluate(
         options,
@@ -461,6 +461,11 @@ def doctor(json: Json = False) -> None:
     from . import doctor as examination
 
     raise typer.Exit(examination.run(as_json=json))
+
+
+def _named(argument: str) -> str:
+    """Return an argument without the folders of this machine: results are shown to others."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _value(choice: Enum | None) -> str | None:
