@@ -69,8 +69,11 @@ def split(data: Path, out: Path, *, edits: int, seed: int = 0) -> Split:
     if nested is None:
         raise NoDataError(f"{data / NESTED}: no such file")
     chosen, rest = _chosen(nested, edits, seed)
-    if not chosen or not rest:
-        raise DataError(f"{data / NESTED}: must hold more than {edits} subjects")
+    if len(chosen) < edits or not rest:
+        raise DataError(
+            f"{data / NESTED}: must hold subjects for {edits} edits and others to learn from, got "
+            f"{len(chosen)} and {len(rest)} records"
+        )
     names = {_subject(raw) for raw in chosen}
     own, dropped = _without(chosen, names)
     flat = [raw for raw in _read(data / FLAT) or () if _subject(raw) not in names]
