@@ -110,7 +110,7 @@ class _Study:
         self.parts: Split = split(data, out / "data", edits=sizes.edits, seed=options.seed)
         self.asked = AskedModel(*loaded)
         self.records = self._records()
-        self.options = replace(options, out=out, baselines=(), draw=True)
+        self.options = replace(options, out=out, baselines=())
 
     def run(self, parts: Sequence[str]) -> dict[str, Any]:
         makers: dict[str, Callable[[], Iterator[Row]]] = {
