@@ -21,10 +21,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 SUBJECTS = ("Quito", "Oslo", "Paris", "Rome", "Lima", "Bonn", "Cairo", "Delhi")
-WORDS = """
+TEXT = """
 <pad> <eos> <unk> the city of is a in what where who works for It rained. capital founder country
 author person red blue green new old north south nq question: Where is ? passage book He wrote
-""".split()
+Berlin Tunis Pisa Nice Graz Tokyo Seoul Minsk Anna Otto
+"""
 SIZES = Sizes(edits=4, paper=1, baselines=1, zsre=2, hallucination=2, unrelated=2)
 
 
@@ -84,8 +85,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small() -> tuple[Any, Any]:
     """A random model, and a tokenizer with a token per word."""
     torch.manual_seed(0)
-    names = "Berlin Tunis Pisa Nice Graz Tokyo Seoul Minsk Anna Otto".split()
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*WORDS, *SUBJECTS, *names]))}
+    words = dict.fromkeys([*TEXT.split(), *SUBJECTS])
+    vocabulary = {word: i for i, word in enumerate(words)}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
