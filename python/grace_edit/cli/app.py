@@ -30,6 +30,7 @@ class Query(str, Enum):
 
     last = "last"
     mean = "mean"
+    text = "text"
 
 
 class Replace(str, Enum):
@@ -182,6 +183,22 @@ def edit(
         Query | None,
         typer.Option(help="What asks.", show_default="last for decoders, mean for encoders"),
     ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            help="With --query text: directory or hub id of a sentence encoder, or tokens for the "
+            "model's own embeddings.",
+            show_default="tokens",
+        ),
+    ] = None,
+    text_map: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="With --query text: directory of a map.",
+            show_default="the one that comes with the package",
+        ),
+    ] = None,
     replace: Annotated[
         Replace | None,
         typer.Option(help="What is replaced.", show_default="last for causal, all for encoders"),
@@ -211,6 +228,8 @@ def edit(
         "layer": layer,
         "radius": radius,
         "query": _value(query),
+        "encoder": encoder,
+        "text_map": text_map,
         "replace": _value(replace),
         "policy": _value(policy),
         "recipe": _value(recipe),
