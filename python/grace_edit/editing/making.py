@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..adaptor.adaptor import check_fits
+from ..adaptor.precision import autocast_of, check_fits, own_dtype
 from ..codebook.codebook import Codebook
 from ..codebook.records import Edit, EditResult, Proposal
 from ..config import GraceConfig
@@ -39,16 +39,20 @@ class EditMaker:
             drift, seen = 0.0, family.capture(probes_of(family, config.seed)[:1])
             if policy == "default":
                 policy = "nearest"  # keys made from text: their balls overlap, the nearest is right
+        layer = family.model.get_submodule(family.layer)
+        value_dtype = own_dtype(layer, seen.outputs)
+        of_layer = family.adaptor.text is None
         return Codebook(
             seen.queries.shape[-1],
             seen.outputs.shape[-1],
             radius=config.radius,
             policy=policy,
             capacity=capacity,
-            dtype=seen.queries.dtype,
-            value_dtype=seen.outputs.dtype,
+            dtype=own_dtype(layer, seen.queries) if of_layer else seen.queries.dtype,
+            value_dtype=value_dtype,
             drift=drift if config.drift is None else config.drift,
             max_radius=config.max_radius,
+            autocast=autocast_of(seen.outputs.device) if of_layer else None,
             device=seen.outputs.device,
         )
 
@@ -65,7 +69,8 @@ class EditMaker:
         """
         book = self._book
         seen = self.family.capture([prompt])
-        check_fits(book, seen.queries, seen.outputs)
+        of_layer = self.family.adaptor.text is None
+        check_fits(book, seen.queries if of_layer else None, seen.outputs, editing=True)
         if not bool(torch.isfinite(seen.queries).all()):
             raise ValueError(
                 f"layer {self.family.layer} must have finite inputs, got NaN or infinity"
@@ -74,7 +79,7 @@ class EditMaker:
             raise ValueError('prompt must hold a word under query="text", got none')
         paper = self.config.policy == "paper"
         label = self.family.label(prompt, target) if paper else target
-        query = seen.queries[0]
+        query = seen.queries[0].to(book.keys.dtype)  # under autocast another one
         proposal = book.propose(query, label, prompt=prompt)
         if proposal.case in ("expand", "absorb"):
             if paper:
