@@ -235,7 +235,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _empty(settings: dict[str, Any]) -> Codebook:
-    maximum = settings["max_radius"]
+    maximum, autocast = settings["max_radius"], settings.get("autocast")
     book = Codebook(
         settings["key_dim"],
         settings["value_dim"],
@@ -246,6 +246,7 @@ def _empty(settings: dict[str, Any]) -> Codebook:
         value_dtype=_DTYPES[settings["value_dtype"]],
         drift=settings["drift"],
         max_radius=math.inf if maximum is None else maximum,
+        autocast=None if autocast is None else _DTYPES[autocast],
     )
     if not 0 <= settings["rows"] <= settings["capacity"]:
         raise ValueError(f"rows must lie in [0, {settings['capacity']}], got {settings['rows']}")
