@@ -34,10 +34,8 @@ def text_keys(
 
     Raises:
         ValueError: there is no map for it, the map is of another dense part, or the model has no
-            input embeddings or no tokenizer.
+            input embeddings.
     """
-    if tokenizer is None:
-        raise ValueError('tokenizer must be given for query="text", got None')
     sentences = None
     if encoder != TOKENS:
         sentences = load_encoder(encoder) if isinstance(encoder, str) else SentenceEncoder(encoder)
