@@ -321,7 +321,7 @@ def test_whatever_breaks_an_edit_leaves_model_and_codebook_as_they_were(
     assert codebook.version == version
     adaptor = editor.adaptor
     assert (adaptor.plan, adaptor.generation, adaptor.forced, adaptor.captures) == (None,) * 4
-    assert adaptor.enabled
+    assert adaptor.active
     codebook.check()
     model.eval()
     assert answer(editor, A) == X

@@ -15,7 +15,7 @@ import grace_kernels
 from ..codebook.codebook import Codebook
 from .checkpointing import FollowedForward, FollowedForwards
 from .positions import Latched, LatchedPlan, QueryPlan, pooled_mean
-from .state import Captured, ThreadState
+from .state import Captured, Switch, ThreadState
 from .text_queries import TextQueries
 from .torch_private import share_memory
 
@@ -33,7 +33,7 @@ class GraceAdaptor:
 
     Holds no weights. `forward`s read it and never change the codebook; only the editor writes.
     The adaptor is set into the wrapped layer by `grace_edit.adaptor.attach`. `enabled`, `plan` and
-    what else a call is about belong to the thread that sets them.
+    what else a call is about belong to the thread that sets them; `switch` is the model's.
 
     Args:
         codebook: the entries.
@@ -54,6 +54,7 @@ class GraceAdaptor:
     looked: set[str] = field(default_factory=set, repr=False)  # what a GPU was waited for once
     followed: FollowedForwards = field(default_factory=FollowedForwards, repr=False)
     thread: ThreadState = field(default_factory=ThreadState, repr=False)
+    switch: Switch = field(default_factory=Switch, repr=False)
 
     enabled = _of_thread("enabled")
     inside = _of_thread("inside")
@@ -63,11 +64,12 @@ class GraceAdaptor:
     captures = _of_thread("captures")
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("thread", "followed")
+        own = ("thread", "followed", "switch")
         return {name: item for name, item in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, thread=ThreadState(), followed=FollowedForwards())
+        fresh = {"thread": ThreadState(), "followed": FollowedForwards(), "switch": Switch()}
+        vars(self).update(state, **fresh)
 
     def move(self, device: torch.device) -> None:
         """Move the codebook to `device`; its dtype never changes with the model's."""
@@ -85,6 +87,18 @@ class GraceAdaptor:
             for name, value in before.items():
                 setattr(self, name, value)
 
+    @contextmanager
+    def disabled(self, *, thread_only: bool = False) -> Iterator[None]:
+        """Serve the unedited model inside a `with` block; see `GraceEditor.disable`."""
+        if not thread_only:
+            self.switch.turn_off()
+        try:
+            with self.using(enabled=False):
+                yield
+        finally:
+            if not thread_only:
+                self.switch.turn_on()
+
     def take_room(self, sequences: int) -> Latched:
         """Return room for the answers of a batch, until `self.thread.give_back`."""
         return self.thread.take_room(sequences, self.codebook.values)
@@ -92,7 +106,8 @@ class GraceAdaptor:
     @property
     def active(self) -> bool:
         """Whether a forward has anything to do here at all."""
-        return self.enabled or self.forced is not None or self.captures is not None
+        enabled = not self.switch.off if self.enabled is None else self.enabled
+        return enabled or self.forced is not None or self.captures is not None
 
     @property
     def reads_text(self) -> bool:

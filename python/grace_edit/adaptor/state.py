@@ -49,6 +49,31 @@ class Generation:
     ids: Tensor | None = None
 
 
+class Switch:
+    """Whether a model is edited, for all threads; several may turn it off at a time.
+
+    Attributes:
+        off: somebody has turned it off and not yet on again.
+    """
+
+    def __init__(self) -> None:
+        self.off = False
+        self._turned_off = 0
+        self._lock = threading.Lock()
+
+    def turn_off(self) -> None:
+        """Turn it off, until `turn_on` is called once for each call of this."""
+        with self._lock:
+            self._turned_off += 1
+            self.off = True
+
+    def turn_on(self) -> None:
+        """Take one `turn_off` back."""
+        with self._lock:
+            self._turned_off -= 1
+            self.off = self._turned_off > 0
+
+
 class ThreadState(threading.local):
     """What a thread is doing with the layer: several may serve at once, while one edits.
 
@@ -59,7 +84,8 @@ class ThreadState(threading.local):
     def __init__(self) -> None:
         # In every thread, not on the class: a compiled model wants to find in each of them what it
         # found in the one that compiled it.
-        self.enabled = True
+        # None: what the model's switch says; a generation that has begun does not ask it again.
+        self.enabled: bool | None = None
         self.inside = False  # the model's forward is running
         self.plan: QueryPlan | LatchedPlan | None = None
         self.generation: Generation | None = None

@@ -255,6 +255,48 @@ def explain(
 
 
 @app.command()
+def chat(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Directory or hub id, or smollm2.", show_default="the one the edits were made on"
+        ),
+    ] = None,
+    codebook: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Directory of saved edits, or a new one for /save."),
+    ] = None,
+    layer: Annotated[
+        str | None,
+        typer.Option(help="Layer to wrap, without saved edits.", show_default="none; smollm2's"),
+    ] = None,
+    radius: Annotated[
+        float | None, typer.Option(help="Radius of a new entry.", show_default="1.0")
+    ] = None,
+    query: Annotated[Query | None, typer.Option(help="What asks.", show_default="last")] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Continue each message; no chat template.")
+    ] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 128,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="To load the model in.", show_default="the checkpoint's")
+    ] = None,
+    device: Where = Device.cpu,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per event on stdout.")
+    ] = False,
+) -> None:
+    """Ask an edited model, see which edit answers and why, and correct it on the spot."""
+    from .chat import Options, run
+
+    settings = {"layer": layer, "radius": radius, "query": _value(query)}
+    options = Options(
+        model, codebook, plain, max_tokens, _value(dtype), device.value, json, settings
+    )
+    raise typer.Exit(run(options))
+
+
+@app.command()
 def codebook(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of saved edits.")],
     json: Json = False,

@@ -159,7 +159,7 @@ class _Evaluation:
 
     def run(self) -> dict[str, Any]:
         options = self.options
-        _environments(options.out)  # noted before anything is done in it
+        environments(options.out)  # noted before anything is done in it
         figures: list[Figure] = []
         lines: dict[str, list[Growth]] = {}
         ratios: dict[str, dict[str, list[float]]] = {}
@@ -196,9 +196,9 @@ class _Evaluation:
         settings = self.options.baseline_settings.get(name, {})
         identity = {
             "model": self.name,
-            "config": config.to_dict(),
+            "config": _told(config),
             "settings": settings,
-            "text map": _digest_of(getattr(config, "text_map", None)),
+            "text map": _digest_of(config.text_map),
             "seed": self.options.seed,
             "protocol": self.protocol.to_dict(),
             "records": _digest([asdict(replace(record, source="")) for record in records]),
@@ -255,10 +255,10 @@ class _Evaluation:
         return {
             "format": 1,
             "command": self.options.command,
-            "environments": _environments(self.options.out),
+            "environments": environments(self.options.out),
             "model": Path(self.name or "").name if os.path.isdir(self.name or "") else self.name,
             "setting": asdict(self.setting) if self.setting else None,
-            "config": self.config.to_dict(),
+            "config": _told(self.config),
             "baseline_settings": self.options.baseline_settings,
             "seed": self.options.seed,
             "data": {
@@ -296,7 +296,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _environments(out: Path) -> list[dict[str, Any]]:
+def environments(out: Path) -> list[dict[str, Any]]:
     """Return every environment that this run was at work in, the present one last."""
     path = out / _ENVIRONMENTS
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
@@ -363,6 +363,15 @@ def _upstream(data: Loaded, options: Options) -> list[Question]:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _told(config: GraceConfig) -> dict[str, Any]:
+    """Return the configuration as results hold it: without paths of this machine."""
+    fields = config.to_dict()
+    for name in ("encoder", "text_map"):
+        if fields[name] is not None and os.path.isdir(fields[name]):
+            fields[name] = Path(fields[name]).name
+    return fields
 
 
 def _digest_of(directory: Any) -> str | None:

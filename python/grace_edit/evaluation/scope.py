@@ -50,6 +50,10 @@ class Keyring:
         self._radii = torch.full((len(prompts),), keys.radius)
         self.seconds, self.asked = 0.0, 0
 
+    def with_prompts(self, prompts: Sequence[str]) -> Keyring:
+        """Return the keys of other edits, made by the same map."""
+        return Keyring(self._keys, prompts)
+
     def ask(self, prompt: str) -> Asked:
         """Say which edit a prompt would ask."""
         began = time.perf_counter()
