@@ -43,7 +43,7 @@ def text_keys(
 
 def shipped_maps() -> list[TextMap]:
     """Return the maps that come with the package."""
-    return [TextMap.load(directory) for directory in sorted(MAPS.iterdir()) if directory.is_dir()]
+    return [TextMap.load(directory) for directory in sorted(MAPS.glob("*")) if directory.is_dir()]
 
 
 def _of_tokens(model: Any, tokenizer: Any) -> Callable[[TextMap], TokenTable]:
