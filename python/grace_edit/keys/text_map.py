@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load as parse_arrays
 from safetensors.numpy import save as render_arrays
 from torch import Tensor
@@ -191,12 +192,18 @@ class TextMap:
             ValueError: it is damaged or of a newer format.
         """
         directory = Path(directory)
-        settings = json.loads((directory / SETTINGS).read_text(encoding="utf-8"))
+        written = (directory / SETTINGS).read_text(encoding="utf-8")
+        raw = (directory / MAP).read_bytes()
+        try:
+            settings = json.loads(written)
+            arrays = parse_arrays(raw)
+        except (json.JSONDecodeError, SafetensorError) as error:
+            raise ValueError(f"{directory}: the text map is damaged: {error}") from None
         if settings.get("format") != FORMAT:
             raise ValueError(
                 f"{directory / SETTINGS}: format must be {FORMAT}, got {settings.get('format')}"
             )
-        return cls.from_parts(parse_arrays((directory / MAP).read_bytes()), settings)
+        return cls.from_parts(arrays, settings)
 
     @classmethod
     def from_parts(cls, arrays: dict[str, np.ndarray], settings: dict[str, Any]) -> TextMap:
@@ -224,6 +231,8 @@ class TextMap:
             )
         except KeyError as error:
             raise ValueError(f"the text map has no {error}") from None
+        except TypeError as error:
+            raise ValueError(f"the text map is damaged: {error}") from None
         made._check()
         return made
 
