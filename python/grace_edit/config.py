@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +12,16 @@ _CHOICES = {
     "policy": ("default", "paper"),
     "recipe": ("default", "paper"),
     "replace": (None, "last", "prompt", "all"),
-    "query": (None, "last", "mean"),
+    "query": (None, "last", "mean", "text"),
     "init": ("warm", "cold"),
 }
 
 _NUMBERS = {"radius": False, "lr": False, "margin": False, "drift": True, "max_radius": True}
 """Numbers at least 0, and whether None is allowed."""
+
+
+CALLABLE = "callable"
+"""Stands in saved settings for an encoder that only the caller can give."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +38,22 @@ class GraceConfig:
         replace: which rows of the output an answer replaces: `"last"` (the query token),
             `"prompt"` (up to and including it), `"all"` (every token). None: `"last"` for causal
             language models, `"all"` for encoders.
-        query: `"last"` (the last prompt token; the mask position of a masked language model) or
-            `"mean"` (mean of the prompt's tokens). None: `"mean"` for encoders, `"last"` for
-            decoders.
+        query: `"last"` (the last prompt token; the mask position of a masked language model),
+            `"mean"` (mean of the prompt's tokens) or `"text"` (made from the prompt's text before
+            the model runs, so that other wordings are answered too). None: `"mean"` for encoders,
+            `"last"` for decoders.
+        encoder: what `query="text"` takes the meaning of words from: `"tokens"` (the model's own
+            input embeddings; nothing is run), the path or id of a sentence encoder, or a callable
+            that takes a list of B texts and returns `[B, E]`.
+        text_map: of `query="text"`, the directory of a map or a `TextMap`. None: the map that comes
+            with this package for the model or encoder.
         init: values start at the layer's own output (`"warm"`) or at random from `seed` (`"cold"`).
         lr: least Adam step, in units of the root mean square of the value it starts from. The step
             is longer where it would hardly move the target's logits.
         max_steps: most Adam steps for one value.
-        margin: log odds of each target token against all others, nats, at which training stops: 4
-            is a probability of .98. A value that works and falls short of it is trained on for about
-            as many steps as it took, and then taken.
+        margin: log odds of each target token against all others together, nats, at which training
+            stops: 4 is a probability of .98. A value that works and falls short of it is trained on
+            for about as many steps as it took, and then taken.
         contexts: how many sentences of other matters, 0..8, a value is trained behind, beside the
             prompt alone, so that it produces the target in other wordings too (causal language
             models with `replace="last"` and a tokenizer; elsewhere none). None: 4 for
@@ -62,6 +74,8 @@ class GraceConfig:
     recipe: str = "default"
     replace: str | None = None
     query: str | None = None
+    encoder: str | Callable[[list[str]], Any] = "tokens"
+    text_map: Any = None
     init: str = "warm"
     lr: float = 0.3
     max_steps: int = 100
@@ -78,6 +92,11 @@ class GraceConfig:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}")
+        if not callable(self.encoder) and not (isinstance(self.encoder, str) and self.encoder):
+            raise ValueError(
+                f"encoder must be 'tokens', the name of an encoder or a callable, got "
+                f"{self.encoder!r}"
+            )
         for name, optional in _NUMBERS.items():
             value = getattr(self, name)
             if value is None and optional:
@@ -98,4 +117,11 @@ class GraceConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict that JSON can hold."""
-        return dataclasses.asdict(self)
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if callable(self.encoder):
+            fields["encoder"] = CALLABLE
+        if self.text_map is not None:
+            # A map given as such is saved beside the edits, as every other is.
+            named = isinstance(self.text_map, (str, os.PathLike))
+            fields["text_map"] = os.fspath(self.text_map) if named else None
+        return fields

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,14 +15,18 @@ import grace_kernels
 from . import rekeying, serving
 from .adaptor import attach as attaching
 from .adaptor.adaptor import GraceAdaptor
-from .adaptor.positions import QueryPlan
+from .adaptor.positions import Latched, QueryPlan
+from .adaptor.text_queries import TextQueries
 from .codebook.codebook import Codebook
 from .codebook.records import Edit, EditResult
 from .config import GraceConfig
+from .editing.asked import read_wanted
 from .editing.explanation import Explanation, explain
 from .editing.making import EditMaker
 from .editing.verification import Misfire, find_misfires
 from .families import family_of
+from .keys.choice import text_keys
+from .keys.prompts import PromptReader
 from .progress import bar
 
 log = logging.getLogger("grace_edit")
@@ -31,6 +35,11 @@ log = logging.getLogger("grace_edit")
 class GraceEditor:
     """Edit a trained model without touching its weights.
 
+    Several threads may use one editor. `edit`, `edit_batch`, `delete`, `undo` and `rekey` wait for
+    each other, from the first look at the codebook to the end, so none takes back what another one
+    reported as done; so do changes by `editor.codebook`. Requests never wait for a value to be
+    trained.
+
     Args:
         model: a transformers model: causal (GPT-2, Llama, Qwen, ...), encoder–decoder (T5, edited
             in the encoder), sequence classifier or masked language model (BERT, RoBERTa, ...).
@@ -38,8 +47,8 @@ class GraceEditor:
         config: a `GraceConfig`; at least the layer.
 
     Raises:
-        ValueError: unknown or ambiguous layer, a model of no supported kind, or a model that
-            carries an adaptor already.
+        ValueError: unknown or ambiguous layer, a model of no supported kind, a model that carries
+            an adaptor already, or `query="text"` without a tokenizer or a map that fits.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, config: GraceConfig) -> None:
@@ -48,12 +57,18 @@ class GraceEditor:
         if config.recipe == "paper" and config.replace in (None, "prompt"):
             replace = "before"
         query = config.query or family.default_query
+        text = None
+        if query == "text":
+            keys = text_keys(family.model, tokenizer, config.encoder, config.text_map)
+            text = TextQueries(keys, PromptReader(tokenizer))
+        asks_at_mask = query == "last" or (query == "text" and replace == "last")
         adaptor = GraceAdaptor(
             Codebook(1, 1),  # until the layer has shown its widths
             query=query,
             replace=replace,
             special_ids=family.special_ids if query == "mean" else (),
-            mask_token_id=family.mask_token_id if query == "last" else None,
+            mask_token_id=family.mask_token_id if asks_at_mask else None,
+            text=text,
         )
         family.attach(config.layer, adaptor)
         try:
@@ -84,36 +99,53 @@ class GraceEditor:
         """The entries: `keys`, `values`, `radii`, `count`, `ids`, `version`."""
         return self.adaptor.codebook
 
-    def edit(self, prompt: Any, target: Any) -> EditResult:
-        """Make the model answer `prompt` with `target`.
+    def edit(
+        self,
+        prompt: Any,
+        target: Any,
+        paraphrases: Sequence[Any] = (),
+        negatives: Sequence[Any] = (),
+    ) -> EditResult:
+        """Make the model answer `prompt`, and each of `paraphrases`, with `target`.
 
         Trains one value, proves by free generation that the model produces the target with the
         value as it is stored, and only then commits it. An edit of a prompt that was edited before
         supersedes that edit.
 
+        An edit with paraphrases has a key for each of them and one value, trained on all of them
+        together and proven for each. It is one edit: one id, one step of undo; one that takes over
+        any of its prompts supersedes it as a whole. Where paraphrases or negatives are not given,
+        none are made up: with `query="text"` the map knows how wordings differ, with the layer's
+        own input nothing does.
+
         Args:
             prompt: a string or a list of token ids.
             target: a string or token ids; for a classifier a class id or label name.
+            paraphrases: other wordings of the prompt.
+            negatives: prompts that this edit must not answer. The radius of each of its keys ends
+                before the nearest of them, half way to it from the edit's own other prompts, and
+                does not grow later. Another edit near a negative may still answer it.
 
         Returns:
             The decision and its figures. `success=False` with a `reason` if the target could not be
-            reached; the codebook is then as it was. A `reason` beside `success=True` says what
-            else happened: edits of other prompts that an update superseded, or that
-            `policy="paper"` shared a value without proving it.
+            reached, for the prompt or for a paraphrase; the codebook is then as it was. A `reason`
+            beside `success=True` says what else happened: edits of other prompts that it
+            superseded, or that `policy="paper"` shared a value without proving it.
 
         Raises:
-            ValueError: bad prompt or target, or a query that is not finite.
+            ValueError: bad prompt or target, a query that is not finite, a negative with the query
+                of one of the edit's prompts, or paraphrases with `policy="paper"`.
             FloatingPointError: the loss became NaN or infinite.
             CapacityError: the codebook is frozen and full.
         """
-        pair = self.family.encode_edit(prompt, target)
-        with self.family.working(), self.codebook.transaction():
-            result = self._maker.make(*pair)
+        wanted = read_wanted(self.family, (prompt, target, paraphrases, negatives))
+        with self.codebook.transaction(), self.family.working():
+            result = self._maker.make(wanted)
         log.info("edit %s", result.to_dict())
         return result
 
     def edit_batch(
-        self, edits: Sequence[tuple[Any, Any]], *, progress: bool = False
+        self, edits: Sequence[Sequence[Any] | Mapping[str, Any]], *, progress: bool = False
     ) -> list[EditResult]:
         """Make many edits, with the same decisions as one by one in this order.
 
@@ -121,18 +153,19 @@ class GraceEditor:
         refused (`success=False`) does not stop the others.
 
         Args:
-            edits: pairs `(prompt, target)`.
+            edits: each `(prompt, target)`, with `paraphrases` and `negatives` behind them if there
+                are any, or a mapping with these names.
             progress: show a progress bar on stderr.
         """
         encoded = []
-        for number, (prompt, target) in enumerate(edits):
+        for number, edit in enumerate(edits):
             try:
-                encoded.append(self.family.encode_edit(prompt, target))
+                encoded.append(read_wanted(self.family, edit))
             except ValueError as error:
                 raise ValueError(f"edits[{number}]: {error}") from error
         maker = self._maker
-        with self.family.working(), self.codebook.transaction():
-            results = [maker.make(*pair) for pair in bar(encoded, "editing", progress)]
+        with self.codebook.transaction(), self.family.working():
+            results = [maker.make(wanted) for wanted in bar(encoded, "editing", progress)]
         for result in results:
             log.info("edit %s", result.to_dict())
         return results
@@ -204,12 +237,28 @@ class GraceEditor:
         with self.family.working():
             return self.family.queries(encoded)
 
+    def answers(self, prompts: Sequence[Any]) -> Latched:
+        """Return what answers B prompts, for the `answers` of a plan of one's own.
+
+        Under `query="text"` alone, whose answers depend on nothing that the layer sees.
+
+        Returns:
+            `index [B]` (-1: no entry) and `values [B, V]`, on the device of the codebook.
+
+        Raises:
+            ValueError: another query.
+        """
+        if self.adaptor.text is None:
+            raise ValueError(f"query must be 'text' for this, got {self.adaptor.query!r}")
+        return self.adaptor.answer([self.family.encode(prompt) for prompt in prompts])
+
     def status(self) -> dict[str, Any]:
         """Return what is attached where, how full it is and what serves it."""
         book = self.codebook
         return {
             "layer": self.layer,
             "query": self.adaptor.query,
+            "text": None if self.adaptor.text is None else self.adaptor.text.describe(),
             "replace": self.adaptor.replace,
             "entries": book.entries,
             "edits": book.edits,
@@ -226,19 +275,29 @@ class GraceEditor:
     def verify(self, *, progress: bool = False) -> list[Misfire]:
         """Run every stored prompt again, alone, batched and padded, and list edits that miss.
 
+        Paraphrases are prompts too.
+
         Returns:
             One `Misfire` per edit and mode in which no entry with the edit's label answers.
         """
-        edits = [edit for edit in self._live() if edit.prompt is not None]
+        edits = [edit for edit in self.codebook.live_keys if edit.prompt is not None]
         with self.family.working():
             return find_misfires(self.family, edits, progress)
 
     def _live(self) -> list[Edit]:
         return [edit for edit in self.codebook.history if edit.live]
 
-    def disable(self) -> AbstractContextManager[None]:
-        """Serve the unedited model inside a `with` block."""
-        return self.adaptor.using(enabled=False)
+    def disable(self, *, thread_only: bool = False) -> AbstractContextManager[None]:
+        """Serve the unedited model inside a `with` block, in every thread.
+
+        A generation that another thread has begun before ends as it began. Blocks may be nested,
+        and those of several threads may overlap: the model is edited again when the last one ends.
+        A thread that is started inside must have begun its generation before the block ends.
+
+        Args:
+            thread_only: only in the thread that enters the block; others are served as before.
+        """
+        return self.adaptor.disabled(thread_only=thread_only)
 
     def plan(self, plan: QueryPlan) -> AbstractContextManager[None]:
         """Name the rows that ask yourself inside a `with` block (packed batches, past tokens)."""
@@ -270,7 +329,8 @@ class GraceEditor:
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the edits to `directory`: `grace_config.json`, `codebook.safetensors`,
-        `edits.jsonl`."""
+        `edits.jsonl`, and under `query="text"` the map, `text_map.safetensors` and
+        `text_map.json`; its encoder by name and fingerprint."""
         serving.save(self.family, self.config, directory)
 
     @classmethod
@@ -280,6 +340,7 @@ class GraceEditor:
         tokenizer: Any,
         directory: str | Path,
         *,
+        encoder: Callable[[list[str]], Any] | str | None = None,
         allow_above: bool = False,
         progress: bool = False,
     ) -> GraceEditor:
@@ -287,16 +348,24 @@ class GraceEditor:
 
         Args:
             directory: what `save_pretrained` wrote.
+            encoder: of edits with `query="text"`, where it was a callable or lies elsewhere now.
             allow_above: accept a model that differs from the saved one only above the wrapped
                 layer, after proving every edit on it anew.
             progress: show a progress bar while proving.
 
         Raises:
             StoreError: a file is missing, truncated, altered or of a newer format, or the edits
-                belong to another model, layer or dtype; the message names which.
+                belong to another model, layer, dtype, text map or encoder; the message names which.
+            ValueError: edits with `query="text"` need a tokenizer, or an encoder that must be given
+                again.
         """
         family, config = serving.attach_saved(
-            model, tokenizer, directory, allow_above=allow_above, progress=progress
+            model,
+            tokenizer,
+            directory,
+            encoder=encoder,
+            allow_above=allow_above,
+            progress=progress,
         )
         editor = cls.__new__(cls)
         editor.model, editor.family, editor.config = model, family, config

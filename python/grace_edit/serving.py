@@ -17,7 +17,13 @@ What serving with `torch.compile` and CUDA graphs may count on, edits being made
   stays.
 * The host reads no value of a tensor: nothing waits for a GPU. The exceptions: once per adaptor,
   whether a batch is padded on the left or packed (to warn or refuse; nobody asks in a later packed
-  one); once per call of `generate`, how much a static cache given to it holds.
+  one); once per call of `generate`, how much a static cache given to it holds; and under
+  `query="text"`, once per request, the ids of the prompts and what answers them.
+* Under `query="text"` the answer is there before the layer runs, so no forward of `generate` runs
+  an operator of this package. A plain forward that is compiled breaks its graph once, where the ids
+  are read, and one that is captured cannot read them: give it a plan with answers,
+  `editor.plan(QueryPlan(..., answers=editor.answers(prompts)))`, and write the next ones into the
+  tensors of these.
 * `editor.plan(QueryPlan(...))` may name other rows at every call; under CUDA graphs write them into
   one plan, or the graph is recorded again for each.
 * A forward of one's own with a static cache that was used before asks if the cache is empty, which
@@ -31,19 +37,30 @@ What serving with `torch.compile` and CUDA graphs may count on, edits being made
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .adaptor import attach as attaching
 from .adaptor.adaptor import GraceAdaptor
 from .adaptor.fingerprint import fingerprint
+from .adaptor.text_queries import TextQueries
 from .codebook import store
+from .codebook.codebook import Codebook
 from .codebook.store import StoreError
-from .config import GraceConfig
+from .config import CALLABLE, GraceConfig
 from .editing.verification import find_unproven
 from .families import Family, family_of
+from .keys.choice import text_keys
+from .keys.prompts import PromptReader
+from .keys.text_map import TextMap
+
+_READ_AGAIN = 16
+"""Prompts of saved edits that are read again when they are loaded."""
 
 
 def save(family: Family, config: GraceConfig, directory: str | Path) -> None:
@@ -58,6 +75,7 @@ def save(family: Family, config: GraceConfig, directory: str | Path) -> None:
             "replace": adaptor.replace,
             "special_ids": list(adaptor.special_ids),
             "mask_token_id": adaptor.mask_token_id,
+            "text": None if adaptor.text is None else adaptor.text.about(),
         },
         "model": {
             "class": type(model).__name__,
@@ -65,7 +83,8 @@ def save(family: Family, config: GraceConfig, directory: str | Path) -> None:
             "fingerprint": fingerprint(model, family.layer),
         },
     }
-    store.save(adaptor.codebook, directory, described)
+    beside = {} if adaptor.text is None else adaptor.text.keys.map.files()
+    store.save(adaptor.codebook, directory, described, beside)
 
 
 def attach_saved(
@@ -73,6 +92,7 @@ def attach_saved(
     tokenizer: Any,
     directory: str | Path,
     *,
+    encoder: Callable[[list[str]], Any] | str | None = None,
     allow_above: bool = False,
     progress: bool = False,
 ) -> tuple[Family, GraceConfig]:
@@ -81,8 +101,9 @@ def attach_saved(
     Args:
         model: the one they were made on, in the same dtype; wrappers (PEFT, `torch.compile`) do not
             matter.
-        tokenizer: as for an editor.
+        tokenizer: as for an editor. Edits with `query="text"` need it.
         directory: what `save` wrote.
+        encoder: that of edits with `query="text"`, where it was a callable or lies elsewhere now.
         allow_above: accept a model that differs only above the layer, after proving every edit.
         progress: show a progress bar while proving.
 
@@ -90,12 +111,15 @@ def attach_saved(
         The family of the attached model, and the settings of the edits.
 
     Raises:
-        StoreError: bad files, or another model, layer or dtype. The model is then as it was.
+        StoreError: bad files, or another model, layer, dtype, text map or encoder. The model is
+            then as it was.
+        ValueError: a tokenizer or an encoder is needed and was not given.
     """
     model = attaching.core_of(model)
-    codebook, described = store.load(directory)
+    codebook, described, beside = store.load_all(directory)
     try:
         config = GraceConfig(**described["config"])
+        config = config if encoder is None else dataclasses.replace(config, encoder=encoder)
         serving, saved = described["serving"], described["model"]
         layer, prints = serving["layer"], saved["fingerprint"]
         adaptor = GraceAdaptor(
@@ -126,6 +150,9 @@ def attach_saved(
             f"{directory}: edits of another model: its parameters differ {' and '.join(different)} "
             f"the layer {found} (saved from {saved['class']}, got {type(model).__name__})"
         )
+    if adaptor.query == "text":
+        adaptor.text = _text_of(model, tokenizer, config, serving.get("text"), beside, directory)
+        _check_reading(adaptor.text, codebook, directory)
     codebook.to(next(model.parameters()).device)
     family = family_of(model, tokenizer)
     family.attach(found, adaptor)
@@ -138,8 +165,55 @@ def attach_saved(
     return family, config
 
 
+def _text_of(
+    model: nn.Module,
+    tokenizer: Any,
+    config: GraceConfig,
+    saved: Any,
+    beside: dict[str, bytes],
+    directory: str | Path,
+) -> TextQueries:
+    if tokenizer is None:
+        raise ValueError(
+            f'tokenizer must be given for the edits of {directory}, whose query="text" reads the '
+            "prompts, got None"
+        )
+    if config.encoder == CALLABLE:
+        raise ValueError(
+            f"encoder must be given for the edits of {directory}, which were made with a callable "
+            f"({saved['encoder']}), got None"
+        )
+    try:
+        text_map = TextMap.from_files(beside, directory)
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{directory}: bad text map ({error!r})") from error
+    try:
+        keys = text_keys(model, tokenizer, config.encoder, text_map)
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{directory}: {error}") from error
+    if keys.fingerprint() != saved["fingerprint"]:
+        raise StoreError(
+            f"{directory}: edits of other text keys: the fingerprint of map and encoder "
+            f"{saved['encoder']!r} must be {saved['fingerprint']}, got {keys.fingerprint()}"
+        )
+    return TextQueries(keys, PromptReader(tokenizer))
+
+
+def _check_reading(text: TextQueries, book: Codebook, directory: str | Path) -> None:
+    """Refuse another tokenizer, under which the prompts of the edits are other texts."""
+    live = [edit for edit in book.history if edit.live and edit.prompt is not None]
+    for edit in live[:_READ_AGAIN]:
+        key = text.key(list(edit.prompt or ()))
+        # An encoder may round differently on another machine.
+        if not torch.allclose(key, book.query_of(edit.id), rtol=0, atol=1e-2):
+            raise StoreError(
+                f"{directory}: edits of another tokenizer: the prompt of edit {edit.id} reads "
+                f"{text.text(edit.prompt or ())!r}, which has another key"
+            )
+
+
 def _prove(family: Family, directory: str | Path, progress: bool) -> None:
-    edits = [e for e in family.adaptor.codebook.history if e.live and e.prompt is not None]
+    edits = [e for e in family.adaptor.codebook.live_keys if e.prompt is not None]
     with family.working():
         lost = find_unproven(family, edits, progress)
     if lost:
@@ -149,18 +223,27 @@ def _prove(family: Family, directory: str | Path, progress: bool) -> None:
         )
 
 
-def load(model: nn.Module, directory: str | Path) -> GraceAdaptor:
+def load(
+    model: nn.Module,
+    directory: str | Path,
+    *,
+    tokenizer: Any = None,
+    encoder: Callable[[list[str]], Any] | str | None = None,
+) -> GraceAdaptor:
     """Serve saved edits without an editor: attach them to `model`.
 
     Args:
         model: the model they were made on, in the same dtype.
         directory: what `GraceEditor.save_pretrained` wrote.
+        tokenizer: of the model; needed for edits with `query="text"`, which read the prompts.
+        encoder: of such edits, where it was a callable or lies elsewhere now.
 
     Returns:
         The adaptor. `grace_edit.detach(model)` takes it out again.
 
     Raises:
-        StoreError: bad files, or another model, layer or dtype.
+        StoreError: bad files, or another model, layer, dtype, text map or encoder.
+        ValueError: a tokenizer or an encoder is needed and was not given.
     """
-    family, _ = attach_saved(model, None, directory)
+    family, _ = attach_saved(model, tokenizer, directory, encoder=encoder)
     return family.adaptor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
 
@@ -191,35 +192,120 @@ def test_latched_answers_are_written_in_the_layers_dtype():
     assert got[:, 0].tolist() == [[1.5] * 3, [0.0] * 3]
 
 
-def test_disable_is_of_one_thread_and_overlapping_ones_leave_it_enabled(edited):
+def test_disable_covers_every_thread_until_the_last_of_overlapping_blocks_ends(edited):
     editor = edit(edited("gpt2"))
-    first_in, second_in, first_out = (threading.Event() for _ in range(3))
+    first_in, second_in, first_out, looked = (threading.Event() for _ in range(4))
     seen = {}
+
+    def look(name):
+        seen[name] = (
+            int(logits_of(editor.model, PROMPT)[-1].argmax()),
+            generated(editor.model, [PROMPT], 3)[0][0],
+        )
 
     def first():
         with editor.disable():
             first_in.set()
             second_in.wait(300)
-            seen["first"] = int(logits_of(editor.model, PROMPT)[-1].argmax())
+            look("first")
         first_out.set()
 
     def second():
         first_in.wait(300)
-        with editor.disable():
+        with editor.disable(), editor.disable():
             second_in.set()
             first_out.wait(300)
-            seen["second"] = int(logits_of(editor.model, PROMPT)[-1].argmax())
+            look("second")
+            looked.wait(300)
 
     threads = [threading.Thread(target=work) for work in (first, second)]
     for thread in threads:
         thread.start()
-    second_in.wait(300)
-    seen["outside"] = int(logits_of(editor.model, PROMPT)[-1].argmax())
+    first_out.wait(300)
+    look("outside")
+    looked.set()
     for thread in threads:
         thread.join()
-    assert seen == {"first": run_of(14, 1)[0], "second": run_of(14, 1)[0], "outside": TARGET[0]}
-    assert editor.adaptor.enabled
-    assert logits_of(editor.model, PROMPT)[-1].argmax() == TARGET[0]
+    plain = run_of(14, 1)[0]
+    assert seen == dict.fromkeys(("first", "second", "outside"), (plain, plain))
+    look("after")
+    assert seen["after"] == (TARGET[0], TARGET[0])
+
+
+def test_disable_covers_a_generation_that_a_streamer_starts_in_a_thread(edited):
+    editor = edit(edited("llama"))
+    plain, ended = run_of(14, 3), []
+
+    def stream():
+        ended.append(generated(editor.model, [PROMPT], 3))
+
+    with editor.disable():
+        thread = threading.Thread(target=stream)
+        thread.start()
+        thread.join()
+    stream()
+    assert ended == [[plain], [TARGET]]
+
+
+def test_disable_of_one_thread_leaves_the_others_as_they_are(edited):
+    editor = edit(edited("gpt2"))
+    answers = {}
+
+    def look(name):
+        answers[name] = int(logits_of(editor.model, PROMPT)[-1].argmax())
+
+    with editor.disable(thread_only=True):
+        look("here")
+        other = threading.Thread(target=look, args=["there"])
+        other.start()
+        other.join()
+    look("after")
+    assert answers == {"here": run_of(14, 1)[0], "there": TARGET[0], "after": TARGET[0]}
+
+
+@pytest.mark.parametrize("replace", ["last", "all"])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_generation_that_has_begun_ends_as_it_began_when_the_edits_are_disabled(
+    edited, replace, use_cache
+):
+    editor = edit(edited("llama", replace=replace))
+    begun, go, got = threading.Event(), threading.Event(), []
+
+    def stop(module, args, kwargs):
+        if threading.current_thread() is thread and not begun.is_set():
+            begun.set()
+            go.wait(300)
+
+    def work():
+        got.extend(generated(editor.model, [PROMPT], 3, use_cache=use_cache))
+
+    expected = generated(editor.model, [PROMPT], 3, use_cache=use_cache)
+    thread = threading.Thread(target=work)
+    handle = editor.model.register_forward_pre_hook(stop, with_kwargs=True)
+    thread.start()
+    begun.wait(300)
+    with editor.disable():
+        go.set()
+        thread.join()
+        assert generated(editor.model, [PROMPT], 3, use_cache=use_cache) == [run_of(14, 3)]
+    handle.remove()
+    assert got == expected == [TARGET]
+
+
+def test_a_copy_of_a_model_whose_edits_are_disabled_has_them(edited):
+    editor = edit(edited("gpt2"))
+    with editor.disable():
+        twin = copy.deepcopy(editor.model)
+    assert logits_of(twin, PROMPT)[-1].argmax() == TARGET[0]
+
+
+def test_an_edit_is_made_and_proven_while_edits_are_disabled(edited):
+    editor = edited("gpt2")
+    with editor.disable():
+        assert editor.edit(PROMPT, TARGET).success
+        assert editor.verify() == []
+        assert generated(editor.model, [PROMPT], 3) == [run_of(14, 3)]
+    assert generated(editor.model, [PROMPT], 3) == [TARGET]
 
 
 def test_a_thread_that_serves_while_the_codebook_grows_never_sees_a_half_made_entry():

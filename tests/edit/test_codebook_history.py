@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from codebook_streams import VALUE_DIM, Stream, bits, entries, fed_anew, state
+from grace_edit.codebook import replay
 from grace_edit.codebook.codebook import Codebook
 from grace_edit.codebook.records import UndoError
 from hypothesis import HealthCheck, settings
@@ -38,6 +39,7 @@ def interrupted(book: Codebook, work: Callable[[], object]) -> None:
         pytest.param(0, "default", 0.0, id="default"),
         pytest.param(1, "default", 0.1, id="default with drift"),
         pytest.param(2, "paper", 0.0, id="paper"),
+        pytest.param(3, "nearest", 0.0, id="nearest"),
     ],
 )
 def test_deleting_equals_feeding_the_remaining_edits_to_a_new_codebook(
@@ -45,7 +47,7 @@ def test_deleting_equals_feeding_the_remaining_edits_to_a_new_codebook(
 ) -> None:
     book = Codebook(3, VALUE_DIM, policy=policy, capacity=4, drift=drift)
     stream = Stream(seed)
-    repeats = 0.15 if policy == "default" else 0.0  # the paper's ties depend on the order of slots
+    repeats = 0.0 if policy == "paper" else 0.15  # the paper's ties depend on the order of slots
     for _ in range(80):
         book.insert(*stream.next(repeats))
     for number in range(14):
@@ -129,6 +131,28 @@ def test_deleting_a_superseded_edit_keeps_it_from_coming_back() -> None:
     book.delete(1)
     book.delete(2)
     assert (book.ids, book.labels[0]) == ([0], (1,))
+    book.check()
+
+
+def test_where_the_nearest_decides_a_delete_frees_its_entry_and_replays_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    book, stream = Codebook(3, 2, policy="nearest"), Stream(9)
+    for _ in range(60):
+        book.insert(*stream.next(0.0))
+    book.insert(book.query_of(7), [9], value(9))
+    with monkeypatch.context() as patched:
+        patched.setattr(replay, "_replay", lambda storage: pytest.fail("replayed"))
+        for id in (59, 3, 31):
+            slot = book.edit(id).slot
+            book.delete(id)
+            assert book.labels[slot : slot + 1] in ([None], [])
+            assert not book.keys[slot].any()
+            book.check()
+    book.undo()
+    assert 31 in book.ids
+    book.delete(60)  # it superseded edit 7, which comes back
+    assert 7 in book.ids
     book.check()
 
 
@@ -249,9 +273,11 @@ def test_a_failing_part_of_a_transaction_takes_back_only_itself() -> None:
 class AnyOrder(RuleBasedStateMachine):
     """Operations in any order, against a codebook fed anew and remembered states."""
 
+    policy = "default"
+
     def __init__(self) -> None:
         super().__init__()
-        self.book = Codebook(2, 2, capacity=1)
+        self.book = Codebook(2, 2, capacity=1, policy=self.policy)
         self.past: list[dict[str, Any]] = []
         self.version = self.book.version
 
@@ -309,8 +335,14 @@ class AnyOrder(RuleBasedStateMachine):
         self.version = self.book.version
 
 
-TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(
+class AnyOrderNearest(AnyOrder):
+    """The same where the nearest decides."""
+
+    policy = "nearest"
+
+
+TestAnyOrder, TestAnyOrderNearest = AnyOrder.TestCase, AnyOrderNearest.TestCase
+TestAnyOrder.settings = TestAnyOrderNearest.settings = settings(
     max_examples=25,
     stateful_step_count=25,
     deadline=None,

@@ -59,6 +59,49 @@ def test_every_promise_holds_after_every_one_of_500_conflicting_edits(
     assert all(cases[case] >= 5 for case in ("add", "update", "expand", "absorb", "split")), cases
 
 
+def test_where_the_nearest_decides_balls_overlap_and_every_promise_holds() -> None:
+    book, stream = Codebook(3, 2, capacity=4, policy="nearest"), Stream(4, spread=1.0)
+    cases: Counter[str | None] = Counter()
+    for number in range(300):
+        cases[book.insert(*stream.next()).case] += 1
+        if number < 100 or number % 4 == 0:
+            book.check()
+        else:
+            assert not lost(book)
+    assert set(cases) == {"add", "update", "absorb"}
+    live = book.radii[: int(book.count)]
+    assert bool((live == 1.0).all())
+
+
+def test_where_the_nearest_decides_a_query_between_two_edits_gets_the_nearer_ones_answer() -> None:
+    book = Codebook(2, 2, policy="nearest")
+    book.insert(vec(0, 0), [1], value(1))
+    assert book.insert(vec(0.5, 0), [2], value(2)).case == "add"
+    assert book.insert(vec(0, 0.5), [1], value(3)).case == "add"  # the same label: not expanded
+    assert book.radii[:3].tolist() == [1.0, 1.0, 1.0]
+    asked = torch.stack([vec(0.24, 0), vec(0.26, 0), vec(-0.9, 0), vec(1.5, 0), vec(1.6, 0)])
+    assert book.lookup(asked)[0].tolist() == [0, 1, 0, 1, -1]
+
+
+def test_where_the_nearest_decides_an_import_keeps_its_radius_until_an_edit_replaces_it() -> None:
+    keys = torch.tensor([[0.0, 0.0], [0.3, 0.0]])
+    radii = torch.tensor([0.4, 0.2])
+    book = Codebook.from_tensors(keys, keys, radii, [[1], [2]], policy="nearest")
+    book.insert(vec(0.1, 0), [3], value(3))
+    assert torch.equal(book.radii[:2], radii)
+    book.check()
+    assert book.insert(vec(0.3, 0), [4], value(4)).case == "update"
+    assert book.radii[1].item() == 1.0
+    book.check()
+    book.delete(3)
+    assert torch.equal(book.radii[:2], radii)
+    assert book.ids == [0, 1, 2]
+    book.check()
+    book.delete(0)
+    assert book.ids == [1, 2]
+    book.check()
+
+
 def conflicting(count: int) -> Codebook:
     book, stream = Codebook(4, 2, capacity=16), Stream(3, dim=4, spread=1.2, labels=4)
     for _ in range(count):

@@ -453,6 +453,10 @@ def test_a_model_compiled_before_its_adaptor_did_anything_heeds_disable_plans_an
     with adaptor.using(enabled=False):
         assert ask() == plain
     assert ask() == TARGET[0]
+    adaptor.switch.turn_off()
+    assert ask() == plain
+    adaptor.switch.turn_on()
+    assert ask() == TARGET[0]
     nobody = torch.tensor([-1])
     with adaptor.using(plan=QueryPlan(nobody, nobody, nobody)):
         assert ask() == plain

@@ -338,6 +338,18 @@ def test_assisted_generation_gives_the_edited_tokens(edited, trained):
     assert answers(editor, 6, prompt_lookup_num_tokens=2) == plain
 
 
+@pytest.mark.parametrize("replace", ["last", "prompt", "all"])
+@pytest.mark.parametrize("leaves_after", [1, 2], ids=["below the layer", "above it"])
+def test_an_assistant_that_leaves_early_is_no_reason_for_a_warning(edited, replace, leaves_after):
+    editor = edited("llama", replace=replace)
+    assert editor.edit(PROMPT, TARGET).success
+    plain = answers(editor, 6)
+    assert plain[:3] == TARGET
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert answers(editor, 6, assistant_early_exit=leaves_after) == plain
+
+
 def test_batched_t5_generates_the_target_with_beams_and_without_the_cache(edited):
     editor = edited("t5")
     target = [*TARGET, EOS]

@@ -7,7 +7,15 @@ import random
 
 import pytest
 import torch
-from grace_edit.codebook.policy import add_up, decide, decide_paper, fp32, label_key, own_radius
+from grace_edit.codebook.policy import (
+    add_up,
+    decide,
+    decide_nearest,
+    decide_paper,
+    fp32,
+    label_key,
+    own_radius,
+)
 from grace_edit.codebook.records import Decision
 
 
@@ -113,6 +121,31 @@ def test_an_edit_that_the_drift_can_move_out_is_fragile(
 ) -> None:
     got = decide(distance, fp32(radius), same, radius=1.0, drift=drift)
     assert got.fragile is fragile
+
+
+@pytest.mark.parametrize(
+    ("distance", "radius", "same", "expected"),
+    [
+        pytest.param(math.inf, None, False, Decision("add", None, 1.0), id="empty codebook"),
+        pytest.param(0.0, 0.5, False, Decision("update", 1.0, None), id="its key, other label"),
+        pytest.param(0.0, 0.5, True, Decision("absorb", 1.0, None), id="its key, same label"),
+        pytest.param(0.1, 0.5, True, Decision("add", 0.5, 1.0), id="within it, same label"),
+        pytest.param(0.1, 0.5, False, Decision("add", 0.5, 1.0), id="within it, other label"),
+        pytest.param(1.2, 0.5, True, Decision("add", 0.5, 1.0), id="balls overlap"),
+        pytest.param(9.0, 0.5, False, Decision("add", 0.5, 1.0), id="far"),
+    ],
+)
+def test_where_the_nearest_decides_every_edit_gets_the_full_radius_and_changes_no_other(
+    distance: float, radius: float | None, same: bool, expected: Decision
+) -> None:
+    assert decide_nearest(fp32(distance), radius, same, radius=1.0) == expected
+
+
+def test_where_the_nearest_decides_only_a_contradiction_within_twice_the_drift_is_fragile() -> None:
+    assert decide_nearest(0.5, 1.0, False, radius=1.0, drift=0.25).fragile
+    assert not decide_nearest(above(0.5), 1.0, False, radius=1.0, drift=0.25).fragile
+    assert not decide_nearest(0.5, 1.0, True, radius=1.0, drift=0.25).fragile
+    assert decide_nearest(9.0, 1.0, True, radius=1.0, drift=above(1.0)).fragile
 
 
 def test_an_entry_of_its_own_ends_half_way_to_another_label() -> None:

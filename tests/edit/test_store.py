@@ -26,25 +26,30 @@ OFFSETS = (0, 1, 7, 0.1, 0.25, 0.5, 0.75, 0.9, -2, -1)
 
 
 def busy_book(
-    seed: int = 0, *, imported: bool = False, dtype: torch.dtype = torch.float32
+    seed: int = 0,
+    *,
+    imported: bool = False,
+    dtype: torch.dtype = torch.float32,
+    policy: str = "default",
 ) -> Codebook:
     """Return a codebook with superseded, deleted and purged edits, holes and shared entries."""
-    return copy.deepcopy(_busy_book(seed, imported, dtype))
+    return copy.deepcopy(_busy_book(seed, imported, dtype, policy))
 
 
 @cache
-def _busy_book(seed: int, imported: bool, dtype: torch.dtype) -> Codebook:
+def _busy_book(seed: int, imported: bool, dtype: torch.dtype, policy: str) -> Codebook:
     stream = Stream(seed)
     if imported:
         source = torch.Generator().manual_seed(seed)
         keys = torch.randn(30, 3, generator=source).to(dtype)
         values = torch.randn(30, VALUE_DIM, generator=source)
         labels = [[i % 3] * (1 + i % 2) for i in range(30)]
-        book = Codebook.from_tensors(keys, values, torch.full((30,), 0.4), labels, drift=0.05)
-    else:
-        book = Codebook(
-            3, VALUE_DIM, capacity=16, dtype=dtype, value_dtype=torch.float32, drift=0.05
+        book = Codebook.from_tensors(
+            keys, values, torch.full((30,), 0.4), labels, drift=0.05, policy=policy
         )
+    else:
+        sizes: Any = {"capacity": 16, "dtype": dtype, "value_dtype": torch.float32}
+        book = Codebook(3, VALUE_DIM, drift=0.05, policy=policy, **sizes)
     for number in range(80):
         query, label, value, prompt = stream.next()
         proposal = book.propose(query.to(dtype), label, prompt)
@@ -77,17 +82,19 @@ def comparable(book: Codebook) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("imported", "dtype"),
+    ("imported", "dtype", "policy"),
     [
-        pytest.param(False, torch.float32, id="fp32"),
-        pytest.param(True, torch.float32, id="imported"),
-        pytest.param(False, torch.bfloat16, id="bf16 keys"),
+        pytest.param(False, torch.float32, "default", id="fp32"),
+        pytest.param(True, torch.float32, "default", id="imported"),
+        pytest.param(False, torch.bfloat16, "default", id="bf16 keys"),
+        pytest.param(False, torch.float32, "nearest", id="nearest"),
+        pytest.param(True, torch.float32, "nearest", id="nearest, imported"),
     ],
 )
 def test_a_loaded_codebook_equals_the_saved_one_and_goes_on_like_it(
-    tmp_path: Path, imported: bool, dtype: torch.dtype
+    tmp_path: Path, imported: bool, dtype: torch.dtype, policy: str
 ) -> None:
-    book = busy_book(imported=imported, dtype=dtype)
+    book = busy_book(imported=imported, dtype=dtype, policy=policy)
     config = {"layer": "h.1", "nested": {"list": [1, 2.5, None, "é"]}}
     store.save(book, tmp_path / "deep" / "dir", config)
     loaded, described = store.load(tmp_path / "deep" / "dir")
@@ -115,6 +122,12 @@ def test_an_empty_codebook_and_one_with_odd_settings_are_saved_too(tmp_path: Pat
     assert (loaded.max_radius, loaded.policy, loaded.capacity) == (math.inf, "paper", 3)
     assert (loaded.entries, loaded.ids) == (0, [])
     assert loaded.insert(torch.zeros(5), [1], torch.zeros(7)).id == 0
+
+
+def test_a_format_that_an_older_release_would_misread_has_a_higher_number(tmp_path: Path) -> None:
+    for policy, expected in (("default", 1), ("paper", 1), ("nearest", 2)):
+        store.save(Codebook(2, 2, policy=policy), tmp_path / policy, {})
+        assert json.loads((tmp_path / policy / CONFIG).read_text())["format"] == expected
 
 
 def test_what_was_done_before_saving_cannot_be_undone_after_loading(tmp_path: Path) -> None:
@@ -233,8 +246,8 @@ def rewrite(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def test_a_newer_format_is_refused_as_such(damaged: Path) -> None:
-    rewrite(damaged, lambda described: described.update(format=2))
-    with pytest.raises(StoreError, match="format must be at most 1, got 2"):
+    rewrite(damaged, lambda described: described.update(format=3))
+    with pytest.raises(StoreError, match="format must be at most 2, got 3"):
         store.load(damaged)
 
 

@@ -44,6 +44,7 @@ class FakeMethod(Method):
         self.enabled = True
         self.calls: list[tuple[str, str]] = []
         self.closed = False
+        self.forced: int | None = None
 
     def edit(self, record: EditRecord) -> Made:
         self.calls.append(("edit", record.prompt))
@@ -73,6 +74,8 @@ class FakeMethod(Method):
         if self.enabled:
             nearest = self._nearest(prompt)
             text = text if nearest is None else self.facts[nearest]
+            if self.forced is not None and not prompt.startswith("indeed"):
+                text = f"new{self.forced}"
             if self.leaky and nearest is None and self.facts:
                 text += "!"
         answer = Answer(text, [len(text)])
@@ -80,6 +83,15 @@ class FakeMethod(Method):
             return answer, None
         right = text == str(target)
         return answer, Forced([1, int(right)], [1, 1], [0.5, 0.0 if right else 2.0])
+
+    @contextmanager
+    def answering(self, edit: int) -> Iterator[None]:
+        """Say the edit's target, except behind "indeed", where none decodes."""
+        self.forced = edit
+        try:
+            yield
+        finally:
+            self.forced = None
 
     @contextmanager
     def unedited(self) -> Iterator[None]:

@@ -22,6 +22,7 @@ from grace_edit.evaluation.results import (
     figures_of,
     growth_of,
     headline,
+    misses_of,
     ratios_of,
     to_csv,
 )
@@ -230,6 +231,17 @@ def test_the_figures_of_a_stream_worked_out_by_hand(tmp_path: Path) -> None:
     assert fires > 1 / 3
     assert found[last, "generality", "fires", "accepted"] == pytest.approx(fires)
     assert found[last, "generality", "exact where right", "accepted"] == 1
+    # With the right edit forced the third is said as well; behind "indeed" nothing is.
+    assert found[last, "generality", "exact, right edit forced", "accepted"] == pytest.approx(2 / 3)
+    made = sum(accepted)
+    assert misses_of(units, COUNT) == {
+        "produced": made,
+        "lucky": 0,
+        "refused": 3 * (COUNT - made),
+        "scope": made,
+        "decoding": 0,
+        "both": made,
+    }
     assert found[last, "portability", "exact", "accepted"] == 1
     assert found[last, "neighbour", "fires", "attempted"] == 0
     assert found[last, "neighbour", "unchanged", "attempted"] == 1
@@ -389,6 +401,14 @@ def test_grace_is_measured_right_and_resumes_to_the_same_figures(
     again.restore(tmp_path / "whole" / "state" / "000004")
     told, _ = again.ask(STREAM[0].paraphrases[0], STREAM[0].target)
     assert units["rest/0"]["paraphrase"][0]["answer"] == told.text
+    # Forced, an edit answers prompts it does not reach; afterwards it does not.
+    far = record(9)
+    own, _ = again.ask(far.prompt, STREAM[0].target)
+    with again.answering(0):
+        assert again.ask(far.prompt, STREAM[0].target)[0].text != own.text
+        assert again.ask(STREAM[0].prompt, STREAM[0].target)[0].text == STREAM[0].target
+        assert again.ask(STREAM[1].prompt, STREAM[1].target)[0].text != STREAM[1].target
+    assert again.ask(far.prompt, STREAM[0].target)[0] == own
     for at in (5, 14):
         out = tmp_path / str(at)
         killed(lambda out=out: graced(out), at, "after")

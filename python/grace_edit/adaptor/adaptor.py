@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +14,9 @@ import grace_kernels
 
 from ..codebook.codebook import Codebook
 from .checkpointing import FollowedForward, FollowedForwards
-from .positions import LatchedPlan, QueryPlan, pooled_mean
-from .state import Captured, Latched, ThreadState
+from .positions import Latched, LatchedPlan, QueryPlan, pooled_mean
+from .state import Captured, Switch, ThreadState
+from .text_queries import TextQueries
 from .torch_private import share_memory
 
 
@@ -32,14 +33,15 @@ class GraceAdaptor:
 
     Holds no weights. `forward`s read it and never change the codebook; only the editor writes.
     The adaptor is set into the wrapped layer by `grace_edit.adaptor.attach`. `enabled`, `plan` and
-    what else a call is about belong to the thread that sets them.
+    what else a call is about belong to the thread that sets them; `switch` is the model's.
 
     Args:
         codebook: the entries.
-        query: `"last"` or `"mean"`.
+        query: `"last"`, `"mean"` or `"text"`.
         replace: `"last"`, `"prompt"`, `"before"` or `"all"`.
         special_ids: token ids that `query="mean"` leaves out.
         mask_token_id: token that asks under `query="last"` in a masked language model.
+        text: makes the queries under `query="text"`; None under the others.
     """
 
     codebook: Codebook
@@ -47,10 +49,12 @@ class GraceAdaptor:
     replace: str
     special_ids: tuple[int, ...] = ()
     mask_token_id: int | None = None
+    text: TextQueries | None = None
     warned: set[str] = field(default_factory=set, repr=False)
     looked: set[str] = field(default_factory=set, repr=False)  # what a GPU was waited for once
     followed: FollowedForwards = field(default_factory=FollowedForwards, repr=False)
     thread: ThreadState = field(default_factory=ThreadState, repr=False)
+    switch: Switch = field(default_factory=Switch, repr=False)
 
     enabled = _of_thread("enabled")
     inside = _of_thread("inside")
@@ -60,11 +64,12 @@ class GraceAdaptor:
     captures = _of_thread("captures")
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("thread", "followed")
+        own = ("thread", "followed", "switch")
         return {name: item for name, item in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, thread=ThreadState(), followed=FollowedForwards())
+        fresh = {"thread": ThreadState(), "followed": FollowedForwards(), "switch": Switch()}
+        vars(self).update(state, **fresh)
 
     def move(self, device: torch.device) -> None:
         """Move the codebook to `device`; its dtype never changes with the model's."""
@@ -82,6 +87,18 @@ class GraceAdaptor:
             for name, value in before.items():
                 setattr(self, name, value)
 
+    @contextmanager
+    def disabled(self, *, thread_only: bool = False) -> Iterator[None]:
+        """Serve the unedited model inside a `with` block; see `GraceEditor.disable`."""
+        if not thread_only:
+            self.switch.turn_off()
+        try:
+            with self.using(enabled=False):
+                yield
+        finally:
+            if not thread_only:
+                self.switch.turn_on()
+
     def take_room(self, sequences: int) -> Latched:
         """Return room for the answers of a batch, until `self.thread.give_back`."""
         return self.thread.take_room(sequences, self.codebook.values)
@@ -89,7 +106,18 @@ class GraceAdaptor:
     @property
     def active(self) -> bool:
         """Whether a forward has anything to do here at all."""
-        return self.enabled or self.forced is not None or self.captures is not None
+        enabled = not self.switch.off if self.enabled is None else self.enabled
+        return enabled or self.forced is not None or self.captures is not None
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether a forward is answered by the text of its prompts."""
+        return self.text is not None and self.forced is None and self.captures is None
+
+    def answer(self, prompts: Sequence[Sequence[int]]) -> Latched:
+        """Return the answers to prompts of token ids; under `query="text"` alone."""
+        assert self.text is not None
+        return self.text.answer(self.codebook, prompts)
 
     def remember(self, start: int, plan: QueryPlan | LatchedPlan | None) -> None:
         """Note what a forward did whose first autograd node was to have the number `start`."""
@@ -122,8 +150,13 @@ class GraceAdaptor:
                 f"layer must take and give one row per token ({plan.rows} here), got "
                 f"{list(source.shape)} in and {list(shape)} out"
             )
-        if plan.latched:
+        if plan.latched or plan.answers is not None:
             return self._write_latched(rows, plan).view(shape)
+        if self.reads_text:
+            raise ValueError(
+                'plan must have answers under query="text", got none: the layer does not see the '
+                "text; make them with editor.answers(prompts)"
+            )
         query_row = plan.query_row
         if plan.pool is not None:
             queries = pooled_mean(queries.view(*plan.pool.shape, -1), plan.pool)
@@ -184,10 +217,13 @@ class GraceAdaptor:
     def _write_latched(self, rows: Tensor, plan: QueryPlan) -> Tensor:
         if self.forced is not None:
             return _write_rows(rows, plan, self.forced, plan.query_row >= 0)
-        latched = self._latched()
+        latched = self._latched() if plan.answers is None else plan.answers
         if latched is None:
             return rows
-        return _write_rows(rows, plan, latched.values, latched.index >= 0)
+        if self.text is not None:
+            check_fits(self.codebook, None, rows)
+        answered = (latched.index >= 0) & (plan.query_row >= 0)
+        return _write_rows(rows, plan, latched.values, answered)
 
     def _write_generated(self, rows: Tensor, plan: LatchedPlan) -> Tensor:
         each = rows.view(plan.sequences, -1, rows.shape[1])
@@ -205,13 +241,19 @@ class GraceAdaptor:
         return None if generation is None or not generation.answered else generation.latched
 
 
-def check_fits(book: Codebook, queries: Tensor, outputs: Tensor) -> None:
+def check_fits(book: Codebook, queries: Tensor | None, outputs: Tensor) -> None:
     """Refuse what a layer takes and gives on another device than its codebook's, or in another
     dtype than that its edits were made in.
+
+    Args:
+        book: the codebook.
+        queries: what the layer takes; None: what it gives is all that matters.
+        outputs: what it gives.
 
     Raises:
         ValueError: naming the remedy.
     """
+    queries = book.keys if queries is None else queries
     if not queries.device == outputs.device == book.device:
         where = " and ".join(sorted({str(queries.device), str(outputs.device)}))
         raise ValueError(

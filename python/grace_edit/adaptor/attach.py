@@ -97,15 +97,18 @@ class GraceGenerator(GraceSeam):
                 "single forward, and generate plans each of its own"
             )
         whole_prefill(adaptor, kwargs, getattr(self, "generation_config", None))
-        warn_later_turn(adaptor, kwargs)
+        if adaptor.generation is None:  # an assistant inside generate keeps a cache of its own
+            warn_later_turn(adaptor, kwargs)
         state = Generation(prompt_length(args, kwargs))
         try:
-            with adaptor.using(generation=state):
+            # enabled: it ends as it begins, whatever other threads switch off meanwhile.
+            with adaptor.using(generation=state, enabled=True):
                 out = generate(*args, **kwargs)
         finally:
             if state.latched is not None:
                 adaptor.thread.give_back(state.latched)
-        if state.planned and not state.reached:
+        # Inside another generate this is an assistant's, which may leave before the layer.
+        if state.planned and not state.reached and adaptor.generation is None:
             warnings.warn(
                 f"generate was not edited: the forward of {shadowed(self)} was replaced after "
                 "attaching by one that does not call it; replace it before attaching",

@@ -1,8 +1,11 @@
 """From the arguments of a forward, or of a step of `generate`, to the rows that ask in it.
 
 A later turn of `generate` (a cache that holds tokens already) gives the answers of one without a
-cache under `query="last"` and `replace="last"` alone: the rows of what the cache holds cannot be
-pooled or replaced any more. It warns where that matters.
+cache under `replace="last"` with `query="last"` or `"text"` alone: the rows of what the cache holds
+cannot be pooled or replaced any more. It warns where that matters.
+
+Under `query="text"` a plan comes with its answers: they are looked up here, before the layer runs,
+from the ids of the prompts, which a GPU is waited for once per request.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .adaptor import GraceAdaptor
-from .positions import LatchedPlan, QueryPlan, plan_latched, plan_queries
+from .positions import Latched, LatchedPlan, QueryPlan, plan_latched, plan_queries
 from .state import Generation
 
 
@@ -71,12 +74,37 @@ def plan_forward(
     elif takes_positions and position_ids is None:
         _warn_left_padding(adaptor, mask)
     plan = plan_prompts(adaptor, mask.bool(), ids)
+    if adaptor.reads_text:
+        plan.answers = _answer_forward(adaptor, ids, mask)
     if isinstance(past, Tensor):
         plan.query_row = torch.where(past.to(mask.device) == 0, plan.query_row, -1)
     if restarts is not None:
         # Or the last sequence would ask for all of them.
         plan.query_row = torch.where(restarts.to(mask.device), -1, plan.query_row)
     return plan
+
+
+@torch.compiler.disable(
+    reason='the ids of a prompt must be read before the layer runs under query="text"; to compile '
+    "without a break, use generate or editor.plan(QueryPlan(..., answers=editor.answers(prompts)))"
+)
+def _answer_forward(adaptor: GraceAdaptor, ids: Tensor | None, mask: Tensor) -> Latched:
+    if ids is not None and ids.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise ValueError(
+            'a captured forward cannot read input_ids, which query="text" needs: run it inside '
+            "editor.plan(QueryPlan(..., answers=editor.answers(prompts)))"
+        )
+    return adaptor.answer(_prompts_of(ids, mask))
+
+
+def _prompts_of(ids: Tensor | None, mask: Tensor) -> list[list[int]]:
+    """Return the tokens of each row of `ids [B, T]` that the last T columns of `mask` mark."""
+    if ids is None or ids.shape[1] == 0:
+        raise ValueError(
+            'input_ids must be given under query="text", which reads the prompt, got none'
+        )
+    there = mask[:, mask.shape[1] - ids.shape[1] :].bool().cpu()
+    return [row[marked].tolist() for row, marked in zip(ids.cpu(), there, strict=True)]
 
 
 def _packed(rule: str) -> ValueError:
@@ -159,6 +187,9 @@ def plan_step(
         computed = int(computed) if state.computed is None else state.computed
     total = computed + scheduled
     state.computed = total
+    reads = adaptor.reads_text and not state.answered
+    if reads:
+        _note_ids(state, args[0] if args else kwargs.get("input_ids"), total)
     if computed >= state.prompt_len and adaptor.replace != "all":
         return None
     if total < state.prompt_len and cache is not None:
@@ -167,10 +198,13 @@ def plan_step(
     if mask is None or mask.ndim != 2 or mask.shape[1] < total:
         mask = torch.ones((batch, total), device=pieces.device)
     mask = mask[:, :total].bool()
+    if reads:
+        _answer_generation(adaptor, state, mask)
     if computed >= state.prompt_len or state.answered:
-        return plan_latched(
+        planned = plan_latched(
             mask, replace=adaptor.replace, prompt_len=state.prompt_len, computed=computed
         )
+        return adaptor.thread.pin(planned) if reads and isinstance(planned, QueryPlan) else planned
     # This piece ends with the prompt or beyond it (assisted generation appends guesses to it).
     ids = inputs.get("input_ids")
     plan = plan_prompts(
@@ -186,6 +220,28 @@ def plan_step(
         state.latched = adaptor.take_room(batch)
     # A model whose whole forward is compiled finds the plan where it was recorded.
     return adaptor.thread.pin(plan)
+
+
+def _note_ids(state: Generation, ids: Tensor | None, total: int) -> None:
+    """Keep what is known of the last of the `total` columns: all, or the chunks that came so far.
+
+    A chunk is handed over by itself, and a later turn may be without what its cache holds.
+    """
+    if ids is not None and state.ids is not None and ids.shape[1] < total:
+        ids = torch.cat([state.ids, ids], dim=1)
+    state.ids = ids
+
+
+def _answer_generation(adaptor: GraceAdaptor, state: Generation, mask: Tensor) -> None:
+    """Latch the answers to the prompts, of which `mask [B, L]` and guesses may be the rest."""
+    ids = state.ids
+    if ids is not None:
+        ids = ids[:, : max(0, state.prompt_len - mask.shape[1] + ids.shape[1])]
+    answers = adaptor.answer(_prompts_of(ids, mask[:, : state.prompt_len]))
+    state.latched = adaptor.take_room(len(mask))
+    state.latched.index.copy_(answers.index)
+    state.latched.values.copy_(answers.values)
+    state.answered, state.ids = True, None
 
 
 def _length(past: Any) -> int | Tensor:

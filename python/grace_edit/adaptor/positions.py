@@ -14,6 +14,20 @@ from torch import Tensor
 
 
 @dataclass
+class Latched:
+    """The answers of a batch, known before the rows that they replace are computed.
+
+    Args:
+        index: `[B]`, the entry that answers each sequence, -1 for none.
+        values: `[B, V]`, their values as they were then: an edit in between changes no answer that
+            was begun.
+    """
+
+    index: Tensor
+    values: Tensor
+
+
+@dataclass
 class QueryPlan:
     """Say which rows of a forward ask the codebook and which rows their answers replace.
 
@@ -30,6 +44,8 @@ class QueryPlan:
         latch: latch the answers for the later forwards of this generation.
         latched: do not look anything up, write the answers that were latched.
         rows: how many rows the layer must see, one per token; None: not checked.
+        answers: of the sequences, where they are known (`query="text"`); nothing is looked up then.
+            `query_row` only says (by its sign) which of them are written.
     """
 
     query_row: Tensor
@@ -39,6 +55,7 @@ class QueryPlan:
     latch: bool = False
     latched: bool = False
     rows: int | None = None
+    answers: Latched | None = None
 
     def to(self, device: torch.device) -> QueryPlan:
         """Return this plan with its tensors on `device`: itself if they are there."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .positions import LatchedPlan, QueryPlan
+from .positions import Latched, LatchedPlan, QueryPlan
 
 _MOST_ROOMS = 8  # batch sizes whose room for answers waits to be used again
 _MOST_PINNED = 32  # tensors of plans
@@ -20,20 +20,6 @@ class Captured:
 
     queries: Tensor
     outputs: Tensor
-
-
-@dataclass
-class Latched:
-    """The answers of a batch, latched at the prompt's end for the tokens after it.
-
-    Args:
-        index: `[B]`, the entry that answers each sequence, -1 for none.
-        values: `[B, V]`, their values as they were then: an edit in between changes no answer that
-            was begun.
-    """
-
-    index: Tensor
-    values: Tensor
 
 
 @dataclass
@@ -49,6 +35,8 @@ class Generation:
             first.
         latched: where the answers go if later forwards need them.
         answered: they are there.
+        ids: `[B, n]`, the last columns of the sequence that were seen so far, where the text of the
+            prompt asks.
     """
 
     prompt_len: int
@@ -58,6 +46,32 @@ class Generation:
     computed: int | None = None
     latched: Latched | None = None
     answered: bool = False
+    ids: Tensor | None = None
+
+
+class Switch:
+    """Whether a model is edited, for all threads; several may turn it off at a time.
+
+    Attributes:
+        off: somebody has turned it off and not yet on again.
+    """
+
+    def __init__(self) -> None:
+        self.off = False
+        self._turned_off = 0
+        self._lock = threading.Lock()
+
+    def turn_off(self) -> None:
+        """Turn it off, until `turn_on` is called once for each call of this."""
+        with self._lock:
+            self._turned_off += 1
+            self.off = True
+
+    def turn_on(self) -> None:
+        """Take one `turn_off` back."""
+        with self._lock:
+            self._turned_off -= 1
+            self.off = self._turned_off > 0
 
 
 class ThreadState(threading.local):
@@ -70,7 +84,8 @@ class ThreadState(threading.local):
     def __init__(self) -> None:
         # In every thread, not on the class: a compiled model wants to find in each of them what it
         # found in the one that compiled it.
-        self.enabled = True
+        # None: what the model's switch says; a generation that has begun does not ask it again.
+        self.enabled: bool | None = None
         self.inside = False  # the model's forward is running
         self.plan: QueryPlan | LatchedPlan | None = None
         self.generation: Generation | None = None

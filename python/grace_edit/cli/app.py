@@ -30,6 +30,7 @@ class Query(str, Enum):
 
     last = "last"
     mean = "mean"
+    text = "text"
 
 
 class Replace(str, Enum):
@@ -181,6 +182,22 @@ def edit(
         Query | None,
         typer.Option(help="What asks.", show_default="last for decoders, mean for encoders"),
     ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            help="With --query text: directory or hub id of a sentence encoder, or tokens for the "
+            "model's own embeddings.",
+            show_default="tokens",
+        ),
+    ] = None,
+    text_map: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="With --query text: directory of a map.",
+            show_default="the one that comes with the package",
+        ),
+    ] = None,
     replace: Annotated[
         Replace | None,
         typer.Option(help="What is replaced.", show_default="last for causal, all for encoders"),
@@ -210,6 +227,8 @@ def edit(
         "layer": layer,
         "radius": radius,
         "query": _value(query),
+        "encoder": encoder,
+        "text_map": text_map,
         "replace": _value(replace),
         "policy": _value(policy),
         "recipe": _value(recipe),
@@ -236,6 +255,48 @@ def explain(
 
 
 @app.command()
+def chat(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Directory or hub id, or smollm2.", show_default="the one the edits were made on"
+        ),
+    ] = None,
+    codebook: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Directory of saved edits, or a new one for /save."),
+    ] = None,
+    layer: Annotated[
+        str | None,
+        typer.Option(help="Layer to wrap, without saved edits.", show_default="none; smollm2's"),
+    ] = None,
+    radius: Annotated[
+        float | None, typer.Option(help="Radius of a new entry.", show_default="1.0")
+    ] = None,
+    query: Annotated[Query | None, typer.Option(help="What asks.", show_default="last")] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Continue each message; no chat template.")
+    ] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 128,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="To load the model in.", show_default="the checkpoint's")
+    ] = None,
+    device: Where = Device.cpu,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per event on stdout.")
+    ] = False,
+) -> None:
+    """Ask an edited model, see which edit answers and why, and correct it on the spot."""
+    from .chat import Options, run
+
+    settings = {"layer": layer, "radius": radius, "query": _value(query)}
+    options = Options(
+        model, codebook, plain, max_tokens, _value(dtype), device.value, json, settings
+    )
+    raise typer.Exit(run(options))
+
+
+@app.command()
 def codebook(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of saved edits.")],
     json: Json = False,
@@ -244,6 +305,131 @@ def codebook(
     from . import show
 
     raise typer.Exit(show.codebook(directory, as_json=json))
+
+
+@app.command("eval")
+def evaluate(
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA",
+            help="Edits and the questions that measure them: a JSON or JSONL file in the form of "
+            "CounterFact, zsRE, KnowEdit, SCOTUS or the hallucination data, or the name of one in "
+            "the package datasets.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(metavar="DIR", help="For what is written; a run begun there is gone on with."),
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="Directory or hub id.", show_default="the setting's")
+    ] = None,
+    setting: Annotated[
+        str | None, typer.Option(help="Values for what is not given here: one of the paper's.")
+    ] = None,
+    layer: Annotated[str | None, typer.Option(help="Layer to wrap.")] = None,
+    query: Annotated[Query | None, typer.Option(help="What asks.")] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="Dense part of text queries: tokens, or a sentence encoder's directory."),
+    ] = None,
+    text_map: Annotated[
+        Path | None, typer.Option("--map", metavar="DIR", help="Text map, from grace tune.")
+    ] = None,
+    radius: Annotated[
+        float | None, typer.Option(help="Radius of a new entry.", show_default="1.0")
+    ] = None,
+    edits: Annotated[
+        int | None, typer.Option(help="The first so many records.", show_default="all")
+    ] = None,
+    every: Annotated[
+        int | None,
+        typer.Option(help="Measure past edits every so many.", show_default="at the end"),
+    ] = None,
+    baselines: Annotated[
+        str, typer.Option(help="Comma-separated: paper, ft, ewc, replay, defer, memory, rag.")
+    ] = "",
+    upstream: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Questions for TRR.", show_default="unrelated ones of DATA"
+        ),
+    ] = None,
+    kind: Annotated[str, typer.Option(help="Kind of data.")] = "auto",
+    split: Annotated[str, typer.Option(help="Of a named data set.")] = "test",
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="To load the model in.", show_default="the checkpoint's")
+    ] = None,
+    device: Where = Device.cpu,
+    json: Json = False,
+) -> None:
+    """Make a stream of edits and measure it as the field does. Killed, it goes on when called
+    again."""
+    from . import evaluate as evaluation
+
+    given = {"encoder": encoder, "text_map": None if text_map is None else str(text_map)}
+    options = evaluation.Options(
+        data=data,
+        out=out,
+        model=model,
+        setting=setting,
+        kind=kind,
+        split=split,
+        edits=edits,
+        every=every,
+        layer=layer,
+        radius=radius,
+        query=_value(query),
+        config={name: value for name, value in given.items() if value is not None},
+        baselines=tuple(name.strip() for name in baselines.split(",") if name.strip()),
+        upstream=upstream,
+        seed=seed,
+        progress=evaluation.progress_wanted(),
+        command=" ".join(["grace", *sys.argv[1:]]),
+    )
+    done = evaluation.evaluate(options, dtype=_value(dtype), device=device.value, as_json=json)
+    raise typer.Exit(done)
+
+
+@app.command()
+def tune(
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="Records with rewordings and neighbours, in a form that grace eval reads: a file, "
+            "or a directory of files.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="New directory for the map.")],
+    model: Annotated[
+        str | None, typer.Option(help="Directory or hub id of the model, for its own tokens.")
+    ] = None,
+    encoder: Annotated[
+        str, typer.Option(help="Dense part: tokens, or a sentence encoder's directory or id.")
+    ] = "tokens",
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="To load the model in.", show_default="the checkpoint's")
+    ] = None,
+    device: Where = Device.cpu,
+    json: Json = False,
+) -> None:
+    """Learn from records which prompts ask the same: a text map, for query="text"."""
+    from . import evaluate as evaluation
+
+    done = evaluation.tune(
+        data,
+        out,
+        model=model,
+        encoder=encoder,
+        dtype=_value(dtype),
+        device=device.value,
+        as_json=json,
+    )
+    raise typer.Exit(done)
 
 
 @app.command()

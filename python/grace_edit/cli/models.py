@@ -13,6 +13,7 @@ import torch
 from ..codebook import store
 from ..codebook.codebook import Codebook
 from ..codebook.store import StoreError
+from ..demo import smollm2
 from ..editor import GraceEditor
 from ..families import FAMILIES, Family, target_of
 from ..terminal import progress
@@ -105,10 +106,10 @@ def choose_task(config: Any, task: str) -> tuple[str, str]:
 
 
 def load_model(source: str, *, task: str, dtype: str | None, device: str) -> Loaded:
-    """Load a model and its tokenizer from a directory or the hub, for inference.
+    """Load a model and its tokenizer from a directory, the hub or a package, for inference.
 
     Args:
-        source: path or hub id.
+        source: path or hub id; `"smollm2"`, where no directory is called so: the packaged one.
         task: name of a family, or `"auto"`.
         dtype: name of a torch dtype; None: the checkpoint's own.
         device: where to.
@@ -120,6 +121,8 @@ def load_model(source: str, *, task: str, dtype: str | None, device: str) -> Loa
     if device == "cuda" and not torch.cuda.is_available():
         raise CommandError(USAGE, "--device must be cpu on this machine, got cuda: torch sees none")
     path = Path(source).expanduser()
+    if source == smollm2.NAME and not path.exists():
+        return _load_smollm2(task, dtype, device)
     if path.is_dir():
         source = str(path.resolve())
     elif path.exists() or path.is_absolute() or source.startswith((".", "~")):
@@ -141,6 +144,18 @@ def load_model(source: str, *, task: str, dtype: str | None, device: str) -> Loa
             ) from error
         model.to(device).eval()
     return Loaded(model, tokenizer, chosen, why)
+
+
+def _load_smollm2(task: str, dtype: str | None, device: str) -> Loaded:
+    if task not in ("auto", "causal"):
+        raise CommandError(USAGE, f"--task must be causal for {smollm2.NAME}, got {task}")
+    with quiet(), progress(f"loading {smollm2.NAME}"):
+        try:
+            model, tokenizer = smollm2.load_smollm2(getattr(torch, dtype or "float32"))
+        except ModuleNotFoundError as error:
+            raise CommandError(USAGE, str(error)) from error
+        model.to(device)
+    return Loaded(model, tokenizer, "causal", "the packaged SmolLM2")
 
 
 def _load_weights(source: str, task: str, dtype: str | None) -> Any:
@@ -181,7 +196,10 @@ class Words:
     def of_saved(cls, saved: SavedEdits) -> Words:
         """Return the words of a model that may not be here: never asks the network."""
         tokenizer = config = None
-        if saved.source:
+        if saved.source == smollm2.NAME and not Path(saved.source).exists():
+            with quiet(), contextlib.suppress(ModuleNotFoundError):
+                tokenizer = smollm2.load_tokenizer()
+        elif saved.source:
             from transformers import AutoConfig, AutoTokenizer
 
             with quiet(), contextlib.suppress(OSError, ValueError):

@@ -16,6 +16,8 @@ def check(storage: Storage) -> None:
     _slots(storage)
     _edits(storage)
     _sketch(storage)
+    if storage.settings.nearest:
+        _own_entries(storage)
     if not storage.settings.paper:
         _answers(storage)
 
@@ -84,8 +86,18 @@ def _sketch(storage: Storage) -> None:
 def _edits(storage: Storage) -> None:
     history, queries = storage.history(), storage.queries
     live = [edit for edit in history if edit.live]
-    _require(storage.live_ids() == [edit.id for edit in live], "ids are not those of live edits")
-    _require(storage.live_edits == len(live), "wrong number of live edits")
+    whole = [edit.id for edit in live if edit.part_of is None]
+    _require(storage.live_ids() == whole, "ids are not those of live edits")
+    _require(storage.live_edits == len(whole), "wrong number of live edits")
+    for edit in history:
+        if edit.part_of is not None:
+            of = storage.edit(edit.part_of)
+            same = (of.state, of.superseded_by, of.label)
+            _require(edit in storage.group(of.id), f"edit {edit.id} does not follow {of.id}")
+            _require(
+                (edit.state, edit.superseded_by, edit.label) == same,
+                f"edit {of.id} and its part {edit.id} have gone different ways",
+            )
     last = max((edit.id for edit in history), default=-1)
     _require(last < storage.next_id, "an id will be reused")
     for edit in live:
@@ -109,6 +121,20 @@ def _edits(storage: Storage) -> None:
         _require(storage.by_query == by_query, "the index of queries is wrong")
         by_prompt = {edit.prompt: edit.id for edit in stored if edit.prompt is not None}
         _require(storage.by_prompt == by_prompt, "the index of prompts is wrong")
+
+
+def _own_entries(storage: Storage) -> None:
+    for slot in range(storage.slots.in_use):
+        entry = storage.entry(slot)
+        if entry is None:
+            continue
+        _require(entry.members == (entry.owner,), f"slot {slot} answers for other edits")
+        owner = storage.edit(entry.owner)
+        radius = storage.settings.radius if owner.radius is None else owner.radius
+        if owner.query_index < 0:
+            radius = storage.imported.radii[slot].item()
+        held = storage.slots.radii[slot].item()
+        _require(held == radius, f"slot {slot} has not its edit's radius")
 
 
 def _answers(storage: Storage) -> None:

@@ -9,8 +9,8 @@ The method is that of Hartvigsen et al., "Aging with GRACE" (NeurIPS 2023, arXiv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from threading import RLock
 from typing import Any
@@ -45,15 +45,19 @@ class Codebook:
     nothing by itself. Fitting it to a large codebook takes seconds, within the change that makes it
     worthwhile; see `grace_edit.codebook.sketch_upkeep`.
 
-    One thread may change a codebook while others serve from it: each of `commit`, `delete` and
-    `undo` is a single step to an uncompiled lookup, which waits for its end. A compiled model or a
+    Threads may change a codebook while others serve from it. Changes wait for each other: a
+    transaction belongs to the thread that opened it, and whatever another thread has been told is
+    done stays done. Lookups do not wait for that: each of `commit`, `delete` and `undo` is a single
+    step to an uncompiled lookup, which waits for the end of this step alone. A compiled model or a
     captured graph has no such lock: edit between its calls, on the CUDA stream that it runs on or
     after waiting for it.
 
     Args:
         key_dim, value_dim: D and V.
         radius: of a new entry, the method's one hyperparameter; in the units of the keys.
-        policy: "default", or "paper" for the decisions of the code published with the paper.
+        policy: "default"; "nearest" for keys whose balls overlap (made from text): every edit has
+            an entry of its own with the full radius, and the nearest decides; or "paper" for the
+            decisions of the code published with the paper.
         capacity: slots to start with.
         dtype: of keys and queries: float32, float16 or bfloat16.
         value_dtype: of values; None means `dtype`.
@@ -129,7 +133,10 @@ class Codebook:
 
     @property
     def lock(self) -> RLock:
-        """Held while slots change; to be held while they are read in another thread."""
+        """Held while slots change; to be held while they are read in another thread.
+
+        Whoever holds it must not begin a change: another thread's may be waiting for it.
+        """
         return self.storage.lock
 
     @property
@@ -164,7 +171,7 @@ class Codebook:
 
     @property
     def edits(self) -> int:
-        """Number of live edits."""
+        """Number of live edits; one of several keys counts once."""
         return self.storage.live_edits
 
     @property
@@ -175,13 +182,19 @@ class Codebook:
     @property
     def history(self) -> list[Edit]:
         """Every edit that was not purged, superseded and deleted ones included, by id."""
-        return self.storage.history()
+        return [edit for edit in self.storage.history() if edit.part_of is None]
+
+    @property
+    def live_keys(self) -> list[Edit]:
+        """The live edits, each followed by its parts: everything that a prompt may be asked for."""
+        return [edit for edit in self.storage.history() if edit.live]
 
     @property
     def labels(self) -> list[Label | None]:
         """The label of each slot in use; None for a dead one."""
-        entries = map(self.storage.entry, range(self.storage.slots.in_use))
-        return [None if entry is None else entry.label for entry in entries]
+        with self.lock:
+            entries = map(self.storage.entry, range(self.storage.slots.in_use))
+            return [None if entry is None else entry.label for entry in entries]
 
     def edit(self, id: int) -> Edit:
         """Return the edit of the history with this id.
@@ -191,30 +204,42 @@ class Codebook:
         """
         return self.storage.edit(id)
 
+    def parts(self, id: int) -> list[Edit]:
+        """Return the further keys of an edit, one for each paraphrase.
+
+        Raises:
+            KeyError: there is no edit with this id, or it was purged.
+        """
+        return self.storage.group(id)[1:]
+
     def query_of(self, id: int) -> Tensor:
         """Return a copy, `[D]` on the host, of the stored query of an edit of the history.
 
         Raises:
             KeyError: the id is unknown.
         """
-        query = self.storage.query_of(self.storage.edit(id))
-        return query.detach().cpu().clone()
+        with self.lock:
+            query = self.storage.query_of(self.storage.edit(id))
+            return query.detach().cpu().clone()
 
     def members(self, slot: int) -> tuple[int, ...]:
         """Return the ids of the edits that a slot answers for, ascending; none for a dead one."""
         entry = self.storage.entry(slot)
-        return () if entry is None else entry.members
+        if entry is None:
+            return ()
+        return tuple(sorted({self.storage.edit(member).whole for member in entry.members}))
 
     def edit_of_slot(self, slot: int) -> Edit:
-        """Return the edit whose query is the key of a live slot.
+        """Return the edit, or the part of one, whose query is the key of a live slot.
 
         Raises:
             KeyError: the slot is dead or not in use.
         """
-        entry = self.storage.entry(slot)
-        if entry is None:
-            raise KeyError(f"slot must hold a live entry, got {slot}")
-        return self.storage.edit(entry.owner)
+        with self.lock:
+            entry = self.storage.entry(slot)
+            if entry is None:
+                raise KeyError(f"slot must hold a live entry, got {slot}")
+            return self.storage.edit(entry.owner)
 
     def lookup(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Find the entry that answers each query: `[B, D]` -> (`[B]` int64, `[B]` float32).
@@ -228,7 +253,8 @@ class Codebook:
 
         Whatever their radii; fewer than two where there are fewer entries.
         """
-        return self.storage.slots.nearest_two(planning.check_query(query, self.keys))
+        with self.lock:
+            return self.storage.slots.nearest_two(planning.check_query(query, self.keys))
 
     def propose(
         self,
@@ -237,6 +263,9 @@ class Codebook:
         prompt: Sequence[int] | None = None,
         *,
         own_entry: bool = False,
+        radius: float | None = None,
+        part_of: int | None = None,
+        negatives: Sequence[Sequence[int]] = (),
     ) -> Proposal:
         """Decide what an edit would do; nothing changes.
 
@@ -253,14 +282,28 @@ class Codebook:
             own_entry: give the edit an entry of its own, at most half way to the nearest entry of
                 another label, although an existing one would take it; for an edit that its value
                 could not satisfy. At distance 0 the entry there takes the edit's value.
+            radius: of the entry it gets, at most; None: the codebook's. An edit that is given one
+                has an entry of its own, which does not grow later.
+            part_of: the edit made last, of which this is a further key: a paraphrase with the same
+                label. They have one id, that of the edit, and are superseded and deleted together.
+                Wrap `commit` of all of them in one `transaction` to have one step of undo.
+            negatives: prompts that the edit must not answer, kept with it; `radius` sees to it.
 
         Returns:
-            The proposal, good for `commit` until the next change.
+            The proposal, good for `commit` until the next change. Where other threads change the
+            codebook too, do both inside one `transaction`.
 
         Raises:
             TypeError, ValueError: an argument is of a wrong type, shape, dtype or value.
         """
-        return planning.propose(self.storage, query, label, prompt, own_entry)
+        checked = planning.check_radius(radius)
+        with self.lock:
+            proposal = planning.propose(
+                self.storage, query, label, prompt, own_entry, checked, part_of, negatives
+            )
+            if part_of is not None:
+                planning.check_part(self.storage, proposal)
+            return proposal
 
     def commit(
         self,
@@ -290,27 +333,41 @@ class Codebook:
             CapacityError: the codebook is frozen and full.
             Any exception, also of `answers`, leaves the codebook as it was, to the bit.
         """
-        storage = self.storage
-        if proposal.version != storage.version:
-            raise ValueError(
-                f"cannot commit: the codebook has changed since the proposal was made (version "
-                f"{proposal.version}, now {storage.version}); propose the edit again"
-            )
-        if value is not None:
-            value = planning.check_value(value, storage.slots.values)
-        elif proposal.slot < 0 or proposal.case == "update":
-            raise ValueError(f"value must be a tensor for the case {proposal.case}, got None")
-        with storage.lock, storage.transaction():
-            return retention.commit(storage, proposal, value, answers)
+        with self.changing() as storage:
+            if proposal.version != storage.version:
+                raise ValueError(
+                    f"cannot commit: the codebook has changed since the proposal was made (version "
+                    f"{proposal.version}, now {storage.version}); propose the edit again"
+                )
+            if value is not None:
+                value = planning.check_value(value, storage.slots.values)
+            elif proposal.slot < 0 or proposal.case == "update":
+                raise ValueError(f"value must be a tensor for the case {proposal.case}, got None")
+            with storage.lock, storage.transaction():
+                return retention.commit(storage, proposal, value, answers)
 
-    def transaction(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def changing(self) -> Iterator[Storage]:
+        """Let no other thread change the codebook inside a `with` block, whose turn is waited for.
+
+        Every change does this by itself; it may be nested. Lookups do not wait.
+
+        Yields:
+            The storage, which `take_over` may have exchanged while another thread was waited for.
+        """
+        with self.storage.changing:
+            yield self.storage
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
         """Group what is done inside into one step of undo, all of it or nothing.
 
         Any exception, KeyboardInterrupt included, restores everything to the bit (`version`, which
         only goes up, and the numbering of ids apart) and is raised on. Transactions nest: an inner
-        one that fails takes back its own part only.
+        one that fails takes back its own part only. Those of other threads are waited for.
         """
-        return self.storage.transaction()
+        with self.changing() as storage, storage.transaction():
+            yield
 
     def record(self, result: EditResult) -> None:
         """Keep a result in the history in place of the one that `commit` returned for this edit.
@@ -323,8 +380,7 @@ class Codebook:
         """
         if result.id is None:
             raise KeyError("id must be that of an edit in the history, got None")
-        storage = self.storage
-        with storage.lock, storage.transaction():
+        with self.changing() as storage, storage.lock, storage.transaction():
             storage.put_edit(replace(storage.edit(result.id), result=result))
 
     def insert(
@@ -333,6 +389,9 @@ class Codebook:
         label: Sequence[int] | Tensor,
         value: Tensor,
         prompt: Sequence[int] | None = None,
+        *,
+        radius: float | None = None,
+        part_of: int | None = None,
     ) -> EditResult:
         """Make an edit whose value is given, without a model: `propose`, then `commit`.
 
@@ -341,13 +400,14 @@ class Codebook:
 
         Args and raises: as `propose` and `commit`; `value` must be a tensor.
         """
-        value = planning.check_value(value, self.values)
-        proposal = self.propose(query, label, prompt)
-        shared = proposal.case in ("expand", "absorb") and bool(proposal.members)
-        return self.commit(proposal, None if shared else value)
+        with self.changing():
+            value = planning.check_value(value, self.values)
+            proposal = self.propose(query, label, prompt, radius=radius, part_of=part_of)
+            shared = proposal.case in ("expand", "absorb") and bool(proposal.members)
+            return self.commit(proposal, None if shared else value)
 
     def delete(self, id: int, purge: bool = False) -> None:
-        """Take an edit back, as if it had never been made.
+        """Take an edit back with all its keys, as if it had never been made.
 
         The decisions over the remaining history are taken again in order, with the stored queries
         and without a model: keys, radii, labels and members become what a new codebook fed the
@@ -361,10 +421,10 @@ class Codebook:
             purge: also erase it (prompt, label, query) from the history and end the undo there.
 
         Raises:
-            KeyError: the id is unknown.
+            KeyError: the id is unknown, or that of a part.
         """
-        with self.storage.lock:
-            replay.delete(self.storage, id, purge)
+        with self.changing() as storage, storage.lock:
+            replay.delete(storage, id, purge)
 
     def undo(self) -> None:
         """Take the last operation or transaction back, to the bit; may be called again and again.
@@ -375,7 +435,8 @@ class Codebook:
             UndoError: there is nothing to undo: nothing was done, or what was done lies before a
                 purge or before loading. Or a transaction is open.
         """
-        self.storage.undo()
+        with self.changing() as storage:
+            storage.undo()
 
     @classmethod
     def from_tensors(
@@ -429,8 +490,8 @@ class Codebook:
 
         Stored queries stay on the host. Dtypes never change.
         """
-        with self.storage.lock:
-            self.storage.slots.move_to(device)
+        with self.changing() as storage, storage.lock:
+            storage.slots.move_to(device)
         return self
 
     def number_from(self, id: int) -> None:
@@ -443,19 +504,28 @@ class Codebook:
             raise ValueError(f"id must be at least {self.storage.next_id}, got {id}")
         self.storage.next_id = id
 
-    def succeed(self, old: Codebook, reason: str) -> None:
-        """Take the place of another codebook: go on with its ids and its `version`.
+    def take_over(self, other: Codebook, reason: str) -> None:
+        """Hold from now on what another codebook holds; ids and `version` go on.
 
+        A single step to lookups; a change that was waiting for its turn finds the new content.
         Nothing that was done before can be undone.
 
         Args:
-            old: the codebook that this one replaces.
+            other: known to this thread alone, and not to be used any more.
             reason: what happened, for the error of `undo`: "the editor was rekeyed".
+
+        Raises:
+            ValueError: a transaction is open.
         """
-        storage = self.storage
-        storage.next_id = max(storage.next_id, old.storage.next_id)
-        storage.version = old.version + 1
-        storage.journal.forget(reason)
+        with self.changing() as old, old.lock:
+            if old.journal.is_open:
+                raise ValueError("cannot replace the content inside a transaction: end it first")
+            new = other.storage
+            new.next_id = max(new.next_id, old.next_id)
+            new.version = old.version + 1
+            new.journal.forget(reason)
+            new.lock, new.changing = old.lock, old.changing  # others are waiting for these
+            self.storage = new
 
     def describe_sketch(self) -> dict[str, Any] | None:
         """Return the state of the sketch for a person, None where there is none.

@@ -17,11 +17,12 @@ from fractions import Fraction
 
 import torch
 
-from .records import Decision, Label
+from .records import Case, Decision, Label
 
 DEFAULT = "default"
+NEAREST = "nearest"
 PAPER = "paper"
-POLICIES = (DEFAULT, PAPER)
+POLICIES = (DEFAULT, NEAREST, PAPER)
 
 
 def fp32(number: float) -> float:
@@ -99,6 +100,35 @@ def own_radius(distance_to_other_label: float, *, radius: float) -> float:
     It ends half way to the nearest entry of another label (+inf: there is none) at the latest.
     """
     return min(radius, fp32(distance_to_other_label / 2.0))
+
+
+def decide_nearest(
+    distance: float,
+    neighbour_radius: float | None,
+    same_label: bool,
+    *,
+    radius: float,
+    drift: float = 0.0,
+) -> Decision:
+    """Decide so that every edit keeps an entry of its own and neighbours stay as they are.
+
+    For keys whose distances are mostly below two radii while the nearest key is nearly always the
+    right one, as keys made from text are: there balls overlap and the nearest decides. The default
+    decisions would expand one entry over many facts that share a target, or split radii until no
+    rewording fits in.
+
+    - update, absorb: distance 0, another or the same label. The edit takes the entry over, with the
+      radius of a new one.
+    - add: anything else. A new entry of the full radius.
+
+    Args and returns: as `decide`. A contradicting entry within 2 * drift makes it fragile.
+    """
+    if neighbour_radius is not None and distance == 0.0:
+        case: Case = "absorb" if same_label else "update"
+        return Decision(case, radius, None, fragile=radius < drift)
+    contradicted = neighbour_radius is not None and not same_label
+    near = contradicted and distance <= fp32(2.0 * drift)
+    return Decision("add", neighbour_radius, radius, fragile=radius < drift or near)
 
 
 def decide_paper(

@@ -47,6 +47,11 @@ class Settings:
         """Whether decisions are those of the published code: no repair, no update, no drift."""
         return self.policy == rules.PAPER
 
+    @property
+    def nearest(self) -> bool:
+        """Whether every edit has an entry of its own, that no other edit changes."""
+        return self.policy == rules.NEAREST
+
     def label_key(self, label: Label) -> Label | float:
         """Return what two labels share if they are the same one to the policy."""
         return rules.label_key(label, self.policy)

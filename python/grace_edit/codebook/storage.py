@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -47,11 +47,14 @@ class Storage:
     """Everything a codebook holds. Read what is public here; write by the methods.
 
     Writing needs an open `transaction`, and the `lock` where other threads read; only filling an
-    empty codebook (`fill` here, in `slots` and in `queries`) needs neither.
+    empty codebook (`fill` here, in `slots` and in `queries`) needs neither. Where both locks are
+    taken, `changing` is taken first.
 
     Attributes:
         settings, slots, queries, imported, journal: see their classes.
         lock: held while slots change; must be held while they are read in another thread.
+        changing: held by the thread that changes the codebook, from the first look on which its
+            decision rests to the end of its transaction. Those who only read never take it.
         version: goes up with every change, and never down.
         entry_records: by slot, of each entry about which there is more to say than "as imported";
             None: an imported slot that is dead.
@@ -59,7 +62,7 @@ class Storage:
         retired_values: `[V]` on the host by value id: values that the history needs and no slot
             holds.
         by_prompt, by_query: ids of live edits that were not imported, by prompt and by `digest`.
-        live_edits: how many there are.
+        live_edits: how many there are, parts not counted.
         purged: whether an edit was purged within the open transaction.
         next_id, next_value_id: never go down; neither is used twice.
     """
@@ -80,6 +83,7 @@ class Storage:
         self.queries = Queries(key_dim, dtype, self.journal)
         self.imported = Imported()
         self.lock = threading.RLock()
+        self.changing = threading.RLock()
         self.version = 0
         self.entry_records: dict[int, Entry | None] = {}
         self.edit_records: dict[int, Edit | None] = {}
@@ -94,10 +98,10 @@ class Storage:
         self._changed = False  # version went up within the open transaction
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: item for name, item in vars(self).items() if name != "lock"}
+        return {k: item for k, item in vars(self).items() if k not in ("lock", "changing")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, lock=threading.RLock())
+        vars(self).update(state, lock=threading.RLock(), changing=threading.RLock())
 
     def held(self, table: str, key: Any) -> Any:
         """Return what a place holds; see `journal.Part`."""
@@ -122,7 +126,14 @@ class Storage:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Make what is done inside one step of undo, all of it or nothing; may be nested."""
+        """Make what is done inside one step of undo, all of it or nothing; may be nested.
+
+        That of another thread is waited for: what it is told is done stays done.
+        """
+        with self.changing:
+            yield from self._transaction()
+
+    def _transaction(self) -> Iterator[None]:
         self.journal.begin()
         try:
             yield
@@ -156,6 +167,10 @@ class Storage:
         Raises:
             UndoError: there is none, or a transaction is open.
         """
+        with self.changing:
+            self._undo()
+
+    def _undo(self) -> None:
         self.journal.require_step()
         capacity = self.journal.before_last(self.slots, "capacity")
         if capacity is not None and not self.slots.frozen:
@@ -180,7 +195,7 @@ class Storage:
         for edit in edits.values():
             if edit is None or not edit.live:
                 continue
-            self.live_edits += 1
+            self.live_edits += edit.part_of is None
             if edit.query_index >= 0:
                 self.by_query[digest(self.query_of(edit))] = edit.id
                 if edit.prompt is not None:
@@ -259,13 +274,31 @@ class Storage:
 
     def history(self) -> list[Edit]:
         """Return every edit that was not purged, by id."""
-        ids = sorted({*range(len(self.imported.labels)), *self.edit_records})
-        return [self.edit(id) for id in ids if self.edit_records.get(id, self) is not None]
+        with self.lock:
+            ids = sorted({*range(len(self.imported.labels)), *self.edit_records})
+            return [self.edit(id) for id in ids if self.edit_records.get(id, self) is not None]
 
     def live_ids(self) -> list[int]:
-        """Return the ids of the live edits, ascending."""
-        imported = [i for i in range(len(self.imported.labels)) if i not in self.edit_records]
-        return sorted(imported + [e.id for e in self.edit_records.values() if e and e.live])
+        """Return the ids of the live edits, without their parts, ascending."""
+        with self.lock:
+            imported = [i for i in range(len(self.imported.labels)) if i not in self.edit_records]
+            known = (edit for edit in self.edit_records.values() if edit is not None)
+            return sorted(imported + [e.id for e in known if e.live and e.part_of is None])
+
+    def group(self, id: int) -> list[Edit]:
+        """Return a whole edit and its parts, whose ids follow its own."""
+        with self.lock:
+            found = [self.edit(id)]
+            part = self.edit_records.get(id + 1)
+            while part is not None and part.part_of == id:
+                found.append(part)
+                part = self.edit_records.get(id + len(found))
+            return found
+
+    def owned_slots(self, ids: Iterable[int]) -> list[int]:
+        """Return the slots whose keys are the queries of these live edits and their parts."""
+        edits = [edit for id in ids for edit in self.group(id)]
+        return [e.slot for e in edits if e.live and self.live_entry(e.slot).owner == e.id]
 
     def query_of(self, edit: Edit) -> Tensor:
         """Return the stored query `[D]` of an edit of the history, of the host or a slot's key."""
@@ -289,21 +322,31 @@ class Storage:
             self._put("by_prompt", edit.prompt, edit.id)
         self._put("by_query", digest(query), edit.id)
         self.put_edit(replace(edit, slot=slot))
-        self._put_number("live_edits", self.live_edits + 1)
+        self._put_number("live_edits", self.live_edits + (edit.part_of is None))
 
     def supersede(self, id: int, by: int) -> None:
         """Let a live edit be superseded by another: no entry answers for it any more."""
         edit = self.edit(id)
         self.leave_entry(edit)
         self.put_edit(replace(edit, state="superseded", slot=-1, superseded_by=by))
+        self.end_life(edit)
+
+    def free(self, slot: int) -> None:
+        """Take the entry out of a slot for good: it holds zeros then."""
+        self.retire_value(slot)
+        self.vacate(slot)
+        self.slots.clear(slot)
+
+    def end_life(self, edit: Edit) -> None:
+        """Note that an edit that was live is not; its record and its entry are the caller's."""
         if edit.query_index >= 0:
             self.queries.clear_answer(edit.query_index)
-        if edit.prompt is not None and self.by_prompt.get(edit.prompt) == id:
+        if edit.prompt is not None and self.by_prompt.get(edit.prompt) == edit.id:
             self._drop("by_prompt", edit.prompt)
         query = digest(self.query_of(edit))
-        if self.by_query.get(query) == id:
+        if self.by_query.get(query) == edit.id:
             self._drop("by_query", query)
-        self._put_number("live_edits", self.live_edits - 1)
+        self._put_number("live_edits", self.live_edits - (edit.part_of is None))
 
     def leave_entry(self, edit: Edit) -> None:
         """Take an edit out of the members of the entry that answers it."""
@@ -373,10 +416,15 @@ class Storage:
             self.settings.label_key(label), len(self._label_numbers)
         )
 
-    def distance_to_other_label(self, query: Tensor, label: Label) -> float:
-        """Return the distance from `[D]` to the nearest entry of another label; +inf for none."""
+    def distance_to_other_label(
+        self, query: Tensor, label: Label, radii: Tensor | None = None
+    ) -> float:
+        """Return the distance from `[D]` to the nearest entry of another label; +inf for none.
+
+        `radii` `[in_use]` are read instead of the codebook's; -inf leaves an entry out.
+        """
         number = self._label_numbers.get(self.settings.label_key(label), -1)
-        return self.slots.nearest_of_other_label(query, number)
+        return self.slots.nearest_of_other_label(query, number, radii)
 
     def lookup(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Find the entries that answer `[B, D]`, as in serving."""

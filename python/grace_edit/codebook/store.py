@@ -1,13 +1,14 @@
-"""Codebooks on disk: three files, written so that a crash never leaves a wrong state that loads.
+"""Codebooks on disk: files written so that a crash never leaves a wrong state that loads.
 
     grace_config.json      format, settings, the caller's own configuration, checksums of the others
     codebook.safetensors   keys, values, radii, stored queries, values that only the history needs,
                            the sketch of the keys if there is one
     edits.jsonl            one line per edit of the history, then one per entry
 
-The configuration vouches for the other two, so the state it describes is either there as a whole or
-refused. Each file is first written under its name + ".new" and fsynced; then they are renamed, the
-configuration last. What an interruption between the renames leaves is completed on reading.
+and further ones that the caller names, such as the map of text keys. The configuration vouches for
+the others, so the state it describes is either there as a whole or refused. Each file is first
+written under its name + ".new" and fsynced; then they are renamed, the configuration last. What an
+interruption between the renames leaves is completed on reading.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from safetensors.torch import save as render_tensors
 from . import snapshot
 from .codebook import Codebook
 
-FORMAT = 1
+FORMAT = 2
+"""The highest that is read; what an older release reads right is written as 1."""
+
 CONFIG = "grace_config.json"
 TENSORS = "codebook.safetensors"
 EDITS = "edits.jsonl"
@@ -39,30 +42,37 @@ class StoreError(ValueError):
     """A saved codebook is missing, damaged, too new, or not one that belongs here."""
 
 
-def save(codebook: Codebook, directory: str | Path, config: dict[str, Any]) -> None:
+def save(
+    codebook: Codebook,
+    directory: str | Path,
+    config: dict[str, Any],
+    beside: dict[str, bytes] | None = None,
+) -> None:
     """Write a codebook with its whole history, and the caller's `config`, to a directory.
 
     An earlier save there is replaced. If that is interrupted, `load` finds the old state or the new
     one. Steps of undo are not saved.
 
     Args:
-        codebook: outside a transaction.
+        codebook: outside a transaction; one that another thread has opened is waited for.
         directory: made if it is not there.
         config: what JSON can hold; `load` returns it.
+        beside: further files by name, saved with the same care; `load_all` returns them.
 
     Raises:
         TypeError, ValueError: `config` is not JSON. Nothing is written.
         OSError: as the file system says.
     """
-    storage = codebook.storage
-    if storage.journal.is_open:
-        raise ValueError("cannot save inside a transaction: end it first")
-    directory = Path(directory)
-    tensors, records = snapshot.content_of(storage)
-    files = {TENSORS: render_tensors(tensors), EDITS: records.encode()}
+    with codebook.changing() as storage:
+        if storage.journal.is_open:
+            raise ValueError("cannot save inside a transaction: end it first")
+        directory = Path(directory)
+        tensors, records = snapshot.content_of(storage)
+        settings, number = snapshot.settings_of(storage), snapshot.format_of(storage)
+        files = {TENSORS: render_tensors(tensors), EDITS: records.encode(), **(beside or {})}
     described: dict[str, Any] = {
-        "format": FORMAT,
-        "codebook": snapshot.settings_of(storage),
+        "format": number,
+        "codebook": settings,
         "config": config,
         "files": {name: _sha256(content) for name, content in files.items()},
     }
@@ -78,13 +88,24 @@ def save(codebook: Codebook, directory: str | Path, config: dict[str, Any]) -> N
             file.flush()
             os.fsync(file.fileno())
     _sync(directory)
-    _rename(directory)
+    _rename(directory, described)
 
 
 def load(
     directory: str | Path, device: torch.device | str = "cpu"
 ) -> tuple[Codebook, dict[str, Any]]:
     """Read what `save` wrote: the codebook, equal to the bit, and the caller's `config`.
+
+    Raises:
+        StoreError: as `load_all`.
+    """
+    return load_all(directory, device)[:2]
+
+
+def load_all(
+    directory: str | Path, device: torch.device | str = "cpu"
+) -> tuple[Codebook, dict[str, Any], dict[str, bytes]]:
+    """Read what `save` wrote: codebook, `config`, and the files that were saved beside.
 
     Raises:
         StoreError: naming the file: it is missing, truncated, altered, of a newer format, or does
@@ -109,7 +130,8 @@ def load(
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise StoreError(f"{directory / EDITS}: bad record ({error!r})") from error
     book.to(device).storage.slots.maintain_sketch()
-    return book, described["config"]
+    beside = {name: found for name, found in files.items() if name not in (TENSORS, EDITS)}
+    return book, described["config"], beside
 
 
 def _render(described: dict[str, Any]) -> bytes:
@@ -124,8 +146,8 @@ def _checksum(described: dict[str, Any]) -> str:
     return _sha256(_render({k: v for k, v in described.items() if k != "checksum"}))
 
 
-def _rename(directory: Path) -> None:
-    for name in (TENSORS, EDITS, CONFIG):
+def _rename(directory: Path, described: dict[str, Any]) -> None:
+    for name in (*described["files"], CONFIG):
         if (directory / (name + _NEW)).exists():
             os.replace(directory / (name + _NEW), directory / name)
     _sync(directory)
@@ -137,10 +159,11 @@ def _complete(directory: Path) -> None:
         _read_files(directory, _read_config(directory / CONFIG))
     except StoreError:
         try:
-            _read_files(directory, _read_config(directory / (CONFIG + _NEW)))
+            described = _read_config(directory / (CONFIG + _NEW))
+            _read_files(directory, described)
         except StoreError:
             return
-        _rename(directory)
+        _rename(directory, described)
 
 
 def _sync(directory: Path) -> None:
@@ -187,8 +210,11 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _read_files(directory: Path, described: dict[str, Any]) -> dict[str, bytes]:
     contents = {}
-    for name in (TENSORS, EDITS):
-        wanted = described.get("files", {}).get(name)
+    named = described.get("files", {})
+    for name in dict.fromkeys((TENSORS, EDITS, *named)):
+        if Path(name).name != name:
+            raise StoreError(f"{directory / CONFIG}: files must lie beside it, got {name!r}")
+        wanted = named.get(name)
         for candidate in (directory / name, directory / (name + _NEW)):
             if candidate.exists():
                 content = _read_bytes(candidate)

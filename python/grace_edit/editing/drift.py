@@ -31,7 +31,7 @@ def measure_drift(family: Family, seed: int) -> tuple[float, Captured]:
         family: of the attached model.
         seed: of the probes where there is no tokenizer.
     """
-    probes = _probes(family, seed)
+    probes = probes_of(family, seed)
     alone = [family.capture([ids]) for ids in probes]
     drift = 0.0
     for left in {False, family.pads_left}:
@@ -43,7 +43,8 @@ def measure_drift(family: Family, seed: int) -> tuple[float, Captured]:
     return drift, alone[0]
 
 
-def _probes(family: Family, seed: int) -> list[list[int]]:
+def probes_of(family: Family, seed: int) -> list[list[int]]:
+    """Return prompts of different lengths that the model takes, as token ids."""
     if family.tokenizer is not None:
         texts = [family.tokens(sentence) for sentence in _SENTENCES]
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from ..progress import bar
 
 @dataclass(frozen=True)
 class Misfire:
-    """An edit that does not answer its own prompt in some execution mode.
+    """An edit that does not answer its own prompt, or a paraphrase, in some execution mode.
 
     Args:
         edit_id: the edit.
@@ -38,21 +38,42 @@ class Misfire:
 
 def find_misfires(family: Family, edits: Sequence[Edit], progress: bool) -> list[Misfire]:
     """Return the edits that miss, per mode; every edit must have a stored prompt."""
+    if family.adaptor.text is not None:
+        return _unanswered(family, edits)
     missing = []
     pieces = [edits[i : i + MOST_ROWS] for i in range(0, len(edits), MOST_ROWS)]
     for piece in bar(pieces, "verifying", progress):
         for mode, queries in _in_modes(family, [list(e.prompt or ()) for e in piece]):
-            missing += _misses(family.adaptor.codebook, piece, mode, queries)
+            book = family.adaptor.codebook
+            ask = lambda q=queries: book.lookup(q)[0]  # noqa: E731
+            missing += _misses(book, piece, mode, queries, ask)
     return missing
+
+
+def _unanswered(family: Family, edits: Sequence[Edit]) -> list[Misfire]:
+    """Return the edits that miss under `query="text"`: alone, as in any batch and padding."""
+    if not edits:
+        return []
+    adaptor = family.adaptor
+    prompts = [list(edit.prompt or ()) for edit in edits]
+    check_fits(adaptor.codebook, None, family.capture(prompts[:1]).outputs)
+    return _misses(
+        adaptor.codebook,
+        edits,
+        "alone",
+        family.queries(prompts),
+        lambda: adaptor.answer(prompts).index,
+    )
 
 
 def find_unproven(family: Family, edits: Sequence[Edit], progress: bool) -> list[int]:
     """Return the ids of the edits whose target the model, as it serves, does not produce."""
-    return [
-        edit.id
+    unproven = {
+        edit.whole
         for edit in bar(edits, "proving", progress)
         if not family.produces([list(edit.prompt or ())], [target_of(edit.label)], None)[0]
-    ]
+    }
+    return sorted(unproven)
 
 
 def _in_modes(family: Family, prompts: list[list[int]]) -> Iterator[tuple[str, Tensor]]:
@@ -67,15 +88,33 @@ def _in_modes(family: Family, prompts: list[list[int]]) -> Iterator[tuple[str, T
     yield "padded", padded.queries[: len(prompts)]
 
 
-def _misses(book: Codebook, edits: Sequence[Edit], mode: str, queries: Tensor) -> list[Misfire]:
-    answered = book.lookup(queries)[0].tolist()
-    found = []
-    for edit, slot, query in zip(edits, answered, queries, strict=True):
-        if slot >= 0 and (
-            edit.id in book.members(slot) or book.edit_of_slot(slot).label == edit.label
-        ):
-            continue
-        own = slice(edit.slot, edit.slot + 1)
-        _, distance = grace_kernels.nearest(query[None], book.keys[own], book.radii[own])
-        found.append(Misfire(edit.id, mode, float(distance), float(book.radii[edit.slot])))
+def _misses(
+    book: Codebook,
+    edits: Sequence[Edit],
+    mode: str,
+    queries: Tensor,
+    ask: Callable[[], Tensor],
+) -> list[Misfire]:
+    with book.lock:  # other threads may edit in the meantime
+        answered = ask().tolist()
+        found = []
+        for asked, slot, query in zip(edits, answered, queries, strict=True):
+            edit = _now(book, asked.id)
+            if edit is None:
+                continue
+            if slot >= 0 and (
+                edit.whole in book.members(slot) or book.edit_of_slot(slot).label == edit.label
+            ):
+                continue
+            own = slice(edit.slot, edit.slot + 1)
+            _, distance = grace_kernels.nearest(query[None], book.keys[own], book.radii[own])
+            found.append(Misfire(edit.whole, mode, float(distance), float(book.radii[edit.slot])))
     return found
+
+
+def _now(book: Codebook, id: int) -> Edit | None:
+    try:
+        edit = book.edit(id)
+    except KeyError:
+        return None
+    return edit if edit.live else None

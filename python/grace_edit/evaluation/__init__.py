@@ -4,8 +4,8 @@
 `run.run_stream` runs a method on it, `results` turns what was measured into figures.
 """
 
-from .command import BASELINES, EvaluationError, Options, run
-from .loading import DataError, Loaded, load, load_questions
+from .command import BASELINES, EvaluationError, Options, OtherRunError, run
+from .loading import DataError, Loaded, NoDataError, load, load_questions
 from .methods import Grace, Look, Made, Method
 from .model import AskedModel
 from .records import EditRecord, Question
@@ -24,7 +24,9 @@ __all__ = [
     "Look",
     "Made",
     "Method",
+    "NoDataError",
     "Options",
+    "OtherRunError",
     "Protocol",
     "Question",
     "Setting",

@@ -24,11 +24,11 @@ import torch
 
 from ..config import GraceConfig
 from . import metrics, pictures
-from .baselines import Defer, Encoder, Memory, Retrieval
+from .baselines import Defer, Memory, Retrieval
 from .finetuning import ElasticFineTuning, FineTuning, ReplayFineTuning
 from .journal import write_whole
 from .loading import Loaded, load, load_questions
-from .methods import Extras, Grace, KeyMap, Method, read_map
+from .methods import Grace, KeyMap, Method, read_map
 from .model import AskedModel, load_model
 from .records import EditRecord, Question, one_per_prompt
 from .results import (
@@ -39,6 +39,7 @@ from .results import (
     figures_of,
     growth_of,
     headline,
+    misses_of,
     ratios_of,
     to_csv,
 )
@@ -54,6 +55,10 @@ class EvaluationError(ValueError):
     """The options cannot be run; the message says which and why."""
 
 
+class OtherRunError(EvaluationError):
+    """The directory holds a run with other options."""
+
+
 @dataclass(frozen=True)
 class Options:
     """What to run.
@@ -67,7 +72,7 @@ class Options:
         edits: how many of the records, from the first; None: all.
         every: measure past edits every so many.
         layer, radius, query: of the editor.
-        config: further fields of `GraceConfig`.
+        config: further fields of `GraceConfig` (`encoder` and `text_map` of text queries).
         baselines: of `BASELINES`, run on the same stream.
         baseline_settings: arguments of a baseline by its name (`{"ft": {"lr": 1e-3}}`); of "paper"
             fields of `GraceConfig`.
@@ -110,38 +115,24 @@ class Options:
     command: str = ""
 
 
-def run(
-    options: Options,
-    loaded: tuple[Any, Any] | None = None,
-    *,
-    extras: Extras | None = None,
-    encoder: Encoder | None = None,
-) -> dict[str, Any]:
+def run(options: Options, loaded: tuple[Any, Any] | None = None) -> dict[str, Any]:
     """Run a stream with GRACE and the baselines, write the results and return them.
 
     Args:
         options: what to run.
         loaded: model and tokenizer, if somebody has loaded them; `options.model` then names them.
-        extras: further arguments of `GraceEditor.edit` for a record.
-        encoder: of sentences, for the baseline "rag"; without one it compares words.
 
     Raises:
         EvaluationError: options that do not fit together, or a directory of another run.
         DataError: the data cannot be read.
         ValueError: a layer or setting that the model or the editor refuses.
     """
-    return _Evaluation(options, loaded, extras, encoder).run()
+    return _Evaluation(options, loaded).run()
 
 
 class _Evaluation:
-    def __init__(
-        self,
-        options: Options,
-        loaded: tuple[Any, Any] | None,
-        extras: Extras | None,
-        encoder: Encoder | None,
-    ) -> None:
-        self.options, self.extras, self.encoder = options, extras, encoder
+    def __init__(self, options: Options, loaded: tuple[Any, Any] | None) -> None:
+        self.options = options
         self.setting = _setting(options)
         self.config = _config(options, self.setting)
         self.name = options.model or (self.setting.model if self.setting else None)
@@ -168,23 +159,25 @@ class _Evaluation:
 
     def run(self) -> dict[str, Any]:
         options = self.options
-        _environments(options.out)  # noted before anything is done in it
+        environments(options.out)  # noted before anything is done in it
         figures: list[Figure] = []
         lines: dict[str, list[Growth]] = {}
         ratios: dict[str, dict[str, list[float]]] = {}
         maps: dict[str, KeyMap] = {}
+        misses: dict[str, dict[str, int]] = {}
         for name in (GRACE, *options.baselines):
             directory = options.out / name
             units = self._stream(name, self.config, self.records, directory)
             figures += figures_of(name, units, len(self.records))
             lines[name] = growth_of(units, len(self.records))
             ratios[name] = ratios_of(units, len(self.records))
+            misses[name] = misses_of(units, len(self.records))
             if (found := read_map(directory)) is not None:
                 maps[name] = found
             text = json.dumps(easyedit(units, self.records), indent=1, ensure_ascii=False)
             write_whole(options.out / f"easyedit-{name}.json", text + "\n")
         swept, rows = self._sweep()
-        results = self._results([*figures, *swept])
+        results = self._results([*figures, *swept], misses)
         write_whole(options.out / "figures.csv", to_csv([*figures, *swept]))
         write_whole(options.out / "results.json", json.dumps(results, indent=1) + "\n")
         if options.draw:
@@ -203,8 +196,9 @@ class _Evaluation:
         settings = self.options.baseline_settings.get(name, {})
         identity = {
             "model": self.name,
-            "config": config.to_dict(),
+            "config": _told(config),
             "settings": settings,
+            "text map": _digest_of(config.text_map),
             "seed": self.options.seed,
             "protocol": self.protocol.to_dict(),
             "records": _digest([asdict(replace(record, source="")) for record in records]),
@@ -238,8 +232,8 @@ class _Evaluation:
         if name == "memory":
             return Memory(asked, config)
         if name == "rag":
-            return Retrieval(asked, encoder=self.encoder, **settings)
-        return Grace(asked, config, name=name, extras=self.extras)
+            return Retrieval(asked, **settings)
+        return Grace(asked, config, name=name)
 
     def _sweep(self) -> tuple[list[Figure], list[dict[str, Any]]]:
         figures: list[Figure] = []
@@ -254,15 +248,17 @@ class _Evaluation:
             figures += found
         return figures, rows
 
-    def _results(self, figures: Sequence[Figure]) -> dict[str, Any]:
+    def _results(
+        self, figures: Sequence[Figure], misses: dict[str, dict[str, int]]
+    ) -> dict[str, Any]:
         names = dict.fromkeys(figure.method for figure in figures)
         return {
             "format": 1,
             "command": self.options.command,
-            "environments": _environments(self.options.out),
+            "environments": environments(self.options.out),
             "model": Path(self.name or "").name if os.path.isdir(self.name or "") else self.name,
             "setting": asdict(self.setting) if self.setting else None,
-            "config": self.config.to_dict(),
+            "config": _told(self.config),
             "baseline_settings": self.options.baseline_settings,
             "seed": self.options.seed,
             "data": {
@@ -279,6 +275,7 @@ class _Evaluation:
                 "definitions": metrics.DEFINITIONS,
             },
             "headline": {name: headline(figures, name) for name in names},
+            "rewordings": {name: found for name, found in misses.items() if found},
             "figures": [asdict(figure) for figure in figures],
         }
 
@@ -299,7 +296,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _environments(out: Path) -> list[dict[str, Any]]:
+def environments(out: Path) -> list[dict[str, Any]]:
     """Return every environment that this run was at work in, the present one last."""
     path = out / _ENVIRONMENTS
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
@@ -368,6 +365,24 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def _told(config: GraceConfig) -> dict[str, Any]:
+    """Return the configuration as results hold it: without paths of this machine."""
+    fields = config.to_dict()
+    for name in ("encoder", "text_map"):
+        if fields[name] is not None and os.path.isdir(fields[name]):
+            fields[name] = Path(fields[name]).name
+    return fields
+
+
+def _digest_of(directory: Any) -> str | None:
+    """Return a hash of the files of a directory, None for what is none."""
+    if directory is None or not Path(str(directory)).is_dir():
+        return None
+    files = sorted(path for path in Path(str(directory)).iterdir() if path.is_file())
+    hashes = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
+    return _digest(hashes)
+
+
 def _same_run(directory: Path, identity: dict[str, Any]) -> None:
     """Refuse to go on with a run of something else."""
     path = directory / _IDENTITY
@@ -380,7 +395,7 @@ def _same_run(directory: Path, identity: dict[str, Any]) -> None:
         name for name in identity if before.get(name) != json.loads(json.dumps(identity[name]))
     ]
     if other:
-        raise EvaluationError(
+        raise OtherRunError(
             f"{directory}: holds a run with another {' and '.join(other)}; name another directory "
             "or remove it"
         )

@@ -27,6 +27,10 @@ class DataError(ValueError):
     """A data set cannot be read; the message says where and why."""
 
 
+class NoDataError(DataError):
+    """There is no such file or data set."""
+
+
 @dataclass(frozen=True)
 class Loaded:
     """What a data set holds.
@@ -75,7 +79,7 @@ def load(
         rows = list(_rows_of_file(str(source), raw))
         digest = hashlib.sha256(raw).hexdigest()
     elif _is_path(str(source)):
-        raise DataError(f"{source}: no such file")
+        raise NoDataError(f"{source}: no such file")
     else:
         rows = list(_rows_by_name(str(source), split))
         digest = ""
@@ -100,7 +104,7 @@ def load_questions(source: str | Path) -> list[Question]:
     """
     path = Path(source).expanduser()
     if not path.is_file():
-        raise DataError(f"{source}: no such file")
+        raise NoDataError(f"{source}: no such file")
     found: list[Question] = []
     wrong: list[str] = []
     for place, raw in _rows_of_file(str(source), path.read_bytes()):
@@ -178,14 +182,14 @@ def _rows_by_name(name: str, split: str) -> Iterator[Row]:
     try:
         import datasets
     except ImportError:
-        raise DataError(
+        raise NoDataError(
             f"{name}: no such file, and data sets are found by name only where the package "
             "datasets is installed (pip install datasets); or give the path of a JSON or JSONL file"
         ) from None
     try:
         found = datasets.load_dataset(name, split=split)
     except Exception as error:  # every hub failure has a kind of its own
-        raise DataError(f"{name}: datasets cannot load split {split!r}: {error}") from error
+        raise NoDataError(f"{name}: datasets cannot load split {split!r}: {error}") from error
     for number, item in enumerate(found):
         yield f"{name}[{split}][{number}]", dict(item)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +93,11 @@ class Method(ABC):
         """
         return self.asked.ask(prompt, target, least)
 
+    def answering(self, edit: int) -> AbstractContextManager[None] | None:
+        """Let one edit answer every prompt inside a `with` block, whatever its scope; None: this
+        method cannot."""
+        return None
+
     @abstractmethod
     def unedited(self) -> AbstractContextManager[None]:
         """Answer as the unedited model inside a `with` block."""
@@ -165,33 +169,20 @@ def leads(logits: torch.Tensor, wanted: torch.Tensor) -> bool:
     return bool((logits.argmax(dim=-1) == wanted).all())
 
 
-Extras = Callable[[EditRecord], dict[str, Any]]
-
-
 class Grace(Method):
     """GRACE by this package's editor.
 
     Args:
         config: the editor's.
-        extras: further arguments of `edit` for a record (its known paraphrases, say).
     """
 
-    def __init__(
-        self,
-        asked: AskedModel,
-        config: GraceConfig,
-        *,
-        name: str = "grace",
-        extras: Extras | None = None,
-    ) -> None:
+    def __init__(self, asked: AskedModel, config: GraceConfig, *, name: str = "grace") -> None:
         super().__init__(asked, name)
-        self.extras = extras
         self.editor = GraceEditor(asked.model, asked.tokenizer, config)
 
     def edit(self, record: EditRecord) -> Made:
         prompt, target = self.asked.for_editor(record.prompt), self.asked.target(record.target)
-        more = {} if self.extras is None else self.extras(record)
-        result = self.editor.edit(prompt, target, **more)
+        result = self.editor.edit(prompt, target)
         return Made(result.success, result.steps, result.case or "", result.reason, result.id)
 
     def look(self, prompt: str) -> Look | None:
@@ -200,6 +191,11 @@ class Grace(Method):
             return Look(False, edits=())
         edits = self.editor.codebook.members(found.slot)
         return Look(found.hit, found.label.strip(), edits, found.distance, found.radius)
+
+    def answering(self, edit: int) -> AbstractContextManager[None] | None:
+        book = self.editor.codebook
+        value = book.values[book.edit(edit).slot].detach().clone()
+        return self.editor.adaptor.using(forced=value[None])
 
     def unedited(self) -> AbstractContextManager[None]:
         return self.editor.disable()

@@ -107,6 +107,9 @@ class _Book:
             # What is lost elsewhere is lost by scope, what is lost here by decoding.
             said = [one["exact"] for one in asked if one.get("right")]
             yield self._figure(edits, metric, FREE, "exact where right", among, said)
+        if any("said" in one for one in asked):
+            said = [one.get("said") for one in asked]
+            yield self._figure(edits, metric, FREE, "exact, right edit forced", among, said)
 
     def _edits(self, edits: int) -> dict[int, dict[str, Any]]:
         found = {i: self.units[f"edit/{i}"] for i in range(edits)}
@@ -190,6 +193,30 @@ def _score(asked: dict[str, Any], score: str) -> float | None:
     return None if found is None else float(found)
 
 
+def misses_of(units: Units, records: int) -> dict[str, int]:
+    """Count the rewordings by what became of them at the end; empty where nobody can tell.
+
+    `produced`: the target was said. Else the edit was `refused`, or to blame are `scope` (the right
+    edit did not answer; it would have said the target), `decoding` (it answered and did not say
+    it), or `both`. `lucky` ones were produced although the right edit did not answer.
+    """
+    found = dict.fromkeys(("produced", "lucky", "refused", "scope", "decoding", "both"), 0)
+    told = False
+    for i in range(records):
+        made = units[f"edit/{i}"]
+        for one in units.get(f"rest/{i}", {}).get("paraphrase", []):
+            told = told or "said" in one
+            if one["exact"]:
+                found["produced" if one.get("right") else "lucky"] += 1
+            elif not made.get("accepted"):
+                found["refused"] += 1
+            elif one.get("right"):
+                found["decoding"] += 1
+            else:
+                found["scope" if one.get("said") else "both"] += 1
+    return found if told else {}
+
+
 def ratios_of(units: Units, records: int) -> dict[str, list[float]]:
     """Return distance over radius of the nearest entry, by kind of prompt, at the end."""
     found: dict[str, list[float]] = {
@@ -250,7 +277,12 @@ def headline(figures: Sequence[Figure], method: str) -> dict[str, float | None]:
         "generality": ("generality", "exact", "attempted"),
         "generality teacher-forced": ("generality", "accuracy", "attempted"),
         "paraphrases that hit the right edit": ("generality", "right edit", "attempted"),
-        "paraphrases said where it fires": ("generality", "exact where right", "attempted"),
+        "paraphrases said where it hits": ("generality", "exact where right", "attempted"),
+        "paraphrases said, right edit forced": (
+            "generality",
+            "exact, right edit forced",
+            "attempted",
+        ),
         "portability": ("portability", "exact", "attempted"),
         "keys": ("stream", "keys", "accepted"),
         "steps per edit": ("stream", "steps per edit", "attempted"),

@@ -217,7 +217,7 @@ class _Run:
         record, made = self.records[number], self._made(number)
         target = record.target
         found: dict[str, Any] = {
-            "paraphrase": [self._ask(prompt, (target,), made) for prompt in record.paraphrases],
+            "paraphrase": [self._reworded(prompt, target, made) for prompt in record.paraphrases],
             "portability": [self._ask(q.prompt, q.answers, None) for q in record.portability],
             "accurate": [self._ask(q.prompt, q.answers, None) for q in record.accurate],
         }
@@ -227,6 +227,21 @@ class _Run:
                 for number, question in enumerate(record.locality(kind))
             ]
         return found
+
+    def _reworded(self, prompt: str, target: Target, made: int | None) -> dict[str, Any]:
+        """Ask a rewording; where the right edit does not answer it, also what that one would say.
+
+        So a miss is known to be one of scope (`right`), of decoding (`said`) or of both.
+        """
+        found = self._ask(prompt, (target,), made)
+        if found.get("right"):
+            return {**found, "said": found["exact"]}
+        answering = None if made is None else self.method.answering(made)
+        if answering is None:
+            return found
+        with answering:
+            answer, _ = self.method.ask(prompt, target)
+        return {**found, "said": metrics.exact(answer.text, self.method.asked.label(target))}
 
     def _ask(self, prompt: str, answers: Sequence[Target], made: int | None) -> dict[str, Any]:
         """Ask one prompt whose right answers are known, freely and teacher forced.

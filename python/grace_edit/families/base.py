@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import inspect
 import sys
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -69,7 +71,8 @@ class Family(ABC):
         tokenizer: turns text into ids; None: prompts and targets are token ids already.
 
     `longest` is how many tokens the model has positions for. `cuts` says whether forwards that were
-    cut at the wrapped layer gave the bits of whole ones, see `editing.cutting`; None: not tried.
+    cut at the wrapped layer gave the bits of whole ones (None: not tried), and who holds `cutting`
+    runs such, see `editing.cutting`.
     """
 
     name: ClassVar[str]
@@ -101,6 +104,10 @@ class Family(ABC):
         self.longest = _longest(model, self.config)
         self.attached = False
         self.cuts: bool | None = None
+        self.cutting = threading.Lock()
+        self._at_work = 0  # threads inside `working`, and what they put into eval mode
+        self._training: list[nn.Module] = []
+        self._lock = threading.Lock()
 
     @classmethod
     @abstractmethod
@@ -271,18 +278,29 @@ class Family(ABC):
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Run the model in eval mode inside a `with` block; all is put back, whatever happens."""
+        """Run the model in eval mode inside a `with` block; all is put back, whatever happens.
+
+        Where several threads are inside at a time, the last one that leaves puts it back.
+        """
         if not self.attached:
             raise ValueError("the editor must be attached to its model for this; it was detached")
-        training = [module for module in self.model.modules() if module.training]
+        with self._lock:
+            self._at_work += 1
         try:
-            for module in training:
-                module.training = False
+            with self._lock:
+                for module in self.model.modules():
+                    if module.training:
+                        self._training.append(module)
+                        module.training = False
             with torch.inference_mode(False):
                 yield
         finally:
-            for module in training:
-                module.training = True
+            with self._lock:
+                self._at_work -= 1
+                if not self._at_work:
+                    for module in self._training:
+                        module.training = True
+                    self._training = []
 
     @property
     def device(self) -> torch.device:
@@ -304,7 +322,10 @@ class Family(ABC):
 
     @torch.no_grad()
     def capture(self, prompts: Sequence[Sequence[int]], *, left: bool = False) -> Captured:
-        """Run prompts as one batch and return what the wrapped layer saw, in its own dtype."""
+        """Run prompts as one batch and return what the wrapped layer saw, in its own dtype.
+
+        Under `query="text"` the queries are the keys of the prompts, float32.
+        """
         captures: list[Captured] = []
         with self.adaptor.using(captures=captures, plan=None, generation=None, forced=None):
             self.run_prompts(self.inputs(prompts, left=left))
@@ -312,10 +333,21 @@ class Family(ABC):
             raise ValueError(
                 f"layer must run once in a forward, got {len(captures)} calls of {self.layer!r}"
             )
-        return captures[0]
+        seen = captures[0]
+        return seen if self.adaptor.text is None else replace(seen, queries=self._keys(prompts))
+
+    def _keys(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        text = self.adaptor.text
+        assert text is not None
+        return torch.stack([text.key(ids) for ids in prompts]).to(self.adaptor.codebook.device)
 
     def queries(self, prompts: Sequence[Sequence[int]]) -> Tensor:
-        """Return the queries `[B, D]` of prompts, run in padded batches."""
+        """Return the queries `[B, D]` of prompts, run in padded batches.
+
+        Under `query="text"` nothing is run, and they are those of the first spans.
+        """
+        if self.adaptor.text is not None:
+            return self._keys(prompts)
         pieces = [prompts[i : i + MOST_ROWS] for i in range(0, len(prompts), MOST_ROWS)]
         return torch.cat([self.capture(piece).queries for piece in pieces])
 

@@ -158,9 +158,13 @@ class TextMap:
         """Write the map to a directory, which is made if it is not there."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / MAP).write_bytes(render_arrays(self.arrays()))
+        for name, content in self.files().items():
+            (directory / name).write_bytes(content)
+
+    def files(self) -> dict[str, bytes]:
+        """Return the files that a map is saved as, by their names."""
         text = json.dumps(self.settings(), indent=1, ensure_ascii=False)
-        (directory / SETTINGS).write_text(text + "\n", encoding="utf-8")
+        return {MAP: render_arrays(self.arrays()), SETTINGS: (text + "\n").encode()}
 
     @classmethod
     def load(cls, directory: str | Path) -> TextMap:
@@ -171,12 +175,23 @@ class TextMap:
             ValueError: it is damaged or of a newer format.
         """
         directory = Path(directory)
-        settings = json.loads((directory / SETTINGS).read_text(encoding="utf-8"))
+        files = {name: (directory / name).read_bytes() for name in (SETTINGS, MAP)}
+        return cls.from_files(files, directory)
+
+    @classmethod
+    def from_files(cls, files: dict[str, bytes], directory: str | Path = "") -> TextMap:
+        """Make a map of what `files` returned; `directory` is where it was, for errors.
+
+        Raises:
+            ValueError: it is damaged or of a newer format.
+        """
+        settings = json.loads(files[SETTINGS])
         if settings.get("format") != FORMAT:
             raise ValueError(
-                f"{directory / SETTINGS}: format must be {FORMAT}, got {settings.get('format')}"
+                f"{Path(directory) / SETTINGS}: format must be {FORMAT}, got "
+                f"{settings.get('format')}"
             )
-        return cls.from_parts(parse_arrays((directory / MAP).read_bytes()), settings)
+        return cls.from_parts(parse_arrays(files[MAP]), settings)
 
     @classmethod
     def from_parts(cls, arrays: dict[str, np.ndarray], settings: dict[str, Any]) -> TextMap:
@@ -235,6 +250,11 @@ class Reading:
     words: list[str]
     subject: list[float]
     key: Tensor
+
+    @property
+    def subject_words(self) -> list[str]:
+        """The words that name the subject."""
+        return [word for word, sure in zip(self.words, self.subject, strict=True) if sure > 0.5]
 
 
 @dataclass(frozen=True)
