@@ -84,7 +84,7 @@ def measure(
             start = family.capture([prompt]).outputs[0]
             others = [family.encode(text) for text in record["paraphrase_prompts"]]
             with Watch(family, target) as watch:
-                maker._fit([prompt], [target], start)
+                maker.train([prompt], [target], start)
             for margin, row in rows.items():
                 at = watch.reached.get(margin, watch.last)
                 assert at is not None

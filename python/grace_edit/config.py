@@ -79,7 +79,7 @@ class GraceConfig:
     init: str = "warm"
     lr: float = 0.3
     max_steps: int = 100
-    margin: float = 0.5
+    margin: float = 5.0
     contexts: int | None = None
     capacity: int = 1024
     max_radius: float | None = None
