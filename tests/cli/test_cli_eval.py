@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,9 +122,7 @@ def learned(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             raise DataError("bad.jsonl:1: must be JSON\nbad.jsonl:2: must be JSON")
         return {"radius": 0.75, "fired": {"neighbours": 0.0125}}
 
-    module = types.ModuleType("tuning")
-    module.tune = stand_in  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "grace_edit.evaluation.tuning", module)
+    monkeypatch.setattr("grace_edit.evaluation.mapping.learn_map", stand_in)
     return calls
 
 
