@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from .adaptor.text_queries import TextQueries
 from .codebook.codebook import Codebook
 from .codebook.records import Edit, EditResult
 from .config import GraceConfig
+from .editing.asked import read_wanted
 from .editing.explanation import Explanation, explain
 from .editing.making import EditMaker
 from .editing.verification import Misfire, find_misfires
@@ -98,36 +99,53 @@ class GraceEditor:
         """The entries: `keys`, `values`, `radii`, `count`, `ids`, `version`."""
         return self.adaptor.codebook
 
-    def edit(self, prompt: Any, target: Any) -> EditResult:
-        """Make the model answer `prompt` with `target`.
+    def edit(
+        self,
+        prompt: Any,
+        target: Any,
+        paraphrases: Sequence[Any] = (),
+        negatives: Sequence[Any] = (),
+    ) -> EditResult:
+        """Make the model answer `prompt`, and each of `paraphrases`, with `target`.
 
         Trains one value, proves by free generation that the model produces the target with the
         value as it is stored, and only then commits it. An edit of a prompt that was edited before
         supersedes that edit.
 
+        An edit with paraphrases has a key for each of them and one value, trained on all of them
+        together and proven for each. It is one edit: one id, one step of undo; one that takes over
+        any of its prompts supersedes it as a whole. Where paraphrases or negatives are not given,
+        none are made up: with `query="text"` the map knows how wordings differ, with the layer's
+        own input nothing does.
+
         Args:
             prompt: a string or a list of token ids.
             target: a string or token ids; for a classifier a class id or label name.
+            paraphrases: other wordings of the prompt.
+            negatives: prompts that this edit must not answer. The radius of each of its keys ends
+                before the nearest of them, half way to it from the edit's own other prompts, and
+                does not grow later. Another edit near a negative may still answer it.
 
         Returns:
             The decision and its figures. `success=False` with a `reason` if the target could not be
-            reached; the codebook is then as it was. A `reason` beside `success=True` says what
-            else happened: edits of other prompts that an update superseded, or that
-            `policy="paper"` shared a value without proving it.
+            reached, for the prompt or for a paraphrase; the codebook is then as it was. A `reason`
+            beside `success=True` says what else happened: edits of other prompts that it
+            superseded, or that `policy="paper"` shared a value without proving it.
 
         Raises:
-            ValueError: bad prompt or target, or a query that is not finite.
+            ValueError: bad prompt or target, a query that is not finite, a negative with the query
+                of one of the edit's prompts, or paraphrases with `policy="paper"`.
             FloatingPointError: the loss became NaN or infinite.
             CapacityError: the codebook is frozen and full.
         """
-        pair = self.family.encode_edit(prompt, target)
+        wanted = read_wanted(self.family, (prompt, target, paraphrases, negatives))
         with self.codebook.transaction(), self.family.working():
-            result = self._maker.make(*pair)
+            result = self._maker.make(wanted)
         log.info("edit %s", result.to_dict())
         return result
 
     def edit_batch(
-        self, edits: Sequence[tuple[Any, Any]], *, progress: bool = False
+        self, edits: Sequence[Sequence[Any] | Mapping[str, Any]], *, progress: bool = False
     ) -> list[EditResult]:
         """Make many edits, with the same decisions as one by one in this order.
 
@@ -135,18 +153,19 @@ class GraceEditor:
         refused (`success=False`) does not stop the others.
 
         Args:
-            edits: pairs `(prompt, target)`.
+            edits: each `(prompt, target)`, with `paraphrases` and `negatives` behind them if there
+                are any, or a mapping with these names.
             progress: show a progress bar on stderr.
         """
         encoded = []
-        for number, (prompt, target) in enumerate(edits):
+        for number, edit in enumerate(edits):
             try:
-                encoded.append(self.family.encode_edit(prompt, target))
+                encoded.append(read_wanted(self.family, edit))
             except ValueError as error:
                 raise ValueError(f"edits[{number}]: {error}") from error
         maker = self._maker
         with self.codebook.transaction(), self.family.working():
-            results = [maker.make(*pair) for pair in bar(encoded, "editing", progress)]
+            results = [maker.make(wanted) for wanted in bar(encoded, "editing", progress)]
         for result in results:
             log.info("edit %s", result.to_dict())
         return results
@@ -256,10 +275,12 @@ class GraceEditor:
     def verify(self, *, progress: bool = False) -> list[Misfire]:
         """Run every stored prompt again, alone, batched and padded, and list edits that miss.
 
+        Paraphrases are prompts too.
+
         Returns:
             One `Misfire` per edit and mode in which no entry with the edit's label answers.
         """
-        edits = [edit for edit in self._live() if edit.prompt is not None]
+        edits = [edit for edit in self.codebook.live_keys if edit.prompt is not None]
         with self.family.working():
             return find_misfires(self.family, edits, progress)
 

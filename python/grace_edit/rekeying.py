@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 
-from .codebook.records import EditResult
+from .codebook.codebook import Codebook
+from .codebook.records import Edit, EditResult
 from .config import GraceConfig
+from .editing.asked import Wanted
 from .editing.making import EditMaker
 from .families import Family, target_of
 from .progress import bar
@@ -25,7 +27,7 @@ def rekey(family: Family, config: GraceConfig, progress: bool) -> list[EditResul
 def _rekey(family: Family, config: GraceConfig, progress: bool) -> list[EditResult]:
     old = family.adaptor.codebook
     edits = [edit for edit in old.history if edit.live]
-    without = [edit.id for edit in edits if edit.prompt is None]
+    without = [edit.whole for edit in old.live_keys if edit.prompt is None]
     if without:
         raise ValueError(f"cannot rekey: edits {without[:8]} have no stored prompt to run again")
     if old.frozen:
@@ -41,7 +43,7 @@ def _rekey(family: Family, config: GraceConfig, progress: bool) -> list[EditResu
         for edit in bar(edits, "rekeying", progress):
             new.number_from(edit.id)  # ids stay
             value = old.values[edit.slot].to(new.values)
-            result = maker.make(list(edit.prompt or ()), target_of(edit.label), value)
+            result = maker.make(_wanted(old, edit), value)
             if not result.success:
                 raise RuntimeError(f"edit {edit.id} cannot be made anew: {result.reason}")
             results.append(result)
@@ -51,3 +53,12 @@ def _rekey(family: Family, config: GraceConfig, progress: bool) -> list[EditResu
     old.take_over(new, "the editor was rekeyed")
     log.info("rekey of %d edits", len(results))
     return results
+
+
+def _wanted(book: Codebook, edit: Edit) -> Wanted:
+    return Wanted(
+        list(edit.prompt or ()),
+        target_of(edit.label),
+        tuple(list(part.prompt or ()) for part in book.parts(edit.id)),
+        tuple(list(negative) for negative in edit.negatives),
+    )

@@ -213,7 +213,7 @@ def _check_reading(text: TextQueries, book: Codebook, directory: str | Path) -> 
 
 
 def _prove(family: Family, directory: str | Path, progress: bool) -> None:
-    edits = [e for e in family.adaptor.codebook.history if e.live and e.prompt is not None]
+    edits = [e for e in family.adaptor.codebook.live_keys if e.prompt is not None]
     with family.working():
         lost = find_unproven(family, edits, progress)
     if lost:

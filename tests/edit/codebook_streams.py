@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from typing import Any
 
@@ -68,13 +69,35 @@ def fed_anew(book: Codebook) -> tuple[Codebook, dict[int, int]]:
         dtype=book.keys.dtype,
     )
     names = {}
+    value = torch.zeros(VALUE_DIM)
     for edit in book.history:
-        if edit.state != "deleted":
-            query = book.query_of(edit.id)
-            result = fresh.insert(query, edit.label, torch.zeros(VALUE_DIM), edit.prompt)
-            assert result.id is not None
-            names[result.id] = edit.id
+        if edit.state == "deleted":
+            continue
+        query = book.query_of(edit.id)
+        result = fresh.insert(query, edit.label, value, edit.prompt, radius=edit.radius)
+        assert result.id is not None
+        names[result.id] = edit.id
+        for part in book.parts(edit.id):
+            further: Any = {"radius": part.radius, "part_of": result.id}
+            fresh.insert(book.query_of(part.id), part.label, value, part.prompt, **further)
     return fresh, names
+
+
+def insert_several(book: Codebook, stream: Stream, *, radii: bool = True) -> int:
+    """Make an edit of one to four keys out of a stream, some with a radius; return its id."""
+    query, label, value, prompt = stream.next()
+    radius = stream.random.choice([None, None, 0.2, 0.7]) if radii else None
+    with book.transaction():
+        id = book.insert(query, label, value, prompt, radius=radius).id
+        assert id is not None
+        for _ in range(stream.random.choice([0, 0, 1, 2, 3])):
+            query, _, other, prompt = stream.next()
+            other = stream.random.choice([value, other])
+            radius = None if radius is None else stream.random.choice([0.1, 0.5])
+            # A query or prompt that the edit has already is refused.
+            with contextlib.suppress(ValueError):
+                book.insert(query, label, other, prompt, radius=radius, part_of=id)
+    return id
 
 
 class Stream:

@@ -11,7 +11,7 @@ import torch
 import transformers
 from grace_edit import GraceConfig, GraceEditor, UndoError
 from grace_edit.editing import making
-from grace_edit.editing.drift import _probes
+from grace_edit.editing.drift import probes_of
 from grace_edit.editing.training import Fit
 from grace_edit.families import FAMILIES, family_of
 from grace_edit.families.base import Family
@@ -396,7 +396,7 @@ def test_the_drift_between_alone_and_padded_is_what_the_queries_show(trained, qu
     model = trained("llama").to(torch.bfloat16)
     editor = GraceEditor(model, None, GraceConfig(layer=LAYERS["llama"], query=query))
     family = editor.family
-    probes = _probes(family, editor.config.seed)
+    probes = probes_of(family, editor.config.seed)
     assert len({len(ids) for ids in probes}) == 8
     alone = torch.cat([family.capture([ids]).queries for ids in probes])
     apart = [

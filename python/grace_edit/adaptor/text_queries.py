@@ -107,11 +107,10 @@ class TextQueries:
         """
         start = time.perf_counter()
         known = [tuple(ids[-TAIL:]) for ids in prompts]
+        # An empty codebook costs nothing. Keys are made before the lock is held: an encoder is slow.
+        rows = {ids: self.rows(ids) for ids in known} if book.entries else {}
         with book.lock:
-            slots: dict[tuple[int, ...], int] = {}
-            if book.entries:
-                asked = list(dict.fromkeys(known))
-                slots = dict(zip(asked, _decide(book, [*map(self.rows, asked)]), strict=True))
+            slots = dict(zip(rows, _decide(book, [*rows.values()]), strict=True)) if rows else {}
             index = torch.tensor([slots.get(ids, -1) for ids in known], device=book.device)
             answered = Latched(index, book.values[index.clamp(min=0)])
         with self._lock:

@@ -30,6 +30,7 @@ class Query(str, Enum):
 
     last = "last"
     mean = "mean"
+    text = "text"
 
 
 class Replace(str, Enum):
@@ -147,9 +148,10 @@ def demo(
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("grace"):
             raise
-        raise CommandError(
-            USAGE, f'the demo needs {error.name}: pip install "grace-kernels[demo]"'
-        ) from error
+        said = str(error)
+        if "pip install" not in said:
+            said = f'the demo needs {error.name}: pip install "grace-kernels[demo]"'
+        raise CommandError(USAGE, said) from error
     if json:
         print_json(result)
     raise typer.Exit(OK if result.get("ok", True) else FAILED)
@@ -181,6 +183,22 @@ def edit(
         Query | None,
         typer.Option(help="What asks.", show_default="last for decoders, mean for encoders"),
     ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            help="With --query text: directory or hub id of a sentence encoder, or tokens for the "
+            "model's own embeddings.",
+            show_default="tokens",
+        ),
+    ] = None,
+    text_map: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="With --query text: directory of a map.",
+            show_default="the one that comes with the package",
+        ),
+    ] = None,
     replace: Annotated[
         Replace | None,
         typer.Option(help="What is replaced.", show_default="last for causal, all for encoders"),
@@ -210,6 +228,8 @@ def edit(
         "layer": layer,
         "radius": radius,
         "query": _value(query),
+        "encoder": encoder,
+        "text_map": text_map,
         "replace": _value(replace),
         "policy": _value(policy),
         "recipe": _value(recipe),
@@ -236,6 +256,48 @@ def explain(
 
 
 @app.command()
+def chat(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Directory or hub id, or smollm2.", show_default="the one the edits were made on"
+        ),
+    ] = None,
+    codebook: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Directory of saved edits, or a new one for /save."),
+    ] = None,
+    layer: Annotated[
+        str | None,
+        typer.Option(help="Layer to wrap, without saved edits.", show_default="none; smollm2's"),
+    ] = None,
+    radius: Annotated[
+        float | None, typer.Option(help="Radius of a new entry.", show_default="1.0")
+    ] = None,
+    query: Annotated[Query | None, typer.Option(help="What asks.", show_default="last")] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Continue each message; no chat template.")
+    ] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 128,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="To load the model in.", show_default="the checkpoint's")
+    ] = None,
+    device: Where = Device.cpu,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per event on stdout.")
+    ] = False,
+) -> None:
+    """Ask an edited model, see which edit answers and why, and correct it on the spot."""
+    from .chat import Options, run
+
+    settings = {"layer": layer, "radius": radius, "query": _value(query)}
+    options = Options(
+        model, codebook, plain, max_tokens, _value(dtype), device.value, json, settings
+    )
+    raise typer.Exit(run(options))
+
+
+@app.command()
 def codebook(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of saved edits.")],
     json: Json = False,
@@ -254,7 +316,8 @@ def evaluate(
             metavar="DATA",
             help="Edits and the questions that measure them: a JSON or JSONL file in the form of "
             "CounterFact, zsRE, KnowEdit, SCOTUS or the hallucination data, or the name of one in "
-            "the package datasets.",
+            "the package datasets. A directory of such files under their published names is "
+            "studied as a whole.",
             show_default=False,
         ),
     ],
@@ -266,7 +329,11 @@ def evaluate(
         str | None, typer.Option(help="Directory or hub id.", show_default="the setting's")
     ] = None,
     setting: Annotated[
-        str | None, typer.Option(help="Values for what is not given here: one of the paper's.")
+        str | None,
+        typer.Option(
+            help="Values for what is not given here: zsre, scotus, hallucination (the paper's) or "
+            "smollm2-counterfact."
+        ),
     ] = None,
     layer: Annotated[str | None, typer.Option(help="Layer to wrap.")] = None,
     query: Annotated[Query | None, typer.Option(help="What asks.")] = None,
@@ -295,6 +362,17 @@ def evaluate(
         typer.Option(
             metavar="FILE", help="Questions for TRR.", show_default="unrelated ones of DATA"
         ),
+    ] = None,
+    parts: Annotated[
+        str,
+        typer.Option(
+            help="Of a study, comma-separated: edits, scope, paper, baselines, hallucination.",
+            show_default="all",
+        ),
+    ] = "",
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(help="Of a study: a sentence encoder whose scope is measured too."),
     ] = None,
     kind: Annotated[str, typer.Option(help="Kind of data.")] = "auto",
     split: Annotated[str, typer.Option(help="Of a named data set.")] = "test",
@@ -327,9 +405,16 @@ def evaluate(
         upstream=upstream,
         seed=seed,
         progress=evaluation.progress_wanted(),
-        command=" ".join(["grace", *sys.argv[1:]]),
+        command=" ".join(["grace", *map(_named, sys.argv[1:])]),
     )
-    done = evaluation.evaluate(options, dtype=_value(dtype), device=device.value, as_json=json)
+    done = evaluation.evaluate(
+        options,
+        parts=parts,
+        beside=beside or [],
+        dtype=_value(dtype),
+        device=device.value,
+        as_json=json,
+    )
     raise typer.Exit(done)
 
 
@@ -377,6 +462,11 @@ def doctor(json: Json = False) -> None:
     from . import doctor as examination
 
     raise typer.Exit(examination.run(as_json=json))
+
+
+def _named(argument: str) -> str:
+    """Return an argument without the folders of this machine: results are shown to others."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _value(choice: Enum | None) -> str | None:

@@ -13,6 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 from ..codebook.records import EditResult
 from ..editing.explanation import Explanation
 from ..editor import GraceEditor
+from ..keys.prompts import PromptReader
 
 Hear = Callable[[str], None]
 
@@ -47,6 +48,7 @@ class Conversation:
     def __init__(self, editor: GraceEditor, *, chat: bool, max_tokens: int) -> None:
         self.editor, self.chat, self.max_tokens = editor, chat, max_tokens
         self.turns: list[dict[str, str]] = []
+        self._reader = PromptReader(editor.tokenizer)
         self._saved = self._state()
 
     @property
@@ -98,9 +100,13 @@ class Conversation:
         del self.turns[-2:]
         return self.ask(message, hear)
 
-    def explain(self, message: str) -> Explanation:
-        """Say which edit answers a message as the only turn."""
-        return self.editor.explain(self._ids([{"role": "user", "content": message}]))
+    def explain_last(self) -> Explanation:
+        """Say which edit answers the last message after what stood before it, by now."""
+        return self.editor.explain(self._ids(self.turns[:-1]))
+
+    def read(self, prompt: list[int]) -> str:
+        """Return an edit's prompt as a person reads it: of a chat what its user said last."""
+        return self._reader.text(prompt)
 
     @property
     def unsaved(self) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from ..adaptor import attach as attaching
 from ..codebook.records import EditResult
 from ..config import GraceConfig
+from ..editing.asked import read_wanted
 from ..editor import GraceEditor
 from ..families import Family
 from ..terminal import facts, number, plain, progress, screen, table
@@ -22,6 +23,7 @@ from .output import (
     OK,
     USAGE,
     CommandError,
+    asks_line,
     complain,
     print_json,
     quiet,
@@ -35,13 +37,23 @@ class Request:
     line: int
     prompt: str
     target: str | int
+    paraphrases: list[str] = field(default_factory=list)
+    negatives: list[str] = field(default_factory=list)
     result: EditResult | None = None
     radius: float | None = None
+
+    @property
+    def wanted(self) -> dict[str, Any]:
+        """The edit as `GraceEditor.edit` takes it."""
+        names = ("prompt", "target", "paraphrases", "negatives")
+        return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON can hold it."""
         made = {} if self.result is None else self.result.to_dict()
         own = {"line": self.line, "prompt": self.prompt, "target": self.target}
+        further = {"paraphrases": self.paraphrases, "negatives": self.negatives}
+        own |= {name: prompts for name, prompts in further.items() if prompts}
         return {**own, "radius": self.radius, **made}
 
 
@@ -63,7 +75,8 @@ class Options:
 def read_requests(path: Path) -> list[Request]:
     """Read a file of edits, one JSON object `{"prompt": str, "target": str | int}` per line.
 
-    Blank lines are skipped and further keys ignored.
+    It may hold `paraphrases` and `negatives` too, lists of prompts; see `GraceEditor.edit`. Blank
+    lines are skipped and further keys ignored.
 
     Raises:
         CommandError: the file is missing or holds no edit, or lines are wrong: all are named.
@@ -102,7 +115,15 @@ def _parse(line: int, raw: bytes) -> Request:
         raise ValueError(f"prompt must be a string that is not empty, got {prompt!r}")
     if not (type(target) is int or (isinstance(target, str) and target)):
         raise ValueError(f"target must be a string that is not empty or a class id, got {target!r}")
-    return Request(line, prompt, target)
+    paraphrases, negatives = (_prompts(name, found) for name in ("paraphrases", "negatives"))
+    return Request(line, prompt, target, paraphrases, negatives)
+
+
+def _prompts(name: str, record: dict[str, Any]) -> list[str]:
+    found = record.get(name, [])
+    if not isinstance(found, list) or not all(isinstance(x, str) and x for x in found):
+        raise ValueError(f"{name} must be a list of strings that are not empty, got {found!r}")
+    return found
 
 
 def check_tokens(requests: list[Request], family: Family, path: Path) -> None:
@@ -114,7 +135,7 @@ def check_tokens(requests: list[Request], family: Family, path: Path) -> None:
     wrong = []
     for request in requests:
         try:
-            family.encode_edit(request.prompt, request.target)
+            read_wanted(family, request.wanted)
         except ValueError as error:
             wrong.append(f"{path}:{request.line}: {error}")
     if wrong:
@@ -126,6 +147,11 @@ def run(options: Options) -> int:
     requests = read_requests(options.edits)
     saved = None if options.resume is None else read_edits_of(options.resume)
     config = _new_config(options) if saved is None else _kept_config(options, saved)
+    for name in ("encoder", "text_map"):
+        if options.settings.get(name) is not None and config.query != "text":
+            raise CommandError(
+                USAGE, f"--{name.replace('_', '-')} must be left out without --query text"
+            )
     source = options.model or (saved.source if saved is not None else "")
     if not source:
         raise CommandError(USAGE, "--model must be given, got none")
@@ -176,8 +202,8 @@ def _kept_config(options: Options, saved: SavedEdits) -> GraceConfig:
         if name != "layer" and value is not None and value != own.get(name):
             raise CommandError(
                 USAGE,
-                f"--{name} must be left out with --resume, whose edits have {own.get(name)}, "
-                f"got {value}",
+                f"--{name.replace('_', '-')} must be left out with --resume, whose edits have "
+                f"{own.get(name)}, got {value}",
             )
     layer = options.settings.get("layer") or own.get("layer")
     return GraceConfig(**{**own, "layer": layer})
@@ -216,7 +242,7 @@ def _check_layer(loaded: Loaded, config: GraceConfig, saved: SavedEdits | None) 
 
 def _make(editor: GraceEditor, request: Request, path: Path) -> None:
     try:
-        request.result = editor.edit(request.prompt, request.target)
+        request.result = editor.edit(**request.wanted)
     except (ValueError, FloatingPointError) as error:
         where = f"{path}:{request.line}"
         raise CommandError(FAILED, f"{where}: {error}; nothing was saved") from error
@@ -233,6 +259,7 @@ def _summary(
         "model": loaded.facts(),
         "layer": editor.layer,
         "query": editor.adaptor.query,
+        "text": editor.status()["text"],
         "replace": editor.adaptor.replace,
         "drift": editor.codebook.drift,
         "accepted": accepted,
@@ -254,7 +281,9 @@ def _show(
                 "class": f"{model['class']}: {model['task']}, {model['why']}",
                 "runs in": f"{model['dtype']} on {model['device']}",
                 "layer": editor.layer,
-                "asks": f"query {editor.adaptor.query}, replaces {editor.adaptor.replace}",
+                "asks": asks_line(
+                    editor.adaptor.query, editor.adaptor.replace, editor.status()["text"]
+                ),
                 "drift": number(book.drift),
             }
         )

@@ -62,6 +62,12 @@ def complain(message: str) -> None:
     print(f"error: {plain(' '.join(message.split()))}", file=sys.stderr)
 
 
+def asks_line(query: Any, replace: Any, text: dict[str, Any] | None) -> str:
+    """Say in a line what asks and what is replaced; `text` tells of `query="text"`."""
+    of = "" if text is None else f" (encoder {text['encoder']}, map {text['map']})"
+    return f"query {query}{of}, replaces {replace}"
+
+
 def print_json(data: dict[str, Any]) -> None:
     """Print one JSON object on stdout; what is not finite becomes null."""
     print(json.dumps(_finite(data), allow_nan=False))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..families import Family, target_of
 from ..terminal import facts, number, progress, screen, table
 from .models import SavedEdits, Words, attach_edits, load_model, read_edits_of
-from .output import OK, USAGE, CommandError, print_json, quiet
+from .output import OK, USAGE, CommandError, asks_line, print_json, quiet
 
 ANSWER_TOKENS = 8
 """How far answers are generated, unless the nearest edit's target is longer."""
@@ -44,12 +45,14 @@ def explain(directory: Path, prompt: str, *, model: str | None, device: str, as_
             unedited = editor.answer(prompt, length)
     nearest = None
     if found.edit_id is not None:
-        near = {"edit_id": found.edit_id, "slot": found.slot, "distance": found.distance}
+        place = {"edit_id": found.edit_id, "key": found.key, "slot": found.slot}
+        near = {**place, "distance": found.distance}
         nearest = _entry(saved, words, {**near, "radius": found.radius, "label": found.label})
     runner_up = None if found.runner_up is None else _entry(saved, words, found.runner_up)
     data = {
         "prompt": prompt,
         "hit": found.hit,
+        "text": None if found.text is None else asdict(found.text),
         "nearest": nearest,
         "runner_up": runner_up,
         "with_edits": edited,
@@ -71,10 +74,11 @@ def _room_for_answer(family: Family, prompt: str) -> int:
 
 
 def _entry(saved: SavedEdits, words: Words, near: dict[str, Any]) -> dict[str, Any]:
-    radius = near["radius"]
+    radius, book, id = near["radius"], saved.codebook, near["edit_id"]
+    keys = [book.edit(id), *book.parts(id)]
     return {
         **near,
-        "edit_prompt": words.prompt(saved.codebook.edit(near["edit_id"]).prompt),
+        "edit_prompt": words.prompt(keys[near["key"]].prompt),
         "d_over_eps": near["distance"] / radius if radius > 0 else None,
     }
 
@@ -97,11 +101,26 @@ def _show_answer(data: dict[str, Any]) -> None:
             }
         )
     )
+    if data["text"] is not None:
+        console.print(facts(_text_facts(data["text"])))
     if nearest is None:
         return
     columns = ("", "edit", "its prompt", "its target", "distance", "radius", "d/eps")
     rows = [("nearest", nearest), ("runner-up", data["runner_up"])]
     console.print(table(columns, (_cells(name, near) for name, near in rows if near is not None)))
+
+
+def _text_facts(text: dict[str, Any]) -> dict[str, Any]:
+    told: dict[str, Any] = {"asked with": text["span"], "about": ", ".join(text["subject"]) or "–"}
+    if text["edit_span"] is None:
+        return told
+    told["compared to"] = text["edit_span"]
+    parts = f"meaning {number(text['meaning'])}, lexical {number(text['lexical'])}"
+    decides = {None: "the same query", "meaning": "it is what is asked", "lexical": "it is of whom"}
+    told["distance²"] = f"{parts}: {decides[text['decides']]}"
+    differ = ", ".join(text["unshared"]) or "none"
+    told["subject"] = f"shared {', '.join(text['shared']) or 'none'}; not shared {differ}"
+    return told
 
 
 def _cells(name: str, near: dict[str, Any]) -> list[Any]:
@@ -125,6 +144,7 @@ def codebook(directory: Path, *, as_json: bool) -> int:
                     "case": edit.result.case,
                     "slot": edit.slot,
                     "radius": float(book.radii[edit.slot]),
+                    "keys": 1 + len(book.parts(edit.id)),
                     "fragile": edit.result.fragile,
                 }
             )
@@ -140,6 +160,7 @@ def codebook(directory: Path, *, as_json: bool) -> int:
         "task": serving.get("task"),
         "layer": serving.get("layer"),
         "query": serving.get("query"),
+        "text": serving.get("text"),
         "replace": serving.get("replace"),
         "policy": book.policy,
         "key_dim": book.keys.shape[1],
@@ -170,7 +191,7 @@ def _show_codebook(data: dict[str, Any]) -> None:
     about: dict[str, Any] = {
         "model": f"{data['model']['class']} {data['model']['source'] or ''}".strip(),
         "layer": f"{data['layer']} ({shape})",
-        "asks": f"query {data['query']}, replaces {data['replace']}",
+        "asks": asks_line(data["query"], data["replace"], data["text"]),
         "policy": data["policy"],
         "entries": data["entries"],
         "edits": f"{data['edits']} ({gone})",

@@ -86,8 +86,18 @@ def _sketch(storage: Storage) -> None:
 def _edits(storage: Storage) -> None:
     history, queries = storage.history(), storage.queries
     live = [edit for edit in history if edit.live]
-    _require(storage.live_ids() == [edit.id for edit in live], "ids are not those of live edits")
-    _require(storage.live_edits == len(live), "wrong number of live edits")
+    whole = [edit.id for edit in live if edit.part_of is None]
+    _require(storage.live_ids() == whole, "ids are not those of live edits")
+    _require(storage.live_edits == len(whole), "wrong number of live edits")
+    for edit in history:
+        if edit.part_of is not None:
+            of = storage.edit(edit.part_of)
+            same = (of.state, of.superseded_by, of.label)
+            _require(edit in storage.group(of.id), f"edit {edit.id} does not follow {of.id}")
+            _require(
+                (edit.state, edit.superseded_by, edit.label) == same,
+                f"edit {of.id} and its part {edit.id} have gone different ways",
+            )
     last = max((edit.id for edit in history), default=-1)
     _require(last < storage.next_id, "an id will be reused")
     for edit in live:
@@ -119,8 +129,10 @@ def _own_entries(storage: Storage) -> None:
         if entry is None:
             continue
         _require(entry.members == (entry.owner,), f"slot {slot} answers for other edits")
-        imported = storage.edit(entry.owner).query_index < 0
-        radius = storage.imported.radii[slot].item() if imported else storage.settings.radius
+        owner = storage.edit(entry.owner)
+        radius = storage.settings.radius if owner.radius is None else owner.radius
+        if owner.query_index < 0:
+            radius = storage.imported.radii[slot].item()
         held = storage.slots.radii[slot].item()
         _require(held == radius, f"slot {slot} has not its edit's radius")
 

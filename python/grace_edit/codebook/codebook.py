@@ -179,7 +179,7 @@ class Codebook:
 
     @property
     def edits(self) -> int:
-        """Number of live edits."""
+        """Number of live edits; one of several keys counts once."""
         return self.storage.live_edits
 
     @property
@@ -190,7 +190,12 @@ class Codebook:
     @property
     def history(self) -> list[Edit]:
         """Every edit that was not purged, superseded and deleted ones included, by id."""
-        return self.storage.history()
+        return [edit for edit in self.storage.history() if edit.part_of is None]
+
+    @property
+    def live_keys(self) -> list[Edit]:
+        """The live edits, each followed by its parts: everything that a prompt may be asked for."""
+        return [edit for edit in self.storage.history() if edit.live]
 
     @property
     def labels(self) -> list[Label | None]:
@@ -207,6 +212,14 @@ class Codebook:
         """
         return self.storage.edit(id)
 
+    def parts(self, id: int) -> list[Edit]:
+        """Return the further keys of an edit, one for each paraphrase.
+
+        Raises:
+            KeyError: there is no edit with this id, or it was purged.
+        """
+        return self.storage.group(id)[1:]
+
     def query_of(self, id: int) -> Tensor:
         """Return a copy, `[D]` on the host, of the stored query of an edit of the history.
 
@@ -220,10 +233,12 @@ class Codebook:
     def members(self, slot: int) -> tuple[int, ...]:
         """Return the ids of the edits that a slot answers for, ascending; none for a dead one."""
         entry = self.storage.entry(slot)
-        return () if entry is None else entry.members
+        if entry is None:
+            return ()
+        return tuple(sorted({self.storage.edit(member).whole for member in entry.members}))
 
     def edit_of_slot(self, slot: int) -> Edit:
-        """Return the edit whose query is the key of a live slot.
+        """Return the edit, or the part of one, whose query is the key of a live slot.
 
         Raises:
             KeyError: the slot is dead or not in use.
@@ -256,6 +271,9 @@ class Codebook:
         prompt: Sequence[int] | None = None,
         *,
         own_entry: bool = False,
+        radius: float | None = None,
+        part_of: int | None = None,
+        negatives: Sequence[Sequence[int]] = (),
     ) -> Proposal:
         """Decide what an edit would do; nothing changes.
 
@@ -272,6 +290,12 @@ class Codebook:
             own_entry: give the edit an entry of its own, at most half way to the nearest entry of
                 another label, although an existing one would take it; for an edit that its value
                 could not satisfy. At distance 0 the entry there takes the edit's value.
+            radius: of the entry it gets, at most; None: the codebook's. An edit that is given one
+                has an entry of its own, which does not grow later.
+            part_of: the edit made last, of which this is a further key: a paraphrase with the same
+                label. They have one id, that of the edit, and are superseded and deleted together.
+                Wrap `commit` of all of them in one `transaction` to have one step of undo.
+            negatives: prompts that the edit must not answer, kept with it; `radius` sees to it.
 
         Returns:
             The proposal, good for `commit` until the next change. Where other threads change the
@@ -280,8 +304,14 @@ class Codebook:
         Raises:
             TypeError, ValueError: an argument is of a wrong type, shape, dtype or value.
         """
+        checked = planning.check_radius(radius)
         with self.lock:
-            return planning.propose(self.storage, query, label, prompt, own_entry)
+            proposal = planning.propose(
+                self.storage, query, label, prompt, own_entry, checked, part_of, negatives
+            )
+            if part_of is not None:
+                planning.check_part(self.storage, proposal)
+            return proposal
 
     def commit(
         self,
@@ -367,6 +397,9 @@ class Codebook:
         label: Sequence[int] | Tensor,
         value: Tensor,
         prompt: Sequence[int] | None = None,
+        *,
+        radius: float | None = None,
+        part_of: int | None = None,
     ) -> EditResult:
         """Make an edit whose value is given, without a model: `propose`, then `commit`.
 
@@ -377,12 +410,12 @@ class Codebook:
         """
         with self.changing():
             value = planning.check_value(value, self.values)
-            proposal = self.propose(query, label, prompt)
+            proposal = self.propose(query, label, prompt, radius=radius, part_of=part_of)
             shared = proposal.case in ("expand", "absorb") and bool(proposal.members)
             return self.commit(proposal, None if shared else value)
 
     def delete(self, id: int, purge: bool = False) -> None:
-        """Take an edit back, as if it had never been made.
+        """Take an edit back with all its keys, as if it had never been made.
 
         The decisions over the remaining history are taken again in order, with the stored queries
         and without a model: keys, radii, labels and members become what a new codebook fed the
@@ -396,7 +429,7 @@ class Codebook:
             purge: also erase it (prompt, label, query) from the history and end the undo there.
 
         Raises:
-            KeyError: the id is unknown.
+            KeyError: the id is unknown, or that of a part.
         """
         with self.changing() as storage, storage.lock:
             replay.delete(storage, id, purge)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from grace_kernels import nearest
+
 from . import policy as rules
 from .records import Decision, Label, Proposal
+from .settings import Settings
 from .storage import Storage
 
 
@@ -19,6 +23,9 @@ def propose(
     label: Sequence[int] | Tensor,
     prompt: Sequence[int] | None,
     own_entry: bool,
+    radius: float | None = None,
+    part_of: int | None = None,
+    negatives: Sequence[Sequence[int]] = (),
 ) -> Proposal:
     """Propose an edit; see `Codebook.propose`."""
     settings, slots = storage.settings, storage.slots
@@ -26,44 +33,55 @@ def propose(
     ids = check_ids("label", label)
     prompt_ids = None if prompt is None else check_ids("prompt", prompt)
 
-    replaced: set[int] = set()
+    given = radius
+    new_radius = settings.radius if given is None else given
+
+    replaced: set[int] = set()  # edits, without their parts
     if not settings.paper:
         earlier = storage.earlier_edit(prompt_ids, query)
         if earlier is not None:
-            replaced.add(earlier)
+            replaced.add(storage.edit(earlier).whole)
             query = storage.query_of(storage.edit(earlier))
 
     slot, distance = slots.nearest(query)
+    radii: Tensor | None = None
+    if distance > 0.0 and (going := storage.owned_slots(replaced)):
+        # The entries of what is superseded go with it, unless the edit takes one over.
+        radii = slots.radii[: slots.in_use].clone()
+        radii[going] = -math.inf
+        slot, distance = slots.nearest(query, radii)
     entry = storage.entry(slot)
     radius = None if entry is None else slots.radii[slot].item()
     same = entry is not None and settings.label_key(entry.label) == settings.label_key(ids)
     if settings.paper:
-        decision = rules.decide_paper(distance, radius, same, radius=settings.radius)
+        decision = rules.decide_paper(distance, radius, same, radius=new_radius)
     else:
         if entry is not None and distance == 0.0:
-            replaced.add(entry.owner)
+            replaced.add(storage.edit(entry.owner).whole)
             query = storage.query_of(storage.edit(entry.owner))
         if settings.nearest:
             decision = rules.decide_nearest(
-                distance, radius, same, radius=settings.radius, drift=settings.drift
+                distance, radius, same, radius=new_radius, drift=settings.drift
             )
         else:
+            limit = None if entry is None else storage.edit(entry.owner).radius
             decision = rules.decide(
                 distance,
                 radius,
                 same,
-                radius=settings.radius,
+                radius=new_radius,
                 drift=settings.drift,
-                max_radius=settings.max_radius,
+                max_radius=settings.max_radius if limit is None else limit,
             )
-        if own_entry:
-            decision = _decide_own(storage, decision, query, ids, distance, radius)
+        if own_entry or (given is not None and not settings.nearest):
+            away = storage.distance_to_other_label(query, ids, radii)
+            decision = _decide_own(settings, decision, distance, away, radius, given)
 
     members: tuple[int, ...] = ()
     if entry is not None and decision.new_radius is None:
         if decision.case == "update" and not same:
-            replaced.update(entry.members)
-        members = tuple(m for m in entry.members if m not in replaced)
+            replaced.update(storage.edit(m).whole for m in entry.members)
+        members = tuple(m for m in entry.members if storage.edit(m).whole not in replaced)
     return Proposal(
         query=query.detach().clone(),
         label=ids,
@@ -80,25 +98,57 @@ def propose(
         fragile=decision.fragile,
         own_entry=own_entry,
         version=storage.version,
+        radius=given,
+        part_of=part_of,
+        negatives=tuple(check_ids("negatives", negative) for negative in negatives),
     )
 
 
+def check_part(storage: Storage, proposal: Proposal) -> None:
+    """Raise ValueError unless a proposal is that of a further key of the edit made last."""
+    assert proposal.part_of is not None
+    if storage.settings.paper:
+        raise ValueError("part_of must be None with the policy paper, whose edits have one key")
+    group = storage.group(proposal.part_of)
+    whole = group[0]
+    if not whole.live or whole.id + len(group) != storage.next_id:
+        raise ValueError(f"part_of must be the edit made last, got {proposal.part_of}")
+    if proposal.label != whole.label:
+        raise ValueError(f"label must be that of edit {whole.id}, {whole.label}")
+    if proposal.prompt is not None and proposal.prompt in [edit.prompt for edit in group]:
+        raise ValueError(f"prompt must differ from those of edit {whole.id}, got one of them")
+    queries = torch.stack([storage.query_of(edit).cpu() for edit in group])
+    if nearest(proposal.query.cpu()[None], queries, torch.zeros(len(group)))[1].item() == 0.0:
+        raise ValueError(f"query must differ from those of edit {whole.id}, got one of them")
+
+
 def _decide_own(
-    storage: Storage,
+    settings: Settings,
     decision: Decision,
-    query: Tensor,
-    label: Label,
     distance: float,
+    away: float,
     neighbour_radius: float | None,
+    given: float | None,
 ) -> Decision:
     """Turn a decision into one that gives the edit an entry of its own."""
-    if decision.case == "split" or (storage.settings.nearest and decision.case == "add"):
-        return decision
     if distance == 0.0:
-        return replace(decision, case="update")
-    away = storage.distance_to_other_label(query, label)
-    radius = rules.own_radius(away, radius=storage.settings.radius)
-    return Decision("add", neighbour_radius, radius, fragile=radius < storage.settings.drift)
+        kept = decision.neighbour_radius
+        if given is not None and kept is not None:
+            kept = min(kept, given)
+        return replace(decision, case="update", neighbour_radius=kept)
+    if decision.case == "split" or settings.nearest:
+        return decision
+    radius = rules.own_radius(away, radius=settings.radius if given is None else given)
+    return Decision("add", neighbour_radius, radius, fragile=radius < settings.drift)
+
+
+def check_radius(radius: float | None) -> float | None:
+    """Return a radius for a new entry as fp32, or raise by the name of `radius`."""
+    if radius is None:
+        return None
+    if not 0 <= radius < math.inf:
+        raise ValueError(f"radius must be finite and not negative, got {radius}")
+    return rules.fp32(radius)
 
 
 def check_query(query: Tensor, keys: Tensor) -> Tensor:

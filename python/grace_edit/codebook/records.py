@@ -40,9 +40,14 @@ class EditResult:
 
     `slot` is the entry that answers it; `neighbour` the entry that was nearest before it (-1: there
     was none) at `distance` (+inf then), with its radius before and after (None then). Losses are
-    None where nothing was trained. A refused edit has `success=False`, `id=None` and a `reason`.
+    None where nothing was trained. `probability` is what the model gives to the whole target behind
+    the prompt, answered by the value: the share of samples at temperature 1 that begin with it (None
+    where nothing was trained). `success` means that it is what the model says by itself, greedily,
+    with this value; what beams and samples say follows from the probability. A refused edit has
+    `success=False`, `id=None` and a `reason`.
     `fragile`: its entry is smaller than the drift of the activations, or a contradicting entry lies
-    within twice the drift, so that the same prompt in another batch may miss.
+    within twice the drift, so that the same prompt in another batch may miss. `keys` counts the
+    prompts that the edit answers: its own and its paraphrases.
     """
 
     id: int | None
@@ -58,6 +63,8 @@ class EditResult:
     fragile: bool = False
     success: bool = True
     reason: str = ""
+    keys: int = 1
+    probability: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON can hold them: what is not finite becomes None."""
@@ -76,6 +83,12 @@ class Edit:
     query is stored (-1: it was imported, its query is the key in the slot of its own number).
     `value_id` names the value that answers it, or last did; `verified` the values that were seen to
     answer it (None: it was made without a model, an equal label is enough).
+
+    An edit of several prompts is several records: one for its own prompt, whose id is the edit's,
+    and a part for each paraphrase, whose `part_of` is that id. The ids of the parts follow it. They
+    are made, superseded, deleted and purged together. `radius` is that of its new entry (None: the
+    codebook's); an entry that was given one does not grow. `negatives` are prompts that the edit
+    must not answer, kept with the edit, not with its parts.
     """
 
     id: int
@@ -88,6 +101,14 @@ class Edit:
     result: EditResult
     state: Literal["live", "superseded", "deleted"] = "live"
     superseded_by: int | None = None
+    part_of: int | None = None
+    radius: float | None = None
+    negatives: tuple[Label, ...] = ()
+
+    @property
+    def whole(self) -> int:
+        """The id of the edit that this record is, or is a part of."""
+        return self.id if self.part_of is None else self.part_of
 
     @property
     def live(self) -> bool:
@@ -117,7 +138,8 @@ class Proposal:
     `neighbour` is the nearest entry (-1: none) at `distance`, with its radius before and after.
     `new_radius` is None where no entry is made. `slot` is the entry whose value will answer the
     edit, -1 for a new one. `members` are the edits which that value answers already and will have
-    to answer further on; `supersedes` those that this one replaces.
+    to answer further on; `supersedes` those that this one replaces, with all their parts.
+    `radius`, `part_of` and `negatives` are kept with the edit; see `Edit`.
     """
 
     query: Tensor
@@ -135,3 +157,6 @@ class Proposal:
     fragile: bool
     own_entry: bool
     version: int
+    radius: float | None = None
+    part_of: int | None = None
+    negatives: tuple[Label, ...] = ()

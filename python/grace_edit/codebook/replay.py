@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from . import planning, retention
-from .records import Edit, Entry
+from .records import Edit, Entry, Proposal
 from .storage import Storage
 from .tensors import digest
 
@@ -20,23 +20,30 @@ from .tensors import digest
 def delete(storage: Storage, id: int, purge: bool) -> None:
     """Delete an edit; see `Codebook.delete`."""
     edit = storage.edit(id)
+    if edit.part_of is not None:
+        raise KeyError(f"id must be that of a whole edit, got {id}, a key of edit {edit.part_of}")
     if edit.state == "deleted" and not purge:
         raise KeyError(f"id must be that of an edit not yet deleted, got {id}")
     with storage.transaction():
         if edit.state != "deleted":
             if edit.query_index < 0:  # the key of an imported edit is the only place of its query
                 index = storage.queries.add(storage.slots.keys[id], id)
-                edit = replace(edit, query_index=index)
                 storage.put_entry(id, storage.live_entry(id))
+                storage.put_edit(replace(edit, query_index=index))
             alone = _stands_alone(storage, edit)
+            for each in storage.group(id):
+                if alone:
+                    storage.free(each.slot)
+                    storage.end_life(each)
+                gone = replace(each, state="deleted", slot=-1, value_id=-1, superseded_by=None)
+                storage.put_edit(gone)
             if alone:
-                storage.free_entry(edit)
-            edit = replace(edit, state="deleted", slot=-1, value_id=-1, superseded_by=None)
-            storage.put_edit(edit)
-            if not alone:
+                storage.slots.trim()
+            else:
                 _replay(storage)
         if purge:
-            storage.purge(edit)
+            for each in storage.group(id):
+                storage.purge(each)
         storage.end_change()
 
 
@@ -115,13 +122,19 @@ def _restore_import(storage: Storage, id: int) -> None:
 def _again(storage: Storage, edit: Edit) -> None:
     """Make an edit again, as the codebook is now."""
     query = storage.query_of(edit)
-    proposal = planning.propose(storage, query, edit.label, edit.prompt, False)
+
+    def propose(own_entry: bool) -> Proposal:
+        return planning.propose(
+            storage, query, edit.label, edit.prompt, own_entry, edit.radius, edit.part_of
+        )
+
+    proposal = propose(False)
     if proposal.case in ("expand", "absorb"):
         shared = storage.live_entry(proposal.slot).value_id
         if edit.verified is None or shared in edit.verified:
             edit = replace(edit, value_id=shared)
         else:
-            proposal = planning.propose(storage, query, edit.label, edit.prompt, True)
+            proposal = propose(True)
     new_value = proposal.case not in ("expand", "absorb")
     value = storage.value_of(edit) if new_value else None
     retention.carry_out(storage, proposal, edit, value, None)

@@ -15,6 +15,7 @@ from torch import Tensor
 from . import policy as rules
 from .records import Edit, EditResult, Entry, Proposal
 from .storage import Storage
+from .tensors import same_bits
 
 Answers = Callable[[Edit, int], bool]  # whether the value in a slot gives an edit its target
 
@@ -23,10 +24,13 @@ def commit(
     storage: Storage, proposal: Proposal, value: Tensor | None, answers: Answers | None
 ) -> EditResult:
     """Make the edit that was proposed, within a transaction; see `Codebook.commit`."""
+    value_id = storage.next_value_id
     if value is None:
         value_id = storage.live_entry(proposal.slot).value_id
-    else:
-        value_id = storage.next_value_id
+    elif proposal.part_of is not None:
+        whole = storage.edit(proposal.part_of)
+        if same_bits(storage.value_of(whole).cpu(), value.cpu()):
+            value_id = whole.value_id  # known to answer the one, it is known to answer the other
     result = EditResult(
         id=storage.next_id,
         case=proposal.case,
@@ -45,14 +49,18 @@ def commit(
         value_id=value_id,
         verified=None if answers is None else frozenset({value_id}),
         result=result,
+        part_of=proposal.part_of,
+        radius=proposal.radius,
+        negatives=proposal.negatives,
     )
     fragile = carry_out(storage, proposal, new, value, answers) or proposal.fragile
     new = storage.edit(new.id)
     result = replace(result, slot=new.slot, fragile=fragile)
     storage.put_edit(replace(new, result=result))
+    storage.slots.trim()
     storage.end_change()
     storage.next_id += 1
-    storage.next_value_id += value is not None
+    storage.next_value_id += value_id == storage.next_value_id
     return result
 
 
@@ -74,22 +82,22 @@ def carry_out(
         Whether an entry smaller than the drift was made in the repair.
     """
     affected = _apply(storage, proposal, edit, value)
-    return repair(storage, affected, answers, edit.id)
+    return repair(storage, affected, answers, edit.whole)
 
 
 def _apply(storage: Storage, proposal: Proposal, edit: Edit, value: Tensor | None) -> set[int]:
     """Do what a proposal says; return the live edits that may have lost their answer."""
     affected: set[int] = set()
+    orphans: set[int] = set()
     for earlier in proposal.supersedes:
-        storage.supersede(earlier, edit.id)
+        orphans.update(_supersede(storage, earlier, edit.whole, proposal.slot))
     if proposal.radius_after is not None and proposal.radius_after != proposal.radius_before:
         storage.slots.write_radius(proposal.neighbour, proposal.radius_after)
+        affected.update(_uncovered(storage, proposal.neighbour))
 
     slot, distance = proposal.slot, proposal.distance
     if proposal.new_radius is not None:
         assert value is not None
-        if proposal.case == "split":
-            affected.update(_uncovered(storage, proposal.neighbour))
         entry = Entry(edit.label, edit.value_id, edit.id, (edit.id,))
         slot = storage.place_entry(entry, proposal.query, value, proposal.new_radius)
         distance = 0.0
@@ -112,7 +120,38 @@ def _apply(storage: Storage, proposal: Proposal, edit: Edit, value: Tensor | Non
                 accept(storage, storage.edit(member), slot, edit.value_id)
     storage.queries.write(edit.query_index, proposal.query)
     storage.make_live(edit, proposal.query, slot, distance)
-    return affected
+    return affected | _adopt(storage, orphans)
+
+
+def _supersede(storage: Storage, id: int, by: int, kept: int = -1) -> set[int]:
+    """Let an edit with its parts be superseded, and free the entries whose keys are theirs.
+
+    Args:
+        id, by: whole edits.
+        kept: slot of an entry that stays, as the new edit takes it over.
+
+    Returns:
+        The edits that were answered by a freed entry.
+    """
+    going = [slot for slot in storage.owned_slots([id]) if slot != kept]
+    for edit in storage.group(id):
+        storage.supersede(edit.id, by)
+    orphans: set[int] = set()
+    for slot in going:
+        orphans.update(storage.live_entry(slot).members)
+        storage.free(slot)
+    return orphans
+
+
+def _adopt(storage: Storage, orphans: Iterable[int]) -> set[int]:
+    """Note what is nearest to the edits whose entry is gone; return those that are live."""
+    live = {id for id in orphans if storage.edit(id).live}
+    for id in live:
+        edit = replace(storage.edit(id), slot=-1)
+        storage.put_edit(edit)
+        slot, distance = storage.slots.nearest(storage.query_of(edit))
+        storage.queries.set_answer(edit.query_index, slot, distance)
+    return live
 
 
 def accept(storage: Storage, edit: Edit, slot: int, value_id: int) -> None:
@@ -170,7 +209,7 @@ def repair(storage: Storage, affected: Iterable[int], answers: Answers | None, b
         if distance == 0.0:
             # Queries that differ by so little that their distance is 0: no entry can tell them
             # apart, the later edit has replaced the earlier one.
-            storage.supersede(id, by)
+            pending.update(_adopt(storage, _supersede(storage, edit.whole, by)))
             continue
         radius = _own_entry(storage, edit)
         pending.update(_drawn(storage, storage.edit(id).slot))
@@ -182,7 +221,8 @@ def _own_entry(storage: Storage, edit: Edit) -> float:
     """Give an edit an entry of its own, with the value that answered it; return the radius."""
     query = storage.query_of(edit)
     away = storage.distance_to_other_label(query, edit.label)
-    radius = rules.own_radius(away, radius=storage.settings.radius)
+    given = storage.settings.radius if edit.radius is None else edit.radius
+    radius = rules.own_radius(away, radius=given)
     entry = Entry(edit.label, edit.value_id, edit.id, (edit.id,))
     slot = storage.place_entry(entry, query, storage.value_of(edit), radius)
     storage.leave_entry(edit)

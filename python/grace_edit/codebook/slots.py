@@ -199,8 +199,12 @@ class Slots:
     def clear_free(self) -> None:
         """Write zeros over the keys and values of free slots."""
         for slot in self._free:
-            self.write_key(slot, torch.zeros_like(self.keys[slot]))
-            self.write_value(slot, torch.zeros_like(self.values[slot]))
+            self.clear(slot)
+
+    def clear(self, slot: int) -> None:
+        """Write zeros over the key and the value of a free slot."""
+        self.write_key(slot, torch.zeros_like(self.keys[slot]))
+        self.write_value(slot, torch.zeros_like(self.values[slot]))
 
     def warn_of_new_memory(self, capacity: int) -> None:
         """Warn, on CUDA, that another capacity means other memory."""
@@ -252,10 +256,13 @@ class Slots:
                 radii[slot] = -math.inf
         return found
 
-    def nearest_of_other_label(self, query: Tensor, number: int) -> float:
+    def nearest_of_other_label(
+        self, query: Tensor, number: int, radii: Tensor | None = None
+    ) -> float:
         """Return the distance of the nearest entry whose label has another number; else +inf."""
+        radii = self.radii[: self.in_use] if radii is None else radii
         same = self.label_ids[: self.in_use] == number
-        return self.nearest(query, self.radii[: self.in_use].masked_fill(same, -math.inf))[1]
+        return self.nearest(query, radii.masked_fill(same, -math.inf))[1]
 
     def lookup(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Find the entries that answer `[B, D]`; see `grace_kernels.lookup`."""

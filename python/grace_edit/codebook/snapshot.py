@@ -49,7 +49,8 @@ def settings_of(storage: Storage) -> dict[str, Any]:
 
 def format_of(storage: Storage) -> int:
     """Return the lowest format whose readers understand this codebook."""
-    return 2 if storage.settings.nearest else 1
+    several = any(edit and _several(edit) for edit in storage.edit_records.values())
+    return 2 if several or storage.settings.nearest else 1
 
 
 def content_of(storage: Storage) -> tuple[dict[str, Tensor], str]:
@@ -100,7 +101,8 @@ def _records(storage: Storage, rows: dict[int, int]) -> Iterator[dict[str, Any]]
             "slot": edit.slot,
             "value": edit.value_id,
             "verified": None if edit.verified is None else sorted(edit.verified),
-            "result": {name: _plain(item) for name, item in asdict(edit.result).items()},
+            "result": _result(edit.result),
+            **_several(edit),
         }
     for slot, entry in sorted(storage.entry_records.items()):
         if entry is None:
@@ -113,6 +115,19 @@ def _records(storage: Storage, rows: dict[int, int]) -> Iterator[dict[str, Any]]
             "owner": entry.owner,
             "members": entry.members,
         }
+
+
+def _result(result: EditResult) -> dict[str, Any]:
+    fields = {name: _plain(item) for name, item in asdict(result).items()}
+    if result.keys == 1:
+        del fields["keys"]  # an older release reads the file, and knows no such field
+    return fields
+
+
+def _several(edit: Edit) -> dict[str, Any]:
+    """Return what an edit of one key, made without negatives, has no fields for."""
+    fields = {"part_of": edit.part_of, "radius": edit.radius, "negatives": edit.negatives or None}
+    return {name: item for name, item in fields.items() if item is not None}
 
 
 def _plain(item: Any) -> Any:
@@ -210,6 +225,9 @@ def _edit(record: dict[str, Any]) -> Edit:
         result=EditResult(**{name: _number(name, x) for name, x in record["result"].items()}),
         state=record["state"],
         superseded_by=record["superseded_by"],
+        part_of=record.get("part_of"),
+        radius=record.get("radius"),
+        negatives=tuple(tuple(prompt) for prompt in record.get("negatives", ())),
     )
 
 
@@ -226,3 +244,6 @@ def _check_agreement(storage: Storage, radii: Tensor) -> None:
     live |= {(i, i) for i in entries if i in imported and i not in edits}
     if members != live:
         raise ValueError("the members of the entries are not the live edits")
+    parts = [edit for edit in edits.values() if edit and edit.part_of is not None]
+    if any(edit not in storage.group(edit.whole)[1:] for edit in parts):
+        raise ValueError("a part does not follow its edit")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -62,7 +62,7 @@ class Storage:
         retired_values: `[V]` on the host by value id: values that the history needs and no slot
             holds.
         by_prompt, by_query: ids of live edits that were not imported, by prompt and by `digest`.
-        live_edits: how many there are.
+        live_edits: how many there are, parts not counted.
         purged: whether an edit was purged within the open transaction.
         next_id, next_value_id: never go down; neither is used twice.
     """
@@ -195,7 +195,7 @@ class Storage:
         for edit in edits.values():
             if edit is None or not edit.live:
                 continue
-            self.live_edits += 1
+            self.live_edits += edit.part_of is None
             if edit.query_index >= 0:
                 self.by_query[digest(self.query_of(edit))] = edit.id
                 if edit.prompt is not None:
@@ -279,10 +279,26 @@ class Storage:
             return [self.edit(id) for id in ids if self.edit_records.get(id, self) is not None]
 
     def live_ids(self) -> list[int]:
-        """Return the ids of the live edits, ascending."""
+        """Return the ids of the live edits, without their parts, ascending."""
         with self.lock:
             imported = [i for i in range(len(self.imported.labels)) if i not in self.edit_records]
-            return sorted(imported + [e.id for e in self.edit_records.values() if e and e.live])
+            known = (edit for edit in self.edit_records.values() if edit is not None)
+            return sorted(imported + [e.id for e in known if e.live and e.part_of is None])
+
+    def group(self, id: int) -> list[Edit]:
+        """Return a whole edit and its parts, whose ids follow its own."""
+        with self.lock:
+            found = [self.edit(id)]
+            part = self.edit_records.get(id + 1)
+            while part is not None and part.part_of == id:
+                found.append(part)
+                part = self.edit_records.get(id + len(found))
+            return found
+
+    def owned_slots(self, ids: Iterable[int]) -> list[int]:
+        """Return the slots whose keys are the queries of these live edits and their parts."""
+        edits = [edit for id in ids for edit in self.group(id)]
+        return [e.slot for e in edits if e.live and self.live_entry(e.slot).owner == e.id]
 
     def query_of(self, edit: Edit) -> Tensor:
         """Return the stored query `[D]` of an edit of the history, of the host or a slot's key."""
@@ -306,24 +322,23 @@ class Storage:
             self._put("by_prompt", edit.prompt, edit.id)
         self._put("by_query", digest(query), edit.id)
         self.put_edit(replace(edit, slot=slot))
-        self._put_number("live_edits", self.live_edits + 1)
+        self._put_number("live_edits", self.live_edits + (edit.part_of is None))
 
     def supersede(self, id: int, by: int) -> None:
         """Let a live edit be superseded by another: no entry answers for it any more."""
         edit = self.edit(id)
         self.leave_entry(edit)
         self.put_edit(replace(edit, state="superseded", slot=-1, superseded_by=by))
-        self._end_life(edit)
+        self.end_life(edit)
 
-    def free_entry(self, edit: Edit) -> None:
-        """Free the entry that is a live edit's own and answers no other; the edit is not live."""
-        self.retire_value(edit.slot)
-        self.vacate(edit.slot)
-        self._end_life(edit)
-        self.slots.clear_free()
-        self.slots.trim()
+    def free(self, slot: int) -> None:
+        """Take the entry out of a slot for good: it holds zeros then."""
+        self.retire_value(slot)
+        self.vacate(slot)
+        self.slots.clear(slot)
 
-    def _end_life(self, edit: Edit) -> None:
+    def end_life(self, edit: Edit) -> None:
+        """Note that an edit that was live is not; its record and its entry are the caller's."""
         if edit.query_index >= 0:
             self.queries.clear_answer(edit.query_index)
         if edit.prompt is not None and self.by_prompt.get(edit.prompt) == edit.id:
@@ -331,7 +346,7 @@ class Storage:
         query = digest(self.query_of(edit))
         if self.by_query.get(query) == edit.id:
             self._drop("by_query", query)
-        self._put_number("live_edits", self.live_edits - 1)
+        self._put_number("live_edits", self.live_edits - (edit.part_of is None))
 
     def leave_entry(self, edit: Edit) -> None:
         """Take an edit out of the members of the entry that answers it."""
@@ -401,10 +416,15 @@ class Storage:
             self.settings.label_key(label), len(self._label_numbers)
         )
 
-    def distance_to_other_label(self, query: Tensor, label: Label) -> float:
-        """Return the distance from `[D]` to the nearest entry of another label; +inf for none."""
+    def distance_to_other_label(
+        self, query: Tensor, label: Label, radii: Tensor | None = None
+    ) -> float:
+        """Return the distance from `[D]` to the nearest entry of another label; +inf for none.
+
+        `radii` `[in_use]` are read instead of the codebook's; -inf leaves an entry out.
+        """
         number = self._label_numbers.get(self.settings.label_key(label), -1)
-        return self.slots.nearest_of_other_label(query, number)
+        return self.slots.nearest_of_other_label(query, number, radii)
 
     def lookup(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Find the entries that answer `[B, D]`, as in serving."""

@@ -1,6 +1,6 @@
 """The demo: two real models are edited, saved, loaded elsewhere and measured.
 
-`run` is what `grace demo` calls. Part 1 is in `topics.py`, part 2 in `facts.py`.
+`run` is what `grace demo` calls. Part 1 is in `topics.py`, part 2 in `corrections.py`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,19 @@ from rich.table import Table
 
 from ..editor import GraceEditor
 from ..terminal import number, progress, table
-from . import facts as part2
+from . import corrections as part2
+from . import report
 from . import topics as part1
 from .data import load_topics
-from .reload import THREADS, answers_of
+from .reload import answers_of
+from .smollm2 import load_smollm2, packaged_file
 
 QUICK = 120
 """Requests of the stream that a quick run looks at."""
+QUICK_ERRORS = 3
+"""Errors of the language model that a quick run corrects."""
+SHOWN = 2
+"""Errors around which every question is printed."""
 
 
 def run(out: Path, quick: bool, console: Console) -> dict[str, Any]:
@@ -39,27 +45,33 @@ def run(out: Path, quick: bool, console: Console) -> dict[str, Any]:
     Returns:
         Every figure, and `"ok"`: whether the fresh process gave the same answers.
     """
-    # First of all, so that a missing matplotlib is not found out after minutes.
+    # First of all, so that what is missing is not found out after minutes.
     from .picture import draw
+
+    packaged_file()
 
     start = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     threads = torch.get_num_threads()
     # Models this small gain little from a second thread and lose much to one that has to wait.
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(1)
     try:
-        result: dict[str, Any] = {
-            "topics": _topics(out, quick, console),
-            "facts": _facts(out, quick, console),
-        }
+        result: dict[str, Any] = {"topics": _topics(out, quick, console)}
     finally:
         torch.set_num_threads(threads)
-    result["reloaded"] = {part: _reload(out, part, console) for part in ("topics", "facts")}
+    result["corrections"] = _corrections(out, quick, console)
+    console.print()
+    result["reloaded"] = {part: _reload(out, part, console) for part in ("topics", "corrections")}
     result["ok"] = all(result["reloaded"].values())
     result["seconds"] = time.perf_counter() - start
     result["picture"] = str(draw(result, out / "demo.png"))
     (out / "demo.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
-    console.print(f"\npicture: {result['picture']}   figures: {out / 'demo.json'}")
+    report.write_rows(result["corrections"]["rows"], out / "corrections.csv")
+    console.print(
+        f"\npicture: {result['picture']}   figures: {out / 'demo.json'}, corrections.csv\n"
+        f"talk to it: grace chat --model {out / 'corrections-model'} "
+        f"--codebook {out / 'corrections-edits'}"
+    )
     console.print(f"done in {result['seconds']:.0f} s")
     return result
 
@@ -144,36 +156,28 @@ def _cell(value: Any) -> str:
     return "–" if value is None else str(value)
 
 
-def _facts(out: Path, quick: bool, console: Console) -> dict[str, Any]:
-    console.print("\n2. A small GPT-2 learns facts, and edits change some of them")
-    facts = part2.load_facts()
-    tokenizer = part2.build_tokenizer(facts)
-    start = time.perf_counter()
-    model = part2.build_model(facts, tokenizer, _bar)
-    seconds = time.perf_counter() - start
-    editor, figures = part2.run(facts, model, tokenizer, part2.RADIUS, _bar)
-    figures["training_seconds"] = seconds
-    model.save_pretrained(out / "facts-model")
-    tokenizer.save_pretrained(out / "facts-model")
-    editor.save_pretrained(out / "facts-edits")
-    _remember(out, "facts", editor, [fact.prompts[0] for fact in facts])
-    editor.detach()
-    examples = figures["examples"]
-    console.print(table(list(examples[0]), [list(example.values()) for example in examples]))
+def _corrections(out: Path, quick: bool, console: Console) -> dict[str, Any]:
     console.print(
-        f"   {figures['facts']} facts ({figures['known_before']} known before), trained in "
-        f"{seconds:.0f} s; {figures['accepted']} of {figures['attempted']} edits accepted, "
-        f"{number(figures['seconds_per_edit'])} s each\n"
-        f"   changed facts answered: {figures['answered_after']}/{figures['attempted']}; their "
-        f"paraphrases: {figures['paraphrases_take']}/{figures['paraphrases']}; other facts as "
-        f"before: {figures['unchanged']}/{figures['untouched']}, in other words "
-        f"{figures['unchanged_paraphrases']}/{figures['untouched_paraphrases']}"
+        "\n2. SmolLM2-135M-Instruct, a language model, says wrong things; edits correct them"
     )
+    with progress("loading SmolLM2"):
+        model, tokenizer = load_smollm2()
+    asked = part2.load_corrections(QUICK_ERRORS if quick else None)
+    editor, figures = part2.run(asked, model, tokenizer, _bar)
+    model.save_pretrained(out / "corrections-model")
+    tokenizer.save_pretrained(out / "corrections-model")
+    editor.save_pretrained(out / "corrections-edits")
+    _remember(out, "corrections", editor, [a.text for a in asked if a.role in ("edit", "cloze")])
+    figures["undone"] = part2.undo_all(editor, figures["rows"])
+    editor.detach()
+    for made in report.tables(figures, SHOWN):
+        console.print(made)
+    console.print("\n".join(f"   {line}" for line in report.lines(figures)))
     return figures
 
 
 def _remember(out: Path, part: str, editor: GraceEditor, prompts: list[str]) -> None:
-    answers = answers_of(editor.model, editor.adaptor, editor.tokenizer, prompts)
+    answers = answers_of(editor, prompts)
     (out / f"{part}-answers.json").write_text(json.dumps(answers), encoding="utf-8")
 
 

@@ -1,8 +1,7 @@
-"""Part 2: a small causal language model learns facts on the spot, and edits change some of them."""
+"""Facts in several wordings, and a small causal language model that learns some on the spot."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,21 +10,12 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from ..config import GraceConfig
-from ..editor import GraceEditor
 from .data import read_table
 
 RELATIONS = ("capital", "symbol", "author", "currency")
 WORDINGS = (1, 2, 3)
-LAYER = "transformer.h.0.mlp"
-REPLACE = "all"
-"""One vector at the prompt's tokens alone could not make this small model say every name of several
-words: up to 5 of 43 edits were refused, by how its training turned out."""
-RADIUS = 2.5
 EPOCHS = 16
 BATCH = 16
-CHANGED = 8
-"""Every eighth fact is changed."""
 Progress = Callable[[Sequence[Any], str], Iterable[Any]]
 
 
@@ -149,89 +139,3 @@ def _train(
             optimizer.step()
             schedule.step()
     optimizer.zero_grad(set_to_none=True)
-
-
-@torch.no_grad()
-def generate(model: Any, tokenizer: Any, prompts: Sequence[str]) -> list[str]:
-    """Answer prompts by free greedy generation with the KV cache, in left-padded batches."""
-    answers: list[str] = []
-    for i in range(0, len(prompts), 64):
-        batch = tokenizer(list(prompts[i : i + 64]), padding=True, return_tensors="pt")
-        produced = model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            max_new_tokens=8,
-            do_sample=False,
-        )
-        new = produced[:, batch["input_ids"].shape[1] :]
-        answers += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
-    return answers
-
-
-def changes(facts: Sequence[Fact]) -> list[tuple[Fact, str]]:
-    """Return the facts to change, each with a new answer: that of another of its relation."""
-    chosen = list(facts)[::CHANGED]
-    changed = []
-    for relation in RELATIONS:
-        mine = [fact for fact in chosen if fact.relation == relation]
-        others = [f.answer for f in facts if f.relation == relation]
-        for number, fact in enumerate(mine):
-            options = [a for a in others[CHANGED * number + 3 :] + others if a != fact.answer]
-            changed.append((fact, options[0]))
-    return changed
-
-
-def run(
-    facts: Sequence[Fact], model: GPT2LMHeadModel, tokenizer: Any, radius: float, progress: Progress
-) -> tuple[GraceEditor, dict[str, Any]]:
-    """Change facts by edits and compare every answer with the one before."""
-    firsts = [fact.prompts[0] for fact in facts]
-    before = generate(model, tokenizer, firsts)
-    known = sum(b == fact.answer for b, fact in zip(before, facts, strict=True))
-    changed = changes(facts)
-    others = [p for f in facts for p in f.prompts[1:]]
-    before_others = dict(zip(others, generate(model, tokenizer, others), strict=True))
-    editor = GraceEditor(model, tokenizer, GraceConfig(layer=LAYER, radius=radius, replace=REPLACE))
-    start = time.perf_counter()
-    results = []
-    eos = tokenizer.eos_token
-    for fact, answer in progress(changed, "changing facts"):
-        # With end-of-sequence, so that generation stops after the new answer as it does elsewhere.
-        results.append(editor.edit(fact.prompts[0], f" {answer}{eos}"))
-    seconds = time.perf_counter() - start
-    after = dict(zip(firsts, generate(model, tokenizer, firsts), strict=True))
-    wanted = {fact.prompts[0]: answer for fact, answer in changed}
-    untouched = [fact for fact in facts if fact.prompts[0] not in wanted]
-    was = dict(zip(firsts, before, strict=True))
-    paraphrases = [(p, answer) for fact, answer in changed for p in fact.prompts[1:]]
-    takes = generate(model, tokenizer, [p for p, _ in paraphrases])
-    far = [p for fact in untouched for p in fact.prompts[1:]]
-    after_far = generate(model, tokenizer, far)
-    figures = {
-        "facts": len(facts),
-        "known_before": known,
-        "radius": radius,
-        "attempted": len(changed),
-        "accepted": sum(r.success for r in results),
-        "answered_after": sum(after[p] == a for p, a in wanted.items()),
-        "paraphrases": len(paraphrases),
-        "paraphrases_take": sum(t == a for t, (_, a) in zip(takes, paraphrases, strict=True)),
-        "untouched": len(untouched),
-        "unchanged": sum(after[f.prompts[0]] == was[f.prompts[0]] for f in untouched),
-        "untouched_paraphrases": len(far),
-        "unchanged_paraphrases": sum(
-            a == before_others[p] for a, p in zip(after_far, far, strict=True)
-        ),
-        "keys": editor.codebook.entries,
-        "seconds_per_edit": seconds / len(changed),
-        "examples": [
-            {
-                "prompt": fact.prompts[0],
-                "before": was[fact.prompts[0]],
-                "asked for": answer,
-                "after": after[fact.prompts[0]],
-            }
-            for fact, answer in changed[:: max(1, len(changed) // 8)]
-        ],
-    }
-    return editor, figures

@@ -7,8 +7,10 @@ imported and none of what it depends on is needed.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
+import io
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,9 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
     path = packaged_file()
-    read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    # transformers shows a bar meanwhile that its own switch for bars does not reach.
+    with contextlib.redirect_stderr(io.StringIO()):
+        read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
     config = copy.deepcopy(read.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -45,8 +45,10 @@ class Explanation:
         distance: from the prompt's query to its key (+inf in an empty codebook).
         radius: its deferral radius (NaN in an empty codebook).
         label: its label as text.
-        runner_up: the second nearest entry as `{"edit_id", "slot", "distance", "radius", "label"}`,
-            None if there is none.
+        runner_up: the second nearest entry as `{"edit_id", "slot", "distance", "radius", "label",
+            "key"}`, None if there is none.
+        key: which prompt of the edit the entry is for: 0 its own, n the one that
+            `codebook.parts(edit_id)[n - 1]` holds, a paraphrase.
         text: under `query="text"`, why the nearest entry is near or far; else None.
     """
 
@@ -58,6 +60,7 @@ class Explanation:
     label: str
     runner_up: dict[str, Any] | None
     text: TextReason | None = None
+    key: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as a dict."""
@@ -122,9 +125,10 @@ def _entry(family: Family, slot: int, distance: float) -> dict[str, Any]:
     book = family.adaptor.codebook
     edit = book.edit_of_slot(slot)
     return {
-        "edit_id": edit.id,
+        "edit_id": edit.whole,
         "slot": slot,
         "distance": distance,
         "radius": float(book.radii[slot]),
         "label": family.show(target_of(edit.label)),
+        "key": edit.id - edit.whole,
     }

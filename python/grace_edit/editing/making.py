@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..adaptor.precision import autocast_of, check_fits, own_dtype
+from ..adaptor.precision import autocast_of, own_dtype
 from ..codebook.codebook import Codebook
 from ..codebook.records import Edit, EditResult, Proposal
 from ..config import GraceConfig
 from ..families import Family, target_of
+from ..families.base import MOST_ROWS
+from .asked import Key, Wanted, find_keys
+from .contexts import behind_sentences
 from .drift import measure_drift, probes_of
 from .training import Fit, fit_value
+
+_FIRST_MOVE = 4.0
+"""Nats by which the first step is to raise the log odds of the target's tokens."""
+
+_CONTEXTS_OF_TEXT = 4
+"""Sentences that values are trained behind under `query="text"`, see `GraceConfig.contexts`."""
 
 
 @dataclass(frozen=True)
@@ -56,69 +67,84 @@ class EditMaker:
             device=seen.outputs.device,
         )
 
-    def make(self, prompt: list[int], target: list[int], value: Tensor | None = None) -> EditResult:
+    def make(self, wanted: Wanted, value: Tensor | None = None) -> EditResult:
         """Make an edit; nothing is changed where it is refused.
 
+        Its prompt and all its paraphrases are answered by one value, or it is refused.
+
         Args:
-            prompt, target: token ids.
+            wanted: the edit.
             value: `[V]`, used before one is trained, if the edit gets one and it works.
 
         Raises:
-            ValueError: the prompt's query is not finite.
+            ValueError: a query is not finite, that of a negative is one of the edit's own, or the
+                policy is "paper" and the edit has paraphrases or negatives.
             FloatingPointError: the loss became NaN or infinite.
         """
-        book = self._book
-        seen = self.family.capture([prompt])
-        of_layer = self.family.adaptor.text is None
-        check_fits(book, seen.queries if of_layer else None, seen.outputs, editing=True)
-        if not bool(torch.isfinite(seen.queries).all()):
-            raise ValueError(
-                f"layer {self.family.layer} must have finite inputs, got NaN or infinity"
-            )
-        if self.family.adaptor.text is not None and not bool(seen.queries.any()):
-            raise ValueError('prompt must hold a word under query="text", got none')
+        book, target = self._book, wanted.target
+        prompts = [wanted.prompt, *wanted.paraphrases]
         paper = self.config.policy == "paper"
-        label = self.family.label(prompt, target) if paper else target
-        query = seen.queries[0].to(book.keys.dtype)  # under autocast another one
-        proposal = book.propose(query, label, prompt=prompt)
+        if paper and (wanted.paraphrases or wanted.negatives):
+            raise ValueError(
+                'paraphrases and negatives must be left out with policy="paper", whose edits have '
+                f"one key, got {len(wanted.paraphrases)} and {len(wanted.negatives)}"
+            )
+        keys, output = find_keys(self.family, book, wanted)
+        label = self.family.label(wanted.prompt, target) if paper else target
+        proposal = self._propose(keys[0], label, negatives=wanted.negatives)
         if proposal.case in ("expand", "absorb"):
             if paper:
-                proven = self._produces(prompt, target, book.values[proposal.slot])
+                proven = self._produce(prompts, target, book.values[proposal.slot])
                 note = "" if proven else "the shared value does not produce the target"
-                return self._commit(proposal, None, None, note)
-            shared = self._share(proposal, prompt, target)
+                return self._commit(keys, proposal, None, None, note)
+            shared = self._share(proposal, prompts, target)
             if shared is not None:
-                return self._commit(proposal, *shared)
-            proposal = book.propose(query, label, prompt=prompt, own_entry=True)
-        if value is not None and self._produces(prompt, target, value):
-            return self._commit(proposal, value, None)
-        fit = self._fit([prompt], [target], self._first_value(seen.outputs[0]))
+                return self._commit(keys, proposal, *shared)
+            proposal = self._propose(keys[0], label, negatives=wanted.negatives, own_entry=True)
+        if value is not None and self._produce(prompts, target, value):
+            return self._commit(keys, proposal, value, None)
+        fit = self._fit(prompts, [target] * len(prompts), self._first_value(output))
         if not fit.reached:
-            return _refused(proposal, fit)
-        return self._commit(proposal, fit.value, fit)
+            return _refused(proposal, fit, self._failed(prompts, target, fit))
+        return self._commit(keys, proposal, fit.value, fit)
+
+    def _propose(self, key: Key, label: Sequence[int], **given: Any) -> Proposal:
+        return self._book.propose(key.query, label, key.prompt, radius=key.radius, **given)
+
+    def _failed(self, prompts: list[list[int]], target: list[int], fit: Fit) -> str:
+        """Return why a value was refused, and for which of several prompts."""
+        if len(prompts) == 1:
+            return fit.reason
+        kept = [self._produce([prompt], target, fit.value) for prompt in prompts]
+        names = ["the prompt", *(f"paraphrases[{i}]" for i in range(len(prompts) - 1))]
+        failed = [name for name, works in zip(names, kept, strict=True) if not works]
+        if not failed:
+            return fit.reason
+        return f"{fit.reason}; with the value that all share {', '.join(failed)} missed it"
 
     @property
     def _book(self) -> Codebook:
         return self.family.adaptor.codebook if self.book is None else self.book
 
     def _share(
-        self, proposal: Proposal, prompt: list[int], target: list[int]
+        self, proposal: Proposal, prompts: list[list[int]], target: list[int]
     ) -> tuple[Tensor | None, Fit | None] | None:
         """Find a value for the entry that also answers this edit; None if there is none."""
         stored = self._book.values[proposal.slot]
-        if self._produces(prompt, target, stored):
+        if self._produce(prompts, target, stored):
             return None, None
         members = [self._book.edit(member) for member in proposal.members]
         if any(edit.prompt is None for edit in members):
             return None
-        prompts = [*(list(edit.prompt or ()) for edit in members), prompt]
-        targets = [*(target_of(edit.label) for edit in members), target]
-        fit = self._fit(prompts, targets, stored)
+        every = [*(list(edit.prompt or ()) for edit in members), *prompts]
+        targets = [*(target_of(edit.label) for edit in members), *[target] * len(prompts)]
+        fit = self._fit(every, targets, stored)
         return (fit.value, fit) if fit.reached else None
 
     def _fit(self, prompts: list[list[int]], targets: list[list[int]], start: Tensor) -> Fit:
         config, paper = self.config, self.config.recipe == "paper"
         scale = float(start.float().square().mean().sqrt().clamp(min=1e-3))
+        contexts = [] if paper else self._contexts(prompts, targets)
         return fit_value(
             self.family,
             prompts,
@@ -128,8 +154,26 @@ class EditMaker:
             lr=1.0 if paper else config.lr * scale,
             max_steps=100 if paper else config.max_steps,
             margin=config.margin,
+            move=0.0 if paper else _FIRST_MOVE,
+            contexts=contexts,
             early_stop=not paper,
         )
+
+    def _contexts(
+        self, prompts: list[list[int]], targets: list[list[int]]
+    ) -> list[tuple[list[int], list[int]]]:
+        """Return the prompts behind other sentences, with their targets, on which to train too."""
+        count = self.config.contexts
+        if count is None:
+            count = _CONTEXTS_OF_TEXT if self.config.query == "text" else 0
+        if not self.family.takes_contexts or self.family.adaptor.replace != "last":
+            return []
+        made = [
+            (behind, target)
+            for prompt, target in zip(prompts, targets, strict=True)
+            for behind in behind_sentences(self.family, prompt, target, count)
+        ]
+        return made[: max(0, MOST_ROWS - len(prompts))]
 
     def _first_value(self, own_output: Tensor) -> Tensor:
         if self.config.init == "warm" and self.config.recipe != "paper":
@@ -137,32 +181,73 @@ class EditMaker:
         source = torch.Generator().manual_seed(self.config.seed + self._book.version)
         return torch.rand(own_output.shape, generator=source).to(own_output.device)
 
-    def _produces(self, prompt: list[int], target: list[int], value: Tensor) -> bool:
-        return self.family.produces([prompt], [target], value[None])[0]
+    def _produce(self, prompts: list[list[int]], target: list[int], value: Tensor) -> bool:
+        # One prompt at a time: the way each was served when its query was recorded.
+        return all(self.family.produces([prompt], [target], value[None])[0] for prompt in prompts)
 
     def _answers(self, edit: Edit, slot: int) -> bool:
         if edit.prompt is None:
             return True
-        return self._produces(list(edit.prompt), target_of(edit.label), self._book.values[slot])
+        return self._produce([list(edit.prompt)], target_of(edit.label), self._book.values[slot])
 
     def _commit(
-        self, proposal: Proposal, value: Tensor | None, fit: Fit | None, note: str = ""
+        self,
+        keys: list[Key],
+        proposal: Proposal,
+        value: Tensor | None,
+        fit: Fit | None,
+        note: str = "",
     ) -> EditResult:
         book = self._book
-        others = [i for i in proposal.supersedes if book.edit(i).prompt != proposal.prompt]
-        if others:
-            note = f"supersedes edits {others} of other prompts, answered by the same entry"
         answers = self._answers if self.config.policy == "default" else None
-        result = replace(book.commit(proposal, value, answers=answers), reason=note)
-        if fit is not None:
-            result = replace(
-                result, loss_start=fit.loss_start, loss_end=fit.loss_end, steps=fit.steps
-            )
-        book.record(result)
+        with book.transaction():
+            result = book.commit(proposal, value, answers=answers)
+            shared = book.values[proposal.slot].clone() if value is None else value
+            made, fragile = [proposal], result.fragile
+            for key in keys[1:]:
+                further = self._propose(key, proposal.label, part_of=result.id)
+                own: Tensor | None = shared
+                if further.case in ("expand", "absorb"):
+                    if self._takes(key, further, shared):
+                        own = None
+                    else:
+                        further = self._propose(
+                            key, proposal.label, part_of=result.id, own_entry=True
+                        )
+                fragile = book.commit(further, own, answers=answers).fragile or fragile
+                made.append(further)
+            others = _superseded(book, made)
+            if others:
+                note = f"supersedes edits {others} of other prompts, which had an entry or a prompt"
+                note += " that is now this edit's"
+            result = replace(result, reason=note, fragile=fragile, keys=len(keys))
+            if fit is not None:
+                result = replace(
+                    result,
+                    loss_start=fit.loss_start,
+                    loss_end=fit.loss_end,
+                    steps=fit.steps,
+                    probability=fit.probability,
+                )
+            book.record(result)
         return result
 
+    def _takes(self, key: Key, proposal: Proposal, shared: Tensor) -> bool:
+        """Say whether the entry that a further key falls to answers it as its edit does."""
+        stored = self._book.values[proposal.slot]
+        if torch.equal(stored, shared):
+            return True
+        return self._produce([key.prompt], target_of(proposal.label), stored)
 
-def _refused(proposal: Proposal, fit: Fit) -> EditResult:
+
+def _superseded(book: Codebook, made: list[Proposal]) -> list[int]:
+    """Return the edits that an edit of another prompt has superseded."""
+    prompt, *_ = (proposal.prompt for proposal in made)
+    replaced = sorted({id for proposal in made for id in proposal.supersedes})
+    return [id for id in replaced if book.edit(id).prompt != prompt]
+
+
+def _refused(proposal: Proposal, fit: Fit, reason: str) -> EditResult:
     return EditResult(
         id=None,
         case=proposal.case,
@@ -175,5 +260,6 @@ def _refused(proposal: Proposal, fit: Fit) -> EditResult:
         loss_end=fit.loss_end,
         steps=fit.steps,
         success=False,
-        reason=fit.reason,
+        probability=fit.probability,
+        reason=reason,
     )

@@ -20,7 +20,7 @@ from ..progress import bar
 
 @dataclass(frozen=True)
 class Misfire:
-    """An edit that does not answer its own prompt in some execution mode.
+    """An edit that does not answer its own prompt, or a paraphrase, in some execution mode.
 
     Args:
         edit_id: the edit.
@@ -68,11 +68,12 @@ def _unanswered(family: Family, edits: Sequence[Edit]) -> list[Misfire]:
 
 def find_unproven(family: Family, edits: Sequence[Edit], progress: bool) -> list[int]:
     """Return the ids of the edits whose target the model, as it serves, does not produce."""
-    return [
-        edit.id
+    unproven = {
+        edit.whole
         for edit in bar(edits, "proving", progress)
         if not family.produces([list(edit.prompt or ())], [target_of(edit.label)], None)[0]
-    ]
+    }
+    return sorted(unproven)
 
 
 def _in_modes(family: Family, prompts: list[list[int]]) -> Iterator[tuple[str, Tensor]]:
@@ -99,14 +100,15 @@ def _misses(
         found = []
         for asked, slot, query in zip(edits, answered, queries, strict=True):
             edit = _now(book, asked.id)
-            if edit is None or (
-                slot >= 0
-                and (edit.id in book.members(slot) or book.edit_of_slot(slot).label == edit.label)
+            if edit is None:
+                continue
+            if slot >= 0 and (
+                edit.whole in book.members(slot) or book.edit_of_slot(slot).label == edit.label
             ):
                 continue
             own = slice(edit.slot, edit.slot + 1)
             _, distance = grace_kernels.nearest(query[None], book.keys[own], book.radii[own])
-            found.append(Misfire(edit.id, mode, float(distance), float(book.radii[edit.slot])))
+            found.append(Misfire(edit.whole, mode, float(distance), float(book.radii[edit.slot])))
     return found
 
 

@@ -159,7 +159,7 @@ class _Evaluation:
 
     def run(self) -> dict[str, Any]:
         options = self.options
-        _environments(options.out)  # noted before anything is done in it
+        environments(options.out)  # noted before anything is done in it
         figures: list[Figure] = []
         lines: dict[str, list[Growth]] = {}
         ratios: dict[str, dict[str, list[float]]] = {}
@@ -196,15 +196,15 @@ class _Evaluation:
         settings = self.options.baseline_settings.get(name, {})
         identity = {
             "model": self.name,
-            "config": config.to_dict(),
+            "config": _told(config),
             "settings": settings,
-            "text map": _digest_of(getattr(config, "text_map", None)),
+            "text map": digest_of(config.text_map),
             "seed": self.options.seed,
             "protocol": self.protocol.to_dict(),
             "records": _digest([asdict(replace(record, source="")) for record in records]),
             "upstream": _digest([asdict(question) for question in self.upstream]),
         }
-        _same_run(directory, identity)
+        same_run(directory, identity)
         make: Callable[[], Method] = lambda: self._method(name, config, settings)  # noqa: E731
         return run_stream(
             make,
@@ -232,7 +232,8 @@ class _Evaluation:
         if name == "memory":
             return Memory(asked, config)
         if name == "rag":
-            return Retrieval(asked, **settings)
+            by_text = Memory(asked, config) if config.query == "text" else None
+            return Retrieval(asked, memory=by_text, **settings)
         return Grace(asked, config, name=name)
 
     def _sweep(self) -> tuple[list[Figure], list[dict[str, Any]]]:
@@ -255,10 +256,10 @@ class _Evaluation:
         return {
             "format": 1,
             "command": self.options.command,
-            "environments": _environments(self.options.out),
+            "environments": environments(self.options.out),
             "model": Path(self.name or "").name if os.path.isdir(self.name or "") else self.name,
             "setting": asdict(self.setting) if self.setting else None,
-            "config": self.config.to_dict(),
+            "config": _told(self.config),
             "baseline_settings": self.options.baseline_settings,
             "seed": self.options.seed,
             "data": {
@@ -296,7 +297,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _environments(out: Path) -> list[dict[str, Any]]:
+def environments(out: Path) -> list[dict[str, Any]]:
     """Return every environment that this run was at work in, the present one last."""
     path = out / _ENVIRONMENTS
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
@@ -365,8 +366,17 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _digest_of(directory: Any) -> str | None:
-    """Return a hash of the files of a directory, None for what is none."""
+def _told(config: GraceConfig) -> dict[str, Any]:
+    """Return the configuration as results hold it: without paths of this machine."""
+    fields = config.to_dict()
+    for name in ("encoder", "text_map"):
+        if fields[name] is not None and os.path.isdir(fields[name]):
+            fields[name] = Path(fields[name]).name
+    return fields
+
+
+def digest_of(directory: Any) -> str | None:
+    """Return a hash of the files in a directory; None for what is no directory."""
     if directory is None or not Path(str(directory)).is_dir():
         return None
     files = sorted(path for path in Path(str(directory)).iterdir() if path.is_file())
@@ -374,8 +384,16 @@ def _digest_of(directory: Any) -> str | None:
     return _digest(hashes)
 
 
-def _same_run(directory: Path, identity: dict[str, Any]) -> None:
-    """Refuse to go on with a run of something else."""
+def same_run(directory: Path, identity: dict[str, Any]) -> None:
+    """Refuse to go on with a run of something else.
+
+    Args:
+        directory: of the run, made if it is not there.
+        identity: what the run is of, as JSON can hold it.
+
+    Raises:
+        OtherRunError: the directory holds a run of something else.
+    """
     path = directory / _IDENTITY
     if not path.exists():
         directory.mkdir(parents=True, exist_ok=True)

@@ -86,6 +86,13 @@ class Journal:
         self._file.close()
 
 
+def read_units(directory: Path) -> dict[str, dict[str, Any]]:
+    """Return the finished units of a directory."""
+    journal = Journal(directory)
+    journal.close()
+    return journal.units
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that it is there as a whole or as it was."""
     fresh = path.with_name(path.name + _NEW)

@@ -50,12 +50,14 @@ class Keyring:
         self._radii = torch.full((len(prompts),), keys.radius)
         self.seconds, self.asked = 0.0, 0
 
+    def with_prompts(self, prompts: Sequence[str]) -> Keyring:
+        """Return the keys of other edits, made by the same map."""
+        return Keyring(self._keys, prompts)
+
     def ask(self, prompt: str) -> Asked:
         """Say which edit a prompt would ask."""
         began = time.perf_counter()
-        index, distance = grace_kernels.nearest(
-            self._keys.keys(prompt), self._stored, self._radii
-        )
+        index, distance = grace_kernels.nearest(self._keys.keys(prompt), self._stored, self._radii)
         row = int(distance.argmin())
         found = Asked(int(index[row]), float(distance[row]) <= self._keys.radius)
         self.seconds += time.perf_counter() - began

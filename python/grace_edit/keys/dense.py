@@ -42,9 +42,7 @@ class TokenTable:
 
     def __init__(self, weight: Tensor, tokenizer: Any, centre: np.ndarray, unit: float) -> None:
         if weight.ndim != 2 or weight.shape[1] != len(centre):
-            raise ValueError(
-                f"weight must have shape [V, {len(centre)}], got {list(weight.shape)}"
-            )
+            raise ValueError(f"weight must have shape [V, {len(centre)}], got {list(weight.shape)}")
         self.width = weight.shape[1]
         self.unit = unit
         self.centre = np.asarray(centre, dtype=np.int64)
@@ -120,8 +118,7 @@ class SentenceEncoder:
                 made = torch.as_tensor(self._encode([text])).detach().cpu().double()
             if made.ndim != 2 or len(made) != 1 or not bool(made.isfinite().all()):
                 raise ValueError(
-                    f"encoder must return one finite row for one text, got shape "
-                    f"{list(made.shape)}"
+                    f"encoder must return one finite row for one text, got shape {list(made.shape)}"
                 )
             met = _unit_length(made[0].numpy())
             self._met[text] = met

@@ -214,9 +214,7 @@ def measure(
     )
 
 
-def _nearest(
-    keys: TextKeys, prompts: Sequence[str], book: Tensor
-) -> tuple[list[float], list[int]]:
+def _nearest(keys: TextKeys, prompts: Sequence[str], book: Tensor) -> tuple[list[float], list[int]]:
     """Return the distance to the nearest key and its number, per prompt, over its spans."""
     distances, numbers = [], []
     for prompt in prompts:
@@ -457,7 +455,9 @@ def _fixed(
         lexical_weights=_weights(lexical * 128),
         meaning_weights=_weights(meaning * 1000),
         matrix=_short(matrix),
-        centre=dense.centre.astype(np.int32) if isinstance(dense, TokenTable) else np.zeros(0, np.int32),
+        centre=dense.centre.astype(np.int32)
+        if isinstance(dense, TokenTable)
+        else np.zeros(0, np.int32),
         lexical_width=recipe.lexical_width,
         lexical_floor=round(floor),
         meaning_length=lengths[0],
