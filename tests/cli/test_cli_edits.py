@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from pathlib import Path
 
 import grace_edit
 import pytest
 import torch
 from grace_edit import GraceEditor
+from grace_edit.codebook import store
+from grace_edit.codebook.locking import writing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Model
 
 LAYER = "transformer.h.1.mlp"
@@ -550,3 +553,25 @@ def test_a_list_of_blocks_is_no_layer_and_that_is_one_line(grace, gpt2, edits_fi
     assert done.stderr.splitlines()[-1] == (
         "error: layer must run once in a forward, got 0 calls of 'transformer.h'"
     )
+
+
+def test_edits_that_somebody_else_saves_while_edit_waits_for_its_turn_are_kept(
+    grace, gpt2, edits_file, saved
+):
+    more, done = edits_file(("where was that river", "paris")), []
+
+    def add():
+        done.append(grace("edit", "--edits", more, "--resume", saved, "--out", saved))
+
+    thread = threading.Thread(target=add)
+    with writing(saved):
+        thread.start()
+        thread.join(1)
+        book, described, beside = store.load_all(saved)
+        other = book.insert(torch.full_like(book.keys[0], 50.0), [1], book.values[0])
+        store.save(book, saved, described, beside)
+    thread.join()
+    assert done[0].exit_code == 0, done[0].output
+    book, _ = store.load(saved)
+    assert other.id in book.ids
+    assert book.edits == 4

@@ -46,7 +46,9 @@ class Suggestion:
     def reason(self) -> str:
         """Say in a sentence why this radius."""
         if self.bound_by is None:
-            return f"no negative came near: the radius reaches the farthest positive ({self.hit:.1%})"
+            return (
+                f"no negative came near: the radius reaches the farthest positive ({self.hit:.1%})"
+            )
         share = self.fired[self.bound_by]
         return (
             f"a larger radius would let too many of {self.bound_by!r} fire "
