@@ -48,10 +48,16 @@ class GraceConfig:
         text_map: of `query="text"`, the directory of a map or a `TextMap`. None: the map that comes
             with this package for the model or encoder.
         init: values start at the layer's own output (`"warm"`) or at random from `seed` (`"cold"`).
-        lr: Adam step in units of the root mean square of the value it starts from.
+        lr: least Adam step, in units of the root mean square of the value it starts from. The step
+            is longer where it would hardly move the target's logits.
         max_steps: most Adam steps for one value.
-        margin: by how many logits each target token must lead before training stops.
-            `recipe="paper"` uses neither these three nor `init`.
+        margin: log odds of each target token against all others together, nats, at which training
+            stops: 4 is a probability of .98. A value that works and falls short of it is trained on
+            for about as many steps as it took, and then taken.
+        contexts: how many sentences of other matters, 0..8, a value is trained behind, beside the
+            prompt alone, so that it produces the target in other wordings too (causal language
+            models with `replace="last"` and a tokenizer; elsewhere none). None: 4 for
+            `query="text"`, else 0. `recipe="paper"` uses neither these four nor `init`.
         capacity: entries the codebook holds before it has to grow.
         max_radius: largest radius an entry may be expanded to. None: 3 × `radius`.
         drift: how far a prompt's query moves between execution modes (δ). None: measured when the
@@ -73,7 +79,8 @@ class GraceConfig:
     init: str = "warm"
     lr: float = 0.3
     max_steps: int = 100
-    margin: float = 0.5
+    margin: float = 5.0
+    contexts: int | None = None
     capacity: int = 1024
     max_radius: float | None = None
     drift: float | None = None
@@ -99,6 +106,10 @@ class GraceConfig:
             if not 0 <= value < float("inf") or (value == 0 and name in ("radius", "lr")):
                 rule = "positive" if name in ("radius", "lr") else "at least 0"
                 raise ValueError(f"{name} must be {rule} and finite, got {value}")
+        if self.contexts is not None and (
+            type(self.contexts) is not int or not 0 <= self.contexts <= 8
+        ):
+            raise ValueError(f"contexts must be an integer from 0 to 8, got {self.contexts!r}")
         for name, least in (("max_steps", 1), ("capacity", 1), ("seed", 0)):
             value = getattr(self, name)
             if type(value) is not int or value < least:

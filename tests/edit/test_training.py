@@ -64,18 +64,73 @@ def test_a_target_out_of_reach_says_so_and_leaves_the_model_alone(edited):
     assert same(state_of(editor.model), before)
 
 
-def test_a_larger_margin_trains_to_a_larger_lead(edited):
+def log_odds(editor, value, prompt=PROMPT, target=TARGET):
+    """Return the log odds of the target's tokens behind a prompt that `value` answers."""
+    logits, wanted = editor.family.target_logits([prompt], [target], value[None])
+    p = logits.detach().double().softmax(1)[torch.arange(len(wanted)), wanted]
+    return (p / (1 - p)).log()
+
+
+def test_a_larger_margin_trains_to_larger_odds(edited):
+    editor = edited("gpt2", layer="transformer.h.0.mlp")
+
+    def least(margin):
+        return float(log_odds(editor, fit(editor, margin=margin, max_steps=100).value).min())
+
+    assert 0.5 <= least(0.5) < 3.0 <= least(3.0)
+
+
+def test_the_probability_is_that_of_the_whole_target_answered_by_the_stored_value(edited):
     editor = edited("gpt2")
+    prompts = [PROMPT, run_of(40, 6)]
+    found = fit(editor, prompts=prompts, contexts=[(run_of(50, 5), TARGET)])
+    each = [log_odds(editor, found.value, p).sigmoid().prod() for p in prompts]
+    assert found.probability == pytest.approx(float(min(each)), rel=1e-4)
+    assert found.probability > 0.5
 
-    def lead(margin):
-        value = fit(editor, margin=margin, max_steps=100).value
-        logits, wanted = editor.family.target_logits([PROMPT], [TARGET], value[None])
-        logits = logits.detach()
-        own = logits[torch.arange(3), wanted]
-        rest = logits.scatter(1, wanted[:, None], float("-inf")).amax(1)
-        return float((own - rest).min())
 
-    assert 0.5 <= lead(0.5) < 3.0 <= lead(3.0)
+def test_a_margin_out_of_reach_costs_as_many_steps_as_the_value_took_and_few_more(edited):
+    editor = edited("gpt2")
+    plain, wishful = fit(editor), fit(editor, margin=1e6, max_steps=1000)
+    assert wishful.reached
+    assert plain.steps < wishful.steps <= 2 * plain.steps + 8
+    assert wishful.probability > plain.probability
+
+
+def test_the_first_step_moves_the_odds_as_asked_where_the_layers_scale_says_too_little(edited):
+    editor = edited("gpt2")
+    start = editor.family.capture([PROMPT]).outputs[0]
+
+    def gain(**kwargs):
+        value = fit(editor, target=TARGET[:1], max_steps=1, **kwargs).value
+        before, after = (log_odds(editor, v, target=TARGET[:1]) for v in (start, value))
+        return float(after - before)
+
+    assert gain(lr=1e-4) < 0.1
+    # A step this short is as good as straight: the odds move by what their gradient said.
+    assert gain(lr=1e-4, move=0.5) == pytest.approx(0.5, rel=0.2)
+    assert gain(lr=1e-4, move=1.0) == pytest.approx(1.0, rel=0.3)
+    # A longer one is not shortened.
+    assert gain(lr=0.3, move=1e-3) == gain(lr=0.3)
+
+
+def test_a_value_trained_in_contexts_leads_in_them_too_and_is_proven_in_its_prompt_alone(edited):
+    editor = edited("gpt2")
+    others = [run_of(50, 5), run_of(3, 2), run_of(20, 7)]
+    proven, produces = [], editor.family.produces
+
+    def watch(prompts, targets, values):
+        proven.extend(prompts)
+        return produces(prompts, targets, values)
+
+    alone = fit(editor, margin=2.9)
+    editor.family.produces = watch
+    found = fit(editor, margin=2.9, contexts=[(prompt, TARGET) for prompt in others])
+    assert found.reached
+    for prompt in others:
+        assert log_odds(editor, alone.value, prompt).min() < 2.9
+        assert log_odds(editor, found.value, prompt).min() >= 2.9
+    assert proven == [PROMPT]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -11,19 +11,21 @@ from grace_edit.keys.augment import Fact
 from grace_edit.keys.dense import TokenTable, centre_of
 from grace_edit.keys.roles import FEATURES, Roles
 from grace_edit.keys.text_map import DenseReference, TextMap
-from grace_edit.keys.words import CommonWords
+from grace_edit.keys.words import CommonWords, words_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 WIDTH = 24
 COMMON = CommonWords.ranked(
-    "the of is in a what was by who where to does name at born wrote capital city book author "
-    "language speaks spoken lies country found written place birth person tongue mother have".split()
+    words_of(
+        "the of is in a what was by who where to does name at born wrote capital city book author "
+        "language speaks spoken lies country found written place birth person tongue mother"
+    )
 )
 CHATML = (
     "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\n"
-    "You are helpful<|im_end|>\n{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>"
-    "\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "You are helpful<|im_end|>\n{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -148,23 +150,29 @@ _PLACES, _PEOPLE = ("capital", "language", "leader"), ("birth", "work", "play")
 
 
 def small_world(count: int = 12) -> list[Fact]:
-    """Facts about `count` invented places and as many people, three relations each.
+    """Facts about `count` invented places and as many people, two relations each.
 
-    As in the published data the prompts are sentences and the others are questions.
+    As in the published data the prompts are sentences and the others, of the third relation, are
+    questions.
     """
     starts = ("Zor", "Mel", "Quan", "Tib", "Ard", "Wex", "Lom", "Fy", "Nak", "Ges", "Hur", "Pol")
     places = [f"{a}{b}" for a, b in zip(starts, itertools.cycle(("avia", "land", "istan")))]
     people = [
         f"{b.title()} {a}{c}"
-        for a, b, c in zip(starts, itertools.cycle(("ursula", "viktor", "noam", "ines")),
-                           itertools.cycle(("berg", "ovic", "sson", "elli", "wright")))
+        for a, b, c in zip(
+            starts,
+            itertools.cycle(("ursula", "viktor", "noam", "ines")),
+            itertools.cycle(("berg", "ovic", "sson", "elli", "wright")),
+        )
     ]
     facts = []
     for relations, subjects in ((_PLACES, places[:count]), (_PEOPLE, people[:count])):
         for i, subject in enumerate(subjects):
             for k, relation in enumerate(relations):
+                if (i + k) % 3 == 0:
+                    continue  # asked as another question alone
                 forms = _WORDINGS[relation]
-                others = [relations[(k + 1) % 3], relations[(k + 2) % 3]]
+                others = [other for j, other in enumerate(relations) if (i + j) % 3 == 0]
                 asks = [_WORDINGS[other][3 + i % 2] for other in others]
                 neighbours = [subjects[(i + step) % len(subjects)] + "x" for step in (1, 2)]
                 facts.append(

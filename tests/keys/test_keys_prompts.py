@@ -27,7 +27,9 @@ def test_a_plain_prompt_is_read_whole() -> None:
     tokenizer = byte_tokenizer()
     reader = PromptReader(tokenizer)
     assert reader.frame is None
-    assert reader.text(tokenizer(" It rained. " + QUESTION)["input_ids"]) == "It rained. " + QUESTION
+    assert (
+        reader.text(tokenizer(" It rained. " + QUESTION)["input_ids"]) == "It rained. " + QUESTION
+    )
     assert reader.text([]) == ""
 
 
@@ -38,8 +40,13 @@ def test_a_plain_prompt_is_read_whole() -> None:
         [],
         [("system", "Be brief. Speak of the capital of Peru.")],
         [("user", "Where is Peru?"), ("assistant", "In America.")],
-        [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hi"), ("user", "x"),
-         ("assistant", "The capital of Peru is Lima.")],
+        [
+            ("system", "Be brief."),
+            ("user", "Hi"),
+            ("assistant", "Hi"),
+            ("user", "x"),
+            ("assistant", "The capital of Peru is Lima."),
+        ],
     ],
     ids=["one turn", "system", "two turns", "system and three turns"],
 )
@@ -69,4 +76,7 @@ def test_of_a_long_prompt_the_end_is_read(chat: object) -> None:
 
 def test_a_template_that_refuses_or_marks_nothing_is_no_chat() -> None:
     assert PromptReader(byte_tokenizer("{{ raise_exception('no') }}")).frame is None
-    assert PromptReader(byte_tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}")).frame is None
+    assert (
+        PromptReader(byte_tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}")).frame
+        is None
+    )

@@ -22,6 +22,7 @@ from ..codebook.codebook import Codebook
 from ..keys.prompts import TAIL, PromptReader
 from ..keys.text_map import TextKeys
 from .positions import Latched
+from .precision import without_autocast
 
 _KEPT = 256
 """Prompts whose rows are kept: the steps and the beams of one request make them once."""
@@ -83,7 +84,7 @@ class TextQueries:
             if rows is not None:
                 self._rows.move_to_end(known)
                 return rows
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), without_autocast():  # the same bits everywhere
             rows = self.keys.keys(self.reader.text(known))
         with self._lock:
             self._rows[known] = rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:
@@ -26,3 +26,16 @@ def running_node_number() -> int | None:
     """
     node: Any = torch._C._current_autograd_node()  # noqa: SLF001
     return None if node is None else int(node._sequence_nr())  # noqa: SLF001
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Say whether `torch.compile` was told to compile a module of `model`, or `model` itself.
+
+    Not to be seen from here: a wrapper that holds `model`, or a function that calls it.
+    """
+    return any(
+        module._compiled_call_impl is not None  # noqa: SLF001
+        or hasattr(module, "_orig_mod")
+        or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+        for module in model.modules()
+    )

@@ -340,7 +340,8 @@ def evaluate(
             metavar="DATA",
             help="Edits and the questions that measure them: a JSON or JSONL file in the form of "
             "CounterFact, zsRE, KnowEdit, SCOTUS or the hallucination data, or the name of one in "
-            "the package datasets.",
+            "the package datasets. A directory of such files under their published names is "
+            "studied as a whole.",
             show_default=False,
         ),
     ],
@@ -352,7 +353,11 @@ def evaluate(
         str | None, typer.Option(help="Directory or hub id.", show_default="the setting's")
     ] = None,
     setting: Annotated[
-        str | None, typer.Option(help="Values for what is not given here: one of the paper's.")
+        str | None,
+        typer.Option(
+            help="Values for what is not given here: zsre, scotus, hallucination (the paper's) or "
+            "smollm2-counterfact."
+        ),
     ] = None,
     layer: Annotated[str | None, typer.Option(help="Layer to wrap.")] = None,
     query: Annotated[Query | None, typer.Option(help="What asks.")] = None,
@@ -381,6 +386,17 @@ def evaluate(
         typer.Option(
             metavar="FILE", help="Questions for TRR.", show_default="unrelated ones of DATA"
         ),
+    ] = None,
+    parts: Annotated[
+        str,
+        typer.Option(
+            help="Of a study, comma-separated: edits, scope, paper, baselines, hallucination.",
+            show_default="all",
+        ),
+    ] = "",
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(help="Of a study: a sentence encoder whose scope is measured too."),
     ] = None,
     kind: Annotated[str, typer.Option(help="Kind of data.")] = "auto",
     split: Annotated[str, typer.Option(help="Of a named data set.")] = "test",
@@ -413,9 +429,16 @@ def evaluate(
         upstream=upstream,
         seed=seed,
         progress=evaluation.progress_wanted(),
-        command=" ".join(["grace", *sys.argv[1:]]),
+        command=" ".join(["grace", *map(_named, sys.argv[1:])]),
     )
-    done = evaluation.evaluate(options, dtype=_value(dtype), device=device.value, as_json=json)
+    done = evaluation.evaluate(
+        options,
+        parts=parts,
+        beside=beside or [],
+        dtype=_value(dtype),
+        device=device.value,
+        as_json=json,
+    )
     raise typer.Exit(done)
 
 
@@ -463,6 +486,11 @@ def doctor(json: Json = False) -> None:
     from . import doctor as examination
 
     raise typer.Exit(examination.run(as_json=json))
+
+
+def _named(argument: str) -> str:
+    """Return an argument without the folders of this machine: results are shown to others."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _value(choice: Enum | None) -> str | None:

@@ -45,7 +45,8 @@ def explain(directory: Path, prompt: str, *, model: str | None, device: str, as_
             unedited = editor.answer(prompt, length)
     nearest = None
     if found.edit_id is not None:
-        near = {"edit_id": found.edit_id, "slot": found.slot, "distance": found.distance}
+        place = {"edit_id": found.edit_id, "key": found.key, "slot": found.slot}
+        near = {**place, "distance": found.distance}
         nearest = _entry(saved, words, {**near, "radius": found.radius, "label": found.label})
     runner_up = None if found.runner_up is None else _entry(saved, words, found.runner_up)
     data = {
@@ -73,10 +74,11 @@ def _room_for_answer(family: Family, prompt: str) -> int:
 
 
 def _entry(saved: SavedEdits, words: Words, near: dict[str, Any]) -> dict[str, Any]:
-    radius = near["radius"]
+    radius, book, id = near["radius"], saved.codebook, near["edit_id"]
+    keys = [book.edit(id), *book.parts(id)]
     return {
         **near,
-        "edit_prompt": words.prompt(saved.codebook.edit(near["edit_id"]).prompt),
+        "edit_prompt": words.prompt(keys[near["key"]].prompt),
         "d_over_eps": near["distance"] / radius if radius > 0 else None,
     }
 
@@ -143,6 +145,7 @@ def codebook(directory: Path, *, as_json: bool) -> int:
                     "case": edit.result.case,
                     "slot": edit.slot,
                     "radius": float(book.radii[edit.slot]),
+                    "keys": 1 + len(book.parts(edit.id)),
                     "fragile": edit.result.fragile,
                 }
             )

@@ -63,6 +63,8 @@ class Codebook:
         value_dtype: of values; None means `dtype`.
         drift: how far the query of one prompt moves between batches.
         max_radius: to which an entry may grow; None means 3 * radius.
+        autocast: the dtype of `torch.autocast` under which queries move by no more than `drift`
+            too; None: there it may be more.
         device: where the tensors are. Stored queries stay on the host.
 
     Raises:
@@ -81,9 +83,10 @@ class Codebook:
         value_dtype: torch.dtype | None = None,
         drift: float = 0.0,
         max_radius: float | None = None,
+        autocast: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        settings = Settings.checked(policy, radius, drift, max_radius)
+        settings = Settings.checked(policy, radius, drift, max_radius, autocast)
         sizes = (key_dim, value_dim, capacity)
         self.storage = Storage(*sizes, dtype, value_dtype or dtype, device, settings)
 
@@ -158,6 +161,11 @@ class Codebook:
     def drift(self) -> float:
         """How far the query of one prompt moves between batches."""
         return self.storage.settings.drift
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The dtype of `torch.autocast` that `drift` allows for; None: of none."""
+        return self.storage.settings.autocast
 
     @property
     def max_radius(self) -> float:

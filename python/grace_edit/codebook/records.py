@@ -41,6 +41,10 @@ class EditResult:
     `slot` is the entry that answers it; `neighbour` the entry that was nearest before it (-1: there
     was none) at `distance` (+inf then), with its radius before and after (None then). Losses are
     None where nothing was trained. A refused edit has `success=False`, `id=None` and a `reason`.
+    `success` says that with this value, as it is stored, the model itself produces the target,
+    greedily. What samples and beams say follows from `probability`: what the model gives to the
+    whole target behind the prompt (of several prompts the least), that is the share of samples at
+    temperature 1 that begin with it; None where nothing was trained.
     `fragile`: its entry is smaller than the drift of the activations, or a contradicting entry lies
     within twice the drift, so that the same prompt in another batch may miss. `keys` counts the
     prompts that the edit answers: its own and its paraphrases.
@@ -60,6 +64,7 @@ class EditResult:
     success: bool = True
     reason: str = ""
     keys: int = 1
+    probability: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON can hold them: what is not finite becomes None."""

@@ -9,13 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adaptor.precision import autocast_of, own_dtype
 from ..codebook.codebook import Codebook
 from ..codebook.records import Edit, EditResult, Proposal
 from ..config import GraceConfig
 from ..families import Family, target_of
+from ..families.base import MOST_ROWS
 from .asked import Key, Wanted, find_keys
+from .contexts import behind_sentences
 from .drift import measure_drift, probes_of
 from .training import Fit, fit_value
+
+_FIRST_MOVE = 6.0
+"""Nats by which the first step is to raise the log odds of the target's tokens."""
+
+_CONTEXTS_OF_TEXT = 4
+"""Sentences that values are trained behind under `query="text"`, see `GraceConfig.contexts`."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +50,20 @@ class EditMaker:
             drift, seen = 0.0, family.capture(probes_of(family, config.seed)[:1])
             if policy == "default":
                 policy = "nearest"  # keys made from text: their balls overlap, the nearest is right
+        layer = family.model.get_submodule(family.layer)
+        value_dtype = own_dtype(layer, seen.outputs)
+        of_layer = family.adaptor.text is None
         return Codebook(
             seen.queries.shape[-1],
             seen.outputs.shape[-1],
             radius=config.radius,
             policy=policy,
             capacity=capacity,
-            dtype=seen.queries.dtype,
-            value_dtype=seen.outputs.dtype,
+            dtype=own_dtype(layer, seen.queries) if of_layer else seen.queries.dtype,
+            value_dtype=value_dtype,
             drift=drift if config.drift is None else config.drift,
             max_radius=config.max_radius,
+            autocast=autocast_of(seen.outputs.device) if of_layer else None,
             device=seen.outputs.device,
         )
 
@@ -90,7 +103,7 @@ class EditMaker:
             proposal = self._propose(keys[0], label, negatives=wanted.negatives, own_entry=True)
         if value is not None and self._produce(prompts, target, value):
             return self._commit(keys, proposal, value, None)
-        fit = self._fit(prompts, [target] * len(prompts), self._first_value(output))
+        fit = self.train(prompts, [target] * len(prompts), self._first_value(output))
         if not fit.reached:
             return _refused(proposal, fit, self._failed(prompts, target, fit))
         return self._commit(keys, proposal, fit.value, fit)
@@ -105,6 +118,8 @@ class EditMaker:
         kept = [self._produce([prompt], target, fit.value) for prompt in prompts]
         names = ["the prompt", *(f"paraphrases[{i}]" for i in range(len(prompts) - 1))]
         failed = [name for name, works in zip(names, kept, strict=True) if not works]
+        if not failed:
+            return fit.reason
         return f"{fit.reason}; with the value that all share {', '.join(failed)} missed it"
 
     @property
@@ -123,12 +138,14 @@ class EditMaker:
             return None
         every = [*(list(edit.prompt or ()) for edit in members), *prompts]
         targets = [*(target_of(edit.label) for edit in members), *[target] * len(prompts)]
-        fit = self._fit(every, targets, stored)
+        fit = self.train(every, targets, stored)
         return (fit.value, fit) if fit.reached else None
 
-    def _fit(self, prompts: list[list[int]], targets: list[list[int]], start: Tensor) -> Fit:
+    def train(self, prompts: list[list[int]], targets: list[list[int]], start: Tensor) -> Fit:
+        """Train one value `[V]` from `start` that makes every prompt produce its target."""
         config, paper = self.config, self.config.recipe == "paper"
         scale = float(start.float().square().mean().sqrt().clamp(min=1e-3))
+        contexts = [] if paper else self._contexts(prompts, targets)
         return fit_value(
             self.family,
             prompts,
@@ -138,8 +155,26 @@ class EditMaker:
             lr=1.0 if paper else config.lr * scale,
             max_steps=100 if paper else config.max_steps,
             margin=config.margin,
+            move=0.0 if paper else _FIRST_MOVE,
+            contexts=contexts,
             early_stop=not paper,
         )
+
+    def _contexts(
+        self, prompts: list[list[int]], targets: list[list[int]]
+    ) -> list[tuple[list[int], list[int]]]:
+        """Return the prompts behind other sentences, with their targets, on which to train too."""
+        count = self.config.contexts
+        if count is None:
+            count = _CONTEXTS_OF_TEXT if self.config.query == "text" else 0
+        if not self.family.takes_contexts or self.family.adaptor.replace != "last":
+            return []
+        made = [
+            (behind, target)
+            for prompt, target in zip(prompts, targets, strict=True)
+            for behind in behind_sentences(self.family, prompt, target, count)
+        ]
+        return made[: max(0, MOST_ROWS - len(prompts))]
 
     def _first_value(self, own_output: Tensor) -> Tensor:
         if self.config.init == "warm" and self.config.recipe != "paper":
@@ -189,7 +224,11 @@ class EditMaker:
             result = replace(result, reason=note, fragile=fragile, keys=len(keys))
             if fit is not None:
                 result = replace(
-                    result, loss_start=fit.loss_start, loss_end=fit.loss_end, steps=fit.steps
+                    result,
+                    loss_start=fit.loss_start,
+                    loss_end=fit.loss_end,
+                    steps=fit.steps,
+                    probability=fit.probability,
                 )
             book.record(result)
         return result
@@ -222,5 +261,6 @@ def _refused(proposal: Proposal, fit: Fit, reason: str) -> EditResult:
         loss_end=fit.loss_end,
         steps=fit.steps,
         success=False,
+        probability=fit.probability,
         reason=reason,
     )

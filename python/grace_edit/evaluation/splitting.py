@@ -69,8 +69,11 @@ def split(data: Path, out: Path, *, edits: int, seed: int = 0) -> Split:
     if nested is None:
         raise NoDataError(f"{data / NESTED}: no such file")
     chosen, rest = _chosen(nested, edits, seed)
-    if not chosen or not rest:
-        raise DataError(f"{data / NESTED}: must hold more than {edits} subjects")
+    if len(chosen) < edits or not rest:
+        raise DataError(
+            f"{data / NESTED}: must hold subjects for {edits} edits and others to learn from, got "
+            f"{len(chosen)} and {len(rest)} records"
+        )
     names = {_subject(raw) for raw in chosen}
     own, dropped = _without(chosen, names)
     flat = [raw for raw in _read(data / FLAT) or () if _subject(raw) not in names]
@@ -83,9 +86,7 @@ def split(data: Path, out: Path, *, edits: int, seed: int = 0) -> Split:
     relation = _relations(nested)
     unseen = []
     for number, half in enumerate(halves):
-        kept = [
-            [raw for raw in part if relation(raw) not in (*half, "")] for part in (rest, flat)
-        ]
+        kept = [[raw for raw in part if relation(raw) not in (*half, "")] for part in (rest, flat)]
         _write_folder(out / f"unseen-{number + 1}", *kept)
         unseen.append((tuple(half), out / f"unseen-{number + 1}"))
     questions = _unrelated(data)
@@ -164,7 +165,7 @@ def _chosen(nested: list[Raw], edits: int, seed: int) -> tuple[list[Raw], list[R
 
 
 def _without(records: list[Raw], names: set[str]) -> tuple[list[Raw], int]:
-    """Return the records without the neighbours that name one of `names`, and how many those are."""
+    """Return the records without neighbours that name one of `names`; also how many those are."""
     dropped = 0
 
     def free(prompt: str) -> bool:

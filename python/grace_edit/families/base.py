@@ -70,7 +70,9 @@ class Family(ABC):
         model: the model, without wrappers.
         tokenizer: turns text into ids; None: prompts and targets are token ids already.
 
-    `longest` is how many tokens the model has positions for.
+    `longest` is how many tokens the model has positions for. `cuts` says whether forwards that were
+    cut at the wrapped layer gave the bits of whole ones (None: not tried), and who holds `cutting`
+    runs such, see `editing.cutting`.
     """
 
     name: ClassVar[str]
@@ -87,6 +89,8 @@ class Family(ABC):
     """Several prompts are answered in batches that are padded on the left."""
     last_resort: ClassVar[bool] = False
     """It takes models of many kinds, and is asked after all others whether one is its own."""
+    takes_contexts: ClassVar[bool] = False
+    """A prompt behind other sentences is asked the same, so that a value can be trained on it."""
     default_query: ClassVar[str] = "mean"
     default_replace: ClassVar[str] = "all"
 
@@ -99,6 +103,8 @@ class Family(ABC):
         self.takes_positions = "position_ids" in accepted
         self.longest = _longest(model, self.config)
         self.attached = False
+        self.cuts: bool | None = None
+        self.cutting = threading.Lock()
         self._at_work = 0  # threads inside `working`, and what they put into eval mode
         self._training: list[nn.Module] = []
         self._lock = threading.Lock()
@@ -262,6 +268,7 @@ class Family(ABC):
         attaching.attach(self.model, module, seam, adaptor, generates=latches)
         self.adaptor = adaptor
         self.attached = True
+        self.cuts = None
 
     def detach(self) -> None:
         """Take the adaptor out of the model; it stays here, with its codebook."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .base import MASKED, Family, can_generate, has_encoder_and_decoder
+from ..adaptor.torch_private import is_compiled
+from .base import MASKED, Family, can_generate, has_encoder_and_decoder, output_projection
 
 
 class CausalFamily(Family):
@@ -20,6 +23,7 @@ class CausalFamily(Family):
     class_endings = ("ForCausalLM", "LMHeadModel")
     generates = True
     pads_left = True
+    takes_contexts = True
     default_query = "last"
     default_replace = "last"
 
@@ -56,13 +60,35 @@ class CausalFamily(Family):
     ) -> tuple[Tensor, Tensor]:
         batch = self.inputs([[*p, *y] for p, y in zip(prompts, targets, strict=True)])
         lengths = torch.tensor([len(p) for p in prompts], device=self.device)
-        with self.answering(values, self.plan(batch, lengths)):
-            logits = self.model(**batch).logits
         row = torch.cat([torch.full((len(y),), b) for b, y in enumerate(targets)])
         pairs = zip(prompts, targets, strict=True)
         column = torch.cat([torch.arange(len(y)) + len(p) - 1 for p, y in pairs])
+        row, column = row.to(self.device), column.to(self.device)
+        with self.answering(values, self.plan(batch, lengths)), self._rows_alone(row, column):
+            logits = self.model(**batch).logits
         wanted = torch.tensor([token for y in targets for token in y], device=self.device)
-        return logits[row.to(self.device), column.to(self.device)].float(), wanted
+        return (logits if logits.ndim == 2 else logits[row, column]).float(), wanted
+
+    @contextmanager
+    def _rows_alone(self, row: Tensor, column: Tensor) -> Iterator[None]:
+        """Give the output projection `[n, H]`, the tokens named, of the `[B, T, H]` there are.
+
+        A vocabulary is wider than anything else in a model. For this thread's forward alone.
+        """
+        head, thread = output_projection(self.model), threading.get_ident()
+        if head is None or is_compiled(self.model):
+            yield
+            return
+
+        def pick(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            whole = len(args) == 1 and args[0].ndim == 3 and threading.get_ident() == thread
+            return (args[0][row, column],) if whole else None
+
+        handle = head.register_forward_pre_hook(pick)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def produces(
         self, prompts: Sequence[list[int]], targets: Sequence[list[int]], values: Tensor | None

@@ -89,10 +89,12 @@ class Wordings:
         questions: dict[str, set[str]] = defaultdict(set)
         relations_of: dict[str, set[str]] = defaultdict(set)
         self._beside: dict[str, set[str]] = defaultdict(set)
+        self._facts: set[tuple[str, str]] = set()
         subjects: dict[str, set[str]] = defaultdict(set)
         for fact in facts:
             relation = self.relation(fact)
             subjects[relation].add(fact.subject)
+            self._facts.add((fact.subject.casefold(), relation))
             own = [(prompt, relation) for prompt in (fact.prompt, *fact.rewordings)]
             for prompt, name in (*own, *self.named_others(fact)):
                 wording = _cut(prompt, fact.subject)
@@ -131,9 +133,17 @@ class Wordings:
                 named.append((prompt, name or self._by_prompt.get(wording, wording)))
         return named
 
-    def others(self, relation: str) -> list[str]:
-        """Return the relations that are asked of the same subjects and are surely others."""
-        return sorted(self._beside.get(relation, set()) - self.alike(relation))
+    def others(self, relation: str, subject: str = "") -> list[str]:
+        """Return the relations that are asked of the same subjects and are surely others.
+
+        None that one of the facts says of `subject`.
+        """
+        surely = self._beside.get(relation, set()) - self.alike(relation)
+        return sorted(name for name in surely if not self.knows(subject, name))
+
+    def knows(self, subject: str, relation: str) -> bool:
+        """Say whether one of the facts is of this subject and relation."""
+        return (subject.casefold(), relation) in self._facts
 
     def alike(self, relation: str) -> set[str]:
         """Return the relations that share a wording with this one, and itself."""
@@ -210,7 +220,10 @@ def probes(facts: Sequence[Fact], wordings: Wordings, seed: int) -> dict[str, li
 
     def made(amounts: Amounts, number: int) -> list[Fact]:
         maker = _Maker(wordings, amounts, random.Random(f"{seed} {number}"))
-        return [maker.more(replace(fact, rewordings=(), others=(), other_relations=())) for fact in facts]
+        return [
+            maker.more(replace(fact, rewordings=(), others=(), other_relations=()))
+            for fact in facts
+        ]
 
     none = Amounts(0, 0, 0, 0, 0.0)
     return {
@@ -235,7 +248,12 @@ class _Maker:
         rewordings = [*fact.rewordings, *self._filled(asked, fact.subject)]
         alike = self._wordings.alike(relation)
         named = dict(self._wordings.named_others(fact))
-        given = [prompt for prompt in fact.others if named.get(prompt) not in alike]
+        given = [
+            prompt
+            for prompt in fact.others
+            if named.get(prompt) not in alike
+            and not self._wordings.knows(fact.subject, named.get(prompt, ""))
+        ]
         others = [*given, *self._of_others(relation, fact.subject)]
         return replace(
             fact,
@@ -299,7 +317,7 @@ class _Maker:
             (found.sentences, amounts.sentences_of_others),
             (found.questions, amounts.questions_of_others),
         ):
-            names = [name for name in found.others(relation) if name in forms]
+            names = [name for name in found.others(relation, subject) if name in forms]
             for _ in range(count if names else 0):
                 made.append(self._source.choice(forms[self._source.choice(names)]))
         return self._filled(made, subject)

@@ -77,7 +77,9 @@ def fit(
             progress(done, recipe.steps * (len(parts) + 1))
 
     def learn(some: Sequence[Fact]) -> TextMap:
-        known = roles or fit_roles(some, common, hidden=recipe.hidden, seed=recipe.seed)
+        known = roles or fit_roles(
+            some, common, hidden=recipe.hidden, steps=recipe.role_steps, seed=recipe.seed
+        )
         books = augmented(some, recipe.amounts, recipe.seed)
         return fit_map(books, dense, common, known, name, recipe, advance)
 
@@ -147,7 +149,8 @@ def measure(
         facts: what is asked. Neighbours that name the subject of one of the facts are left out:
             they are about an edit.
         prompts: of the edits in the codebook, those of the facts among them; None: those alone.
-        wordings: ask what `probes` makes of the facts and these as well.
+        wordings: ask what `probes` makes of the facts and these as well, and leave out others that
+            one of the facts behind these answers.
     """
     prompts = list(dict.fromkeys(prompts or [fact.prompt for fact in facts]))
     place = {prompt: number for number, prompt in enumerate(prompts)}
@@ -167,7 +170,7 @@ def measure(
     positives = {"rewordings": hits(facts)}
     negatives = {
         "neighbours": fires(foreign_neighbours(facts)),
-        "others": fires([text for fact in facts for text in fact.others]),
+        "others": fires([text for fact in facts for text in _others(fact, wordings)]),
     }
     for kind, asked in (probes(facts, wordings, 0) if wordings is not None else {}).items():
         if kind in ("questions", "lower case"):
@@ -175,6 +178,14 @@ def measure(
         else:
             negatives[kind] = fires([text for fact in asked for text in fact.others])
     return Distances(positives, negatives, len(prompts))
+
+
+def _others(fact: Fact, wordings: Wordings | None) -> list[str]:
+    """Return a fact's others without what another of the known facts answers."""
+    if wordings is None:
+        return list(fact.others)
+    named = dict(wordings.named_others(fact))
+    return [text for text in fact.others if not wordings.knows(fact.subject, named.get(text, ""))]
 
 
 def nearest(keys: TextKeys, prompts: Sequence[str], book: Tensor) -> tuple[list[float], list[int]]:

@@ -21,6 +21,8 @@ from .text_map import MOST_WORDS, WEIGHT_LIMIT, DenseReference, TextMap, without
 from .words import RAREST, CommonWords, folded, signs, word_spans, words_of
 
 DROP = 0.0
+PCA = None
+FEW = None
 _FACTS = 512
 """Keys of a book in one step at most."""
 _READ = 40
@@ -42,6 +44,7 @@ class Recipe:
         steps: of Adam.
         lr: of W; the few other numbers take ten times as much.
         hidden: width of the roles' network.
+        role_steps: of Adam for it.
         amounts: how much is made of each fact; see `augment`.
         folds: into how many parts the facts are split to find the radius.
         by: what stands together when they are split, `"subject"` or `"relation"`.
@@ -54,6 +57,7 @@ class Recipe:
     steps: int = 100
     lr: float = 3e-3
     hidden: int = 16
+    role_steps: int = 600
     amounts: Amounts = field(default_factory=Amounts)
     folds: int = 2
     by: str = "subject"
@@ -88,7 +92,7 @@ def fit_roles(
         second.uniform_(-1, 1, generator=source).div_(math.sqrt(hidden))
     optimizer = torch.optim.Adam([first, second], lr=1e-2, weight_decay=1e-5)
     for _ in range(steps):
-        picked = torch.randint(len(x), (4096,), generator=source)
+        picked = torch.randint(len(x), (min(4096, len(x)),), generator=source)
         inner = F.relu(x[picked] @ first[:, :-1].T + first[:, -1])
         loss = F.binary_cross_entropy_with_logits(inner @ second[:-1] + second[-1], y[picked])
         optimizer.zero_grad()
@@ -221,6 +225,33 @@ class _Learned(nn.Module):
         self.lengths = nn.Parameter(torch.zeros(2))
         self.steepness = nn.Parameter(torch.tensor(3.0))
 
+    def start_from(self, batch: _Batch) -> None:
+        numbers = torch.arange(0, len(batch.words), max(1, len(batch.words) // 6000))
+        if batch.of_words:
+            weights = (
+                (1 - batch.subject[numbers]) * batch.there[numbers] * (0.3 + batch.level[numbers])
+            )
+            rows = F.embedding_bag(
+                batch.words[numbers], batch.dense, per_sample_weights=weights, mode="sum"
+            )
+        else:
+            rows = batch.dense[numbers]
+        rows = F.normalize(rows, dim=1)
+        rows = rows - rows.mean(0)
+        _, s, v = torch.linalg.svd(rows, full_matrices=False)
+        m = len(self.matrix)
+        with torch.no_grad():
+            scale = (s[:m] / s[0]).pow(-PCA)
+            self.matrix.copy_(v[:m] * scale[:, None])
+            # Adam's steps are of one size: what they move has to be of the size of the usual start.
+            self.matrix.mul_(
+                math.sqrt(self.matrix.shape[1])
+                / self.matrix.norm()
+                * 1.0
+                * math.sqrt(m / self.matrix.shape[1])
+                * math.sqrt(self.matrix.shape[1] / m)
+            )
+
     def tables(self, level: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weights in the lexical and in the meaning part, `[2, *level]` each."""
         shape = (2, *[1] * level.ndim)
@@ -264,9 +295,14 @@ def fit_map(
     """Learn W, weights and lengths from books of facts. The scale is that of the loss: d = 1."""
     batch = _Batch(books, dense, common, roles, recipe.lexical_width)
     learned = _Learned(batch, recipe)
+    if PCA is not None:
+        learned.start_from(batch)
     few = [p for n, p in learned.named_parameters() if n != "matrix"]
     optimizer = torch.optim.Adam(
-        [{"params": [learned.matrix], "lr": recipe.lr}, {"params": few, "lr": 10 * recipe.lr}]
+        [
+            {"params": [learned.matrix], "lr": recipe.lr},
+            {"params": few, "lr": FEW or 10 * recipe.lr},
+        ]
     )
     late = 0.6 * recipe.steps
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1.0 if n < late else 0.3)

@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load as parse_arrays
 from safetensors.numpy import save as render_arrays
 from torch import Tensor
@@ -205,13 +206,17 @@ class TextMap:
         Raises:
             ValueError: it is damaged or of a newer format.
         """
-        settings = json.loads(files[SETTINGS])
+        try:
+            settings = json.loads(files[SETTINGS])
+            arrays = parse_arrays(files[MAP])
+        except (ValueError, SafetensorError) as error:
+            raise ValueError(f"{directory}: the text map is damaged: {error}") from None
         if settings.get("format") != FORMAT:
             raise ValueError(
                 f"{Path(directory) / SETTINGS}: format must be {FORMAT}, got "
                 f"{settings.get('format')}"
             )
-        return cls.from_parts(parse_arrays(files[MAP]), settings)
+        return cls.from_parts(arrays, settings)
 
     @classmethod
     def from_parts(cls, arrays: dict[str, np.ndarray], settings: dict[str, Any]) -> TextMap:
@@ -239,6 +244,8 @@ class TextMap:
             )
         except KeyError as error:
             raise ValueError(f"the text map has no {error}") from None
+        except TypeError as error:
+            raise ValueError(f"the text map is damaged: {error}") from None
         made._check()
         return made
 
