@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adaptor import attach as attaching
+from ..codebook.locking import writing
 from ..codebook.records import EditResult
 from ..config import GraceConfig
 from ..editing.asked import read_wanted
@@ -145,6 +146,12 @@ def check_tokens(requests: list[Request], family: Family, path: Path) -> None:
 def run(options: Options) -> int:
     """Make the edits and save the accepted ones; returns the exit code."""
     requests = read_requests(options.edits)
+    _check_out(options)
+    with writing(options.out):  # or the edits that somebody else saves meanwhile would be lost
+        return _run(options, requests)
+
+
+def _run(options: Options, requests: list[Request]) -> int:
     saved = None if options.resume is None else read_edits_of(options.resume)
     config = _new_config(options) if saved is None else _kept_config(options, saved)
     for name in ("encoder", "text_map"):
