@@ -230,7 +230,8 @@ class _Study:
             "hallucination",
             path,
             kind="hallucination",
-            config=self._text_config(),
+            # A passage stands behind its own sentences; others before it are of no use.
+            config={**self._text_config(), "contexts": 0},
             edits=self.sizes.hallucination,
             upstream_questions=50,
         )
