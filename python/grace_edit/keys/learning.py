@@ -196,14 +196,12 @@ class _Batch:
         self.there = (self.words > 0).float()
         self.subject = padded[..., 1].float() / FULL
         self.level = padded[..., 2].float() / RAREST
-        blank = np.zeros(width)
-        self.signs = _floats([blank, *(signs(word, width) for word in vocabulary)])
+        self.signs = _floats([np.zeros((1, width)), signs(list(vocabulary), width)])
         self.signs /= math.sqrt(width)
         if isinstance(dense, SentenceEncoder):
-            self.dense = _floats(sentences)
+            self.dense = _floats([np.stack(sentences)])
         else:
-            blank = np.zeros(dense.width)
-            self.dense = _floats([blank, *(dense.word(word) / ONE for word in vocabulary)])
+            self.dense = _floats([np.zeros((1, dense.width)), dense.words(list(vocabulary)) / ONE])
         self.of_words = isinstance(dense, TokenTable)
 
 
@@ -396,7 +394,7 @@ def _squares(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _floats(rows: Sequence[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(rows)).float()
+    return torch.from_numpy(np.concatenate(rows)).float()
 
 
 def _short(numbers: Any) -> np.ndarray:
