@@ -2,9 +2,9 @@
 
     python -m benchmarks.values MODEL RECORDS [--count 40] [--layers 20,24,27] [--contexts 0,4]
 
-MODEL is a folder of a causal language model, RECORDS a file of CounterFact records (JSON Lines). Per
-layer and number of contexts every record is trained once, to the largest margin; the values that
-reached the smaller ones are taken on the way, as training towards those would have stopped there.
+MODEL is a folder of a causal language model, RECORDS a file of CounterFact records (JSON Lines).
+Per layer and number of contexts every record is trained once, to the largest margin; the values
+that reached the smaller ones are taken on the way: training towards those would have stopped there.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def measure(
             start = family.capture([prompt]).outputs[0]
             others = [family.encode(text) for text in record["paraphrase_prompts"]]
             with Watch(family, target) as watch:
-                maker._fit([prompt], [target], start)
+                maker.train([prompt], [target], start)
             for margin, row in rows.items():
                 at = watch.reached.get(margin, watch.last)
                 assert at is not None

@@ -14,6 +14,7 @@ from .editing.explanation import Explanation
 from .editing.verification import Misfire
 from .editor import GraceEditor
 from .serving import load
+from .suggesting import LayerSuggestion, RadiusSuggestion, suggest_layer, suggest_radius
 
 __all__ = [
     "CapacityError",
@@ -23,10 +24,14 @@ __all__ = [
     "GraceAdaptor",
     "GraceConfig",
     "GraceEditor",
+    "LayerSuggestion",
     "Misfire",
     "QueryPlan",
+    "RadiusSuggestion",
     "StoreError",
     "UndoError",
     "detach",
     "load",
+    "suggest_layer",
+    "suggest_radius",
 ]

@@ -51,9 +51,9 @@ class GraceConfig:
         lr: least Adam step, in units of the root mean square of the value it starts from. The step
             is longer where it would hardly move the target's logits.
         max_steps: most Adam steps for one value.
-        margin: log odds of each target token against all others, nats, at which training stops: 4
-            is a probability of .98. A value that works and falls short of it is trained on for about
-            as many steps as it took, and then taken.
+        margin: log odds of each target token against all others together, nats, at which training
+            stops: 4 is a probability of .98. A value that works and falls short of it is trained on
+            for about as many steps as it took, and then taken.
         contexts: how many sentences of other matters, 0..8, a value is trained behind, beside the
             prompt alone, so that it produces the target in other wordings too (causal language
             models with `replace="last"` and a tokenizer; elsewhere none). None: 4 for
@@ -79,7 +79,7 @@ class GraceConfig:
     init: str = "warm"
     lr: float = 0.3
     max_steps: int = 100
-    margin: float = 0.5
+    margin: float = 5.0
     contexts: int | None = None
     capacity: int = 1024
     max_radius: float | None = None

@@ -60,6 +60,8 @@ class GraceEditor:
         query = config.query or family.default_query
         text = None
         if query == "text":
+            if tokenizer is None:
+                raise ValueError('tokenizer must be given for query="text", got None')
             keys = text_keys(family.model, tokenizer, config.encoder, config.text_map)
             text = TextQueries(keys, PromptReader(tokenizer))
         asks_at_mask = query == "last" or (query == "text" and replace == "last")

@@ -96,6 +96,39 @@ def test_the_closing_table_is_on_stdout_and_no_bar_where_stderr_is_no_terminal(
     assert f"savedin{tmp_path / 'out'}" in "".join(done.stdout.split())
 
 
+def test_edits_of_several_prompts_are_made_explained_and_listed(grace, gpt2, tmp_path):
+    edits = tmp_path / "edits.jsonl"
+    wanted = {"prompt": FRANCE[0], "target": FRANCE[1], "paraphrases": [ITALY[0]]}
+    wanted["negatives"] = [TOO_LONG[0]]
+    edits.write_text(json.dumps(wanted) + "\n")
+    out = tmp_path / "out"
+    done, told = edit_json(
+        grace, "--model", gpt2, "--layer", LAYER, "--edits", edits, "--out", out,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    (made,) = told["results"]
+    assert (made["id"], made["keys"], told["edits"], told["entries"]) == (0, 2, 1, 2)
+    assert (made["paraphrases"], made["negatives"]) == ([ITALY[0]], [TOO_LONG[0]])
+    found = json.loads(grace("explain", "--codebook", out, ITALY[0], "--json").stdout)
+    assert (found["hit"], found["with_edits"].split()[0]) == (True, FRANCE[1])
+    nearest = found["nearest"]
+    assert (nearest["edit_id"], nearest["key"], nearest["edit_prompt"]) == (0, 1, ITALY[0])
+    (row,) = json.loads(grace("codebook", out, "--json").stdout)["table"]
+    assert (row["id"], row["prompt"], row["keys"]) == (0, FRANCE[0], 2)
+
+
+@pytest.mark.parametrize("name", ["paraphrases", "negatives"])
+def test_paraphrases_and_negatives_of_another_form_are_refused_by_line(grace, tmp_path, name):
+    edits = tmp_path / "edits.jsonl"
+    wrong = ["text", [1], [""], {"a": 1}]
+    lines = [json.dumps({"prompt": "a", "target": "b", name: each}) for each in wrong]
+    edits.write_text("\n".join(lines))
+    done = grace("edit", "--model", "m", "--layer", "l", "--edits", edits, "--out", tmp_path / "o")
+    assert done.exit_code == 2
+    said = f"{name} must be a list of strings that are not empty, got "
+    assert [said in line for line in done.stderr.splitlines()] == [True] * 4
+
+
 def test_refused_edits_end_with_4_and_the_accepted_ones_are_saved(
     grace, gpt2, edits_file, tmp_path
 ):
@@ -271,10 +304,10 @@ def test_ctrl_c_in_the_middle_leaves_nothing_and_ends_with_130(
     made = []
     honest = GraceEditor.edit
 
-    def second_time_interrupted(self, prompt, target):
+    def second_time_interrupted(self, **edit):
         if made:
             raise KeyboardInterrupt
-        made.append(honest(self, prompt, target))
+        made.append(honest(self, **edit))
         return made[-1]
 
     monkeypatch.setattr(GraceEditor, "edit", second_time_interrupted)

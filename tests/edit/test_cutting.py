@@ -125,11 +125,40 @@ def test_a_model_that_gives_other_bits_each_time_runs_whole(edited):
 def test_the_model_is_left_as_it_was_when_training_breaks_off(edited):
     editor = edited("gpt2")
     before = state_of(editor.model)
-    with pytest.raises(RuntimeError, match="stop"), CutForward(editor.family) as cut:
-        for value in values_of(editor, 2):
-            logits_and_slopes(editor, cut, [value])
-        raise RuntimeError("stop")
+
+    def breaks_off():
+        with CutForward(editor.family) as cut:
+            logits_and_slopes(editor, cut, values_of(editor, 2))
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        breaks_off()
     assert same(state_of(editor.model), before)
+
+
+def test_a_thread_that_finds_another_cutting_runs_whole_forwards_and_leaves_the_cut_alone(edited):
+    editor = edited("gpt2")
+    values = values_of(editor, 2)
+    whole = logits_and_slopes(editor, None, values)
+    before = state_of(editor.model)
+    got = []
+
+    def meanwhile():
+        with CutForward(editor.family) as mine:
+            got.extend(logits_and_slopes(editor, mine, values))
+
+    with CutForward(editor.family) as cut:
+        logits_and_slopes(editor, cut, values)
+        kept = editor.model.transformer.h[0].forward
+        thread = threading.Thread(target=meanwhile)
+        thread.start()
+        thread.join()
+        assert editor.model.transformer.h[0].forward is kept
+        got += logits_and_slopes(editor, cut, values)
+    assert all(map(torch.equal, got, whole * 2))
+    assert same(state_of(editor.model), before)
+    meanwhile()  # the cut was given back
+    assert all(map(torch.equal, got, whole * 3))
 
 
 @pytest.mark.parametrize("inside", [False, True])

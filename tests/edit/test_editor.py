@@ -118,8 +118,9 @@ def test_an_edit_of_the_same_prompt_updates_it_and_supersedes_the_earlier_one(ed
     assert editor.codebook.ids == [2]
 
 
-def test_a_value_that_does_not_serve_a_new_member_is_trained_on_all_of_them(edited):
-    # A value that barely works for the first prompt.
+def test_a_value_that_does_not_serve_a_new_member_is_trained_on_all_of_them(edited, monkeypatch):
+    # A value that barely works for the first prompt: steps this short do not overshoot.
+    monkeypatch.setattr(making, "_FIRST_MOVE", 0.0)
     editor = edited("gpt2", radius=100.0, margin=0.0, lr=0.05, max_steps=300)
     assert editor.edit(A, X).success
     before = editor.codebook.values[0].clone()

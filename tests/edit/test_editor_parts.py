@@ -161,9 +161,11 @@ def test_a_radius_ends_half_way_between_the_farthest_prompt_and_the_nearest_nega
 def test_a_negative_at_the_very_edge_is_a_miss():
     one = torch.zeros(2)
     assert 0.0 < radius_outside(one, [one], [torch.tensor([[1e-20, 0.0]])], 1.0) < 1e-20
-    other = torch.tensor([1.0, 0.0])
-    beyond = torch.nextafter(other, torch.tensor(2.0))  # a prompt of its own just before it
-    assert radius_outside(one, [one, other], [beyond[None]], 5.0) == 1.0
+    # A prompt of its own just before it: half way between them no fp32 is left, and the rule for
+    # ties would take the negative's side.
+    other = torch.tensor([1.0 + 2.0**-23, 0.0])
+    beyond = torch.tensor([1.0 + 2.0**-22, 0.0])
+    assert radius_outside(one, [one, other], [beyond[None]], 5.0) == float(other[0])
 
 
 @pytest.mark.parametrize("which", [A, C])

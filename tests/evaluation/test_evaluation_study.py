@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from grace_edit.evaluation import EvaluationError, Options, OtherRunError
+from grace_edit.evaluation import EvaluationError, NoDataError, Options, OtherRunError
 from grace_edit.evaluation.journal import Journal
+from grace_edit.evaluation.mapping import learn_map
 from grace_edit.evaluation.rows import Row, row_of, together
 from grace_edit.evaluation.scope import Keyring
 from grace_edit.evaluation.study import PARTS, Sizes, study
@@ -116,7 +117,7 @@ def learned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         map_of(model, tokenizer).save(out)
         return {}
 
-    monkeypatch.setattr("grace_edit.evaluation.study.tune", stand_in)
+    monkeypatch.setattr("grace_edit.evaluation.study.learn_map", stand_in)
     return folders
 
 
@@ -227,3 +228,23 @@ def test_rows_are_means_and_two_of_them_are_weighed_by_their_counts() -> None:
     assert (none.value, none.count) == (None, 0)
     assert together(one, none) == one
     assert together(none, none).value is None
+
+
+def test_a_map_is_learned_from_the_files_of_a_folder_that_teach_something(
+    folder: Path, small: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    told: list[Any] = []
+
+    def stand_in(sources: list[Path], out: Path, dense: Any, **_: Any) -> dict[str, Any]:
+        told.extend([[path.name for path in sources], dense.kind, out])
+        return {"facts": 3}
+
+    monkeypatch.setattr("grace_edit.evaluation.mapping.tune", stand_in)
+    model, tokenizer = small
+    assert learn_map(folder, tmp_path, model=model, tokenizer=tokenizer) == {"facts": 3}
+    # Passages name nobody in their prompts.
+    assert told == [["counterfact.jsonl", "zsre.jsonl"], "tokens", tmp_path]
+    with pytest.raises(ValueError, match="model must be given for the encoder 'tokens'"):
+        learn_map(folder, tmp_path)
+    with pytest.raises(NoDataError, match="holds no file of counterfact, knowedit, zsre"):
+        learn_map(tmp_path, tmp_path, model=model, tokenizer=tokenizer)

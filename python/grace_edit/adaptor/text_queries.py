@@ -60,6 +60,7 @@ class TextQueries:
             "encoder": getattr(self.keys.dense, "reference", dense.kind),
             "map": dense.name,
             "width": self.keys.width,
+            "map_fingerprint": self.keys.map.fingerprint(),
             "fingerprint": self.keys.fingerprint(),
         }
 

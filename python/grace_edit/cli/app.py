@@ -274,7 +274,25 @@ def chat(
     radius: Annotated[
         float | None, typer.Option(help="Radius of a new entry.", show_default="1.0")
     ] = None,
-    query: Annotated[Query | None, typer.Option(help="What asks.", show_default="last")] = None,
+    query: Annotated[
+        Query | None,
+        typer.Option(help="What asks.", show_default="text where a map fits the model, else last"),
+    ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            help="With --query text: directory or hub id of a sentence encoder, or tokens.",
+            show_default="tokens",
+        ),
+    ] = None,
+    text_map: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="With --query text: directory of a map.",
+            show_default="the one that comes with the package",
+        ),
+    ] = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="Continue each message; no chat template.")
     ] = False,
@@ -290,7 +308,13 @@ def chat(
     """Ask an edited model, see which edit answers and why, and correct it on the spot."""
     from .chat import Options, run
 
-    settings = {"layer": layer, "radius": radius, "query": _value(query)}
+    settings = {
+        "layer": layer,
+        "radius": radius,
+        "query": _value(query),
+        "encoder": encoder,
+        "text_map": text_map,
+    }
     options = Options(
         model, codebook, plain, max_tokens, _value(dtype), device.value, json, settings
     )

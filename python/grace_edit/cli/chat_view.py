@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-from ..terminal import number, plain, progress, screen, table
+from rich.padding import Padding
+
+from ..terminal import facts, number, plain, progress, screen, table
 from .output import print_json
+from .show import text_facts
 
 
 class View(ABC):
@@ -108,6 +111,8 @@ class TextView(View):
 
     def _why(self, data: dict[str, Any]) -> None:
         self._dim(_verdict(data))
+        if data["text"] is not None:
+            self._console.print(Padding(facts(text_facts(data["text"])), (0, 0, 0, 2)))
         if data["edit"] is None:
             return
         rows = [("nearest", data)]

@@ -129,7 +129,7 @@ def tune(
     as_json: bool,
 ) -> int:
     """Learn a text map from records and save it."""
-    from ..evaluation.tuning import tune as learn
+    from ..evaluation.mapping import learn_map
 
     if encoder == "tokens" and model is None:
         raise CommandError(
@@ -143,13 +143,12 @@ def tune(
     if model is not None:
         loaded = load_model(model, task="auto", dtype=dtype, device=device)
     found = _done(
-        lambda: learn(
+        lambda: learn_map(
             data,
             out,
             model=loaded and loaded.model,
             tokenizer=loaded and loaded.tokenizer,
             encoder=encoder,
-            progress=progress_wanted(),
         )
     )
     if as_json:

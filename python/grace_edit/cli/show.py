@@ -102,7 +102,7 @@ def _show_answer(data: dict[str, Any]) -> None:
         )
     )
     if data["text"] is not None:
-        console.print(facts(_text_facts(data["text"])))
+        console.print(facts(text_facts(data["text"])))
     if nearest is None:
         return
     columns = ("", "edit", "its prompt", "its target", "distance", "radius", "d/eps")
@@ -110,7 +110,8 @@ def _show_answer(data: dict[str, Any]) -> None:
     console.print(table(columns, (_cells(name, near) for name, near in rows if near is not None)))
 
 
-def _text_facts(text: dict[str, Any]) -> dict[str, Any]:
+def text_facts(text: dict[str, Any]) -> dict[str, Any]:
+    """Return what the keys saw in two texts (`TextReason` as a dict), by name, for a person."""
     told: dict[str, Any] = {"asked with": text["span"], "about": ", ".join(text["subject"]) or "–"}
     if text["edit_span"] is None:
         return told

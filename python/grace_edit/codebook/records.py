@@ -40,11 +40,11 @@ class EditResult:
 
     `slot` is the entry that answers it; `neighbour` the entry that was nearest before it (-1: there
     was none) at `distance` (+inf then), with its radius before and after (None then). Losses are
-    None where nothing was trained. `probability` is what the model gives to the whole target behind
-    the prompt, answered by the value: the share of samples at temperature 1 that begin with it (None
-    where nothing was trained). `success` means that it is what the model says by itself, greedily,
-    with this value; what beams and samples say follows from the probability. A refused edit has
-    `success=False`, `id=None` and a `reason`.
+    None where nothing was trained. A refused edit has `success=False`, `id=None` and a `reason`.
+    `success` says that with this value, as it is stored, the model itself produces the target,
+    greedily. What samples and beams say follows from `probability`: what the model gives to the
+    whole target behind the prompt (of several prompts the least), that is the share of samples at
+    temperature 1 that begin with it; None where nothing was trained.
     `fragile`: its entry is smaller than the drift of the activations, or a contradicting entry lies
     within twice the drift, so that the same prompt in another batch may miss. `keys` counts the
     prompts that the edit answers: its own and its paraphrases.

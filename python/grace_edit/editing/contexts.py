@@ -17,7 +17,8 @@ SENTENCES = (
     "He closed the drawer and went home.",
     "The hall was still half empty.",
 )
-"""Of no subject and no relation in particular, and short: every step runs them. The first are used."""
+"""Of no subject and no relation in particular, and short, as every step runs them. The first ones
+are used."""
 
 
 def behind_sentences(

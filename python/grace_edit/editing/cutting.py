@@ -25,8 +25,9 @@ class CutForward:
     """Runs forwards of a model that differ in the answer of a layer alone.
 
     A context: inside it `run` runs such forwards. Other forwards of the model, those of other
-    threads among them, are whole. The first time, a cut forward is compared with the whole one: where
-    their bits differ, and where the model is compiled, every forward is whole.
+    threads among them, are whole. The first time, a cut forward is compared with the whole one:
+    where their bits differ, where the model is compiled, and while another thread cuts forwards of
+    the same model, every forward is whole.
 
     Args:
         family: of the attached model, whose wrapped layer it is.
@@ -35,16 +36,21 @@ class CutForward:
     def __init__(self, family: Family) -> None:
         self._family = family
         self._layer = family.model.get_submodule(family.layer)
-        whole = family.cuts is False or is_compiled(family.model)
-        self._modules = [] if whole else _beside(family.model, family.layer)
+        self._modules: list[nn.Module] = []
         self._kept: list[tuple[nn.Module, Any]] = []
         self._recording = False
         self._next: int | None = None  # of what is kept, in the forward that runs now
         self._thread = threading.get_ident()
 
     def __enter__(self) -> CutForward:
-        for module in self._modules:
-            module.__dict__["forward"] = _Kept(self, module)
+        family = self._family
+        if family.cuts is False or is_compiled(family.model):
+            return self
+        found = _beside(family.model, family.layer)
+        if found and family.cutting.acquire(blocking=False):
+            self._modules = found
+            for module in found:
+                module.__dict__["forward"] = _Kept(self, module)
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -54,6 +60,9 @@ class CutForward:
                 del module.__dict__["forward"]
             else:
                 module.__dict__["forward"] = kept.own
+        if self._modules:
+            self._family.cutting.release()
+        self._modules = []
         self._kept.clear()
 
     def run(self, forward: Callable[[], Tensor]) -> Tensor:
@@ -69,7 +78,6 @@ class CutForward:
         self._family.cuts = same and torch.equal(self._replay(forward), whole)
         if not self._family.cuts:
             self.__exit__()
-            self._modules = []
         return whole
 
     def _record(self, forward: Callable[[], Tensor]) -> Tensor:

@@ -20,7 +20,7 @@ from .contexts import behind_sentences
 from .drift import measure_drift, probes_of
 from .training import Fit, fit_value
 
-_FIRST_MOVE = 4.0
+_FIRST_MOVE = 6.0
 """Nats by which the first step is to raise the log odds of the target's tokens."""
 
 _CONTEXTS_OF_TEXT = 4
@@ -103,7 +103,7 @@ class EditMaker:
             proposal = self._propose(keys[0], label, negatives=wanted.negatives, own_entry=True)
         if value is not None and self._produce(prompts, target, value):
             return self._commit(keys, proposal, value, None)
-        fit = self._fit(prompts, [target] * len(prompts), self._first_value(output))
+        fit = self.train(prompts, [target] * len(prompts), self._first_value(output))
         if not fit.reached:
             return _refused(proposal, fit, self._failed(prompts, target, fit))
         return self._commit(keys, proposal, fit.value, fit)
@@ -138,10 +138,11 @@ class EditMaker:
             return None
         every = [*(list(edit.prompt or ()) for edit in members), *prompts]
         targets = [*(target_of(edit.label) for edit in members), *[target] * len(prompts)]
-        fit = self._fit(every, targets, stored)
+        fit = self.train(every, targets, stored)
         return (fit.value, fit) if fit.reached else None
 
-    def _fit(self, prompts: list[list[int]], targets: list[list[int]], start: Tensor) -> Fit:
+    def train(self, prompts: list[list[int]], targets: list[list[int]], start: Tensor) -> Fit:
+        """Train one value `[V]` from `start` that makes every prompt produce its target."""
         config, paper = self.config, self.config.recipe == "paper"
         scale = float(start.float().square().mean().sqrt().clamp(min=1e-3))
         contexts = [] if paper else self._contexts(prompts, targets)

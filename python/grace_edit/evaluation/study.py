@@ -25,6 +25,7 @@ from ..keys.text_map import TextMap
 from .command import EvaluationError, Options, digest_of, environments, run, same_run
 from .journal import read_units, write_whole
 from .loading import load, load_questions
+from .mapping import learn_map
 from .model import AskedModel
 from .probes import another_data_set, harder_prompts, own_prompts
 from .records import EditRecord, one_per_prompt
@@ -32,7 +33,6 @@ from .rows import BESIDE, END, PASSAGES_WANTED, Row, row_of, rows_of, together
 from .run import Units
 from .scope import Keyring
 from .splitting import NESTED, PASSAGES, ZSRE, Split, split
-from .tuning import tune
 
 PARTS = ("edits", "scope", "paper", "baselines", "hallucination")
 BASELINES = ("ft", "defer", "memory", "rag")
@@ -255,14 +255,7 @@ class _Study:
             fresh = self.out / (where + ".new")
             shutil.rmtree(fresh, ignore_errors=True)
             model, tokenizer = self.loaded
-            tune(
-                train,
-                fresh,
-                model=model,
-                tokenizer=tokenizer,
-                encoder=encoder,
-                progress=self.options.progress,
-            )
+            learn_map(train, fresh, model=model, tokenizer=tokenizer, encoder=encoder)
             fresh.rename(done)
         return done
 

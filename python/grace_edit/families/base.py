@@ -73,7 +73,8 @@ class Family(ABC):
         tokenizer: turns text into ids; None: prompts and targets are token ids already.
 
     `longest` is how many tokens the model has positions for. `cuts` says whether forwards that were
-    cut at the wrapped layer gave the bits of whole ones, see `editing.cutting`; None: not tried.
+    cut at the wrapped layer gave the bits of whole ones (None: not tried), and who holds `cutting`
+    runs such, see `editing.cutting`.
     """
 
     name: ClassVar[str]
@@ -104,10 +105,11 @@ class Family(ABC):
         self.takes_positions = "position_ids" in accepted
         self.longest = _longest(model, self.config)
         self.attached = False
+        self.cuts: bool | None = None
+        self.cutting = threading.Lock()
         self._at_work = 0  # threads inside `working`, and what they put into eval mode
         self._training: list[nn.Module] = []
         self._lock = threading.Lock()
-        self.cuts: bool | None = None
 
     @classmethod
     @abstractmethod

@@ -65,9 +65,17 @@ class TokenTable:
         n = len(self._before)
         return both[n:] if both[:n] == self._before else _ids(self._tokenizer, text)
 
+    def probe(self) -> np.ndarray:
+        """Return the vectors of a few words, `[16, E]` int16, by which a map knows its dense part.
+
+        They say whether tokenizer and embeddings are those a map was learned for, or a finetuned
+        child's, whatever tokens were added behind.
+        """
+        return np.stack([self.word(word) for word in _PROBE_WORDS]).astype(np.int16)
+
     def fingerprint(self) -> str:
-        """Return a hash of the shape and of up to 64 rows, the same for every dtype of the model."""
-        rows = torch.linspace(0, len(self._weight) - 1, min(64, len(self._weight))).long()
+        """Return a hash of the shape and of up to 1024 rows, the same for every dtype."""
+        rows = torch.linspace(0, len(self._weight) - 1, min(1024, len(self._weight))).long()
         numbers = _on_grid(self._weight[rows.to(self._weight.device)], self.unit)
         return _digest(list(self._weight.shape), self.unit, numbers.astype("<i4").tobytes())
 
@@ -86,6 +94,12 @@ def centre_of(weight: Tensor) -> tuple[np.ndarray, float]:
     for rows in weight.split(1 << 14):
         total += _on_grid(rows, unit).sum(axis=0)
     return np.rint(total / len(weight)).astype(np.int64), unit
+
+
+def token_table(model: Any, tokenizer: Any) -> TokenTable:
+    """Return the token table of a transformers model, for learning a map for it."""
+    weight = model.get_input_embeddings().weight.detach()
+    return TokenTable(weight, tokenizer, *centre_of(weight))
 
 
 class SentenceEncoder:
@@ -128,13 +142,30 @@ class SentenceEncoder:
             self._met.move_to_end(text)
         return met
 
+    def probe(self) -> np.ndarray:
+        """Return the vectors of a few sentences, `[P, E]` int16, by which a map knows it."""
+        return np.stack([self.sentence(text) for text in _PROBES]).astype(np.int16)
+
     def fingerprint(self) -> str:
-        """Return a hash of what it makes of three sentences, rounded to 1/64 of their length."""
-        rows = [self.sentence(text) for text in _PROBES]
-        return _digest([len(rows[0])], 0.0, np.rint(np.stack(rows) / 64).astype("<i4").tobytes())
+        """Return a hash of what it makes of a few sentences, rounded to 1/64 of their length."""
+        numbers = np.rint(self.probe() / 64)
+        return _digest(list(numbers.shape), 0.0, numbers.astype("<i4").tobytes())
 
 
 _PROBES = ("The capital of something is", "Who wrote something?", "something was born in")
+_PROBE_WORDS = (
+    *("the", "capital", "wrote", "born", "language", "something", "located", "played"),
+    *(
+        "Amsterdam",
+        "Elizabeth",
+        "1984",
+        "headquarters",
+        "religion",
+        "instrument",
+        "Kyrgyzstan",
+        "?",
+    ),
+)
 
 
 def load_encoder(name: str) -> SentenceEncoder:
