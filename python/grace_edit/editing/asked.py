@@ -84,7 +84,8 @@ def read_wanted(family: Family, edit: Any) -> Wanted:
 
 
 def _prompts(fields: Mapping[str, Any], name: str) -> list[Any]:
-    given = fields.get(name) or ()
+    given = fields.get(name)
+    given = () if given is None else given
     if isinstance(given, str) or not isinstance(given, Sequence):
         raise ValueError(f"{name} must be a list of prompts, got {given!r}")
     return list(given)
