@@ -11,7 +11,7 @@ from grace_edit.evaluation import DataError, NoDataError, load
 from grace_edit.evaluation.splitting import Split, split
 
 SUBJECTS = [f"Person{n:02d}" for n in range(20)]
-RELATIONS = ("P1", "P2", "P3", "P4")
+RELATIONS = ("P1", "P2", "P3", "P36")
 
 
 def nested(number: int, *, asks: bool) -> dict[str, Any]:
@@ -33,7 +33,10 @@ def nested(number: int, *, asks: bool) -> dict[str, Any]:
         ],
     }
     if asks:
-        raw["unrelated_relation"] = {"question": f"Where is {subject}?", "object": "here"}
+        # What Wikidata calls P36, and something that nobody edits.
+        name = ("capital", "hobby")[number // 4 % 2]
+        asked = {"question": f"Where is {subject}?", "object": "here", "relation_id": name}
+        raw["unrelated_relation"] = asked
     return raw
 
 
@@ -119,6 +122,9 @@ def test_each_relation_is_never_seen_once(parts: Split) -> None:
         edits = [row["requested_rewrite"] for row in rows if "requested_rewrite" in row]
         asked = {edit["relation_id"] for edit in edits}
         assert asked
+        beside = {row["unrelated_relation"]["relation_id"] for row in rows
+                  if "unrelated_relation" in row}  # fmt: skip
+        assert beside == ({"hobby"} if "P36" in relations else {"hobby", "capital"})
         assert not asked & set(relations)
         flat_ones = {row["subject"] for row in rows if "requested_rewrite" not in row}
         known = {"Alice": "P1", "Bob": "P2"}
