@@ -575,3 +575,19 @@ def test_edits_that_somebody_else_saves_while_edit_waits_for_its_turn_are_kept(
     book, _ = store.load(saved)
     assert other.id in book.ids
     assert book.edits == 4
+
+
+def test_a_target_of_words_that_the_tokenizer_does_not_know_is_refused(
+    grace, gpt2, bert, edits_file, tmp_path
+):
+    out, layer = tmp_path / "edits", "transformer.h.0.mlp"
+    edits = edits_file(("the capital of france is", " zanzibar"))
+    refused = grace("edit", "--model", gpt2, "--layer", layer, "--edits", edits, "--out", out)
+    assert refused.exit_code == 2
+    assert "edits.jsonl:1: target must be words that the tokenizer knows" in refused.stderr
+    assert not out.exists()
+    # Class 1 is not the token 1, which is [UNK] here.
+    edits = edits_file(("a very good film", 1))
+    where = "bert.encoder.layer.0.output.dense"
+    made = grace("edit", "--model", bert, "--layer", where, "--edits", edits, "--out", out)
+    assert "tokenizer knows" not in made.stderr

@@ -136,11 +136,21 @@ def check_tokens(requests: list[Request], family: Family, path: Path) -> None:
     wrong = []
     for request in requests:
         try:
-            read_wanted(family, request.wanted)
+            _check_known(family, request.target, read_wanted(family, request.wanted).target)
         except ValueError as error:
             wrong.append(f"{path}:{request.line}: {error}")
     if wrong:
         raise CommandError(USAGE, *wrong)
+
+
+def _check_known(family: Family, target: str | int, ids: list[int]) -> None:
+    """Refuse words that the tokenizer does not know: the model would be taught to say [UNK]."""
+    tokenizer = family.tokenizer
+    if family.name == "classifier" or tokenizer is None or tokenizer.unk_token_id not in ids:
+        return
+    if str(tokenizer.unk_token) not in str(target):
+        read = tokenizer.decode(ids)
+        raise ValueError(f"target must be words that the tokenizer knows, got {target!r} ({read})")
 
 
 def run(options: Options) -> int:
