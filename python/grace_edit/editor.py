@@ -204,6 +204,8 @@ class GraceEditor:
     def rekey(self, *, progress: bool = False) -> list[EditResult]:
         """Make every live edit anew on the model as it is now, after a change of dtype or device.
 
+        Inside `torch.autocast` edits are made that answer inside it and outside.
+
         Runs each stored prompt again for its key and takes the decisions again in the order of the
         ids, which the edits keep. A value that still works, cast to the new dtype, stays; another
         is trained anew. δ is measured anew unless the configuration names it.
@@ -218,7 +220,7 @@ class GraceEditor:
             The new results, one per live edit.
 
         Raises:
-            ValueError: an edit has no stored prompt, or the codebook is frozen.
+            ValueError: an edit has no stored prompt, the codebook is frozen, or a transaction is open.
             RuntimeError: an edit's target cannot be reached on the model as it is now, or its query
                 has become that of another one.
         """
