@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from ..keys.augment import Amounts, Wordings, augmented
@@ -14,6 +14,8 @@ from .rows import Row, row_of
 from .run import Units
 from .scope import Keyring
 from .tuning import facts_of
+
+_NOTHING = Amounts(**{field.name: 0 for field in fields(Amounts)})
 
 
 def own_prompts(
@@ -65,7 +67,7 @@ def harder_prompts(
     facts = facts_of(records)
     key = {record.prompt: place for place, record in enumerate(records)}
     bare = [replace(fact, rewordings=(), others=(), other_relations=()) for fact in facts]
-    questions, *_ = augmented(bare, Amounts(2, 0, 0, 0, 0.0), seed=1, wordings=wordings)
+    questions, *_ = augmented(bare, replace(_NOTHING, questions=2), seed=1, wordings=wordings)
     hits = [
         ring.ask(prompt).hits(key[fact.prompt]) for fact in questions for prompt in fact.rewordings
     ]
@@ -77,10 +79,10 @@ def harder_prompts(
     ]
     yield row_of(part, "rewordings in lower case that hit", lower)
     for amounts, name in (
-        (Amounts(0, 2, 0, 0, 0.0), "sentences of other relations fired"),
-        (Amounts(0, 0, 2, 0, 0.0), "questions of other relations fired"),
+        ({"sentences_of_others": 2}, "sentences of other relations fired"),
+        ({"questions_of_others": 2}, "questions of other relations fired"),
     ):
-        made, *_ = augmented(bare, amounts, seed=2, wordings=wordings)
+        made, *_ = augmented(bare, replace(_NOTHING, **amounts), seed=2, wordings=wordings)
         yield row_of(part, name, ring.fired(p for fact in made for p in fact.others))
 
 
