@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
 from pathlib import Path
 
-from ..keys.augment import Amounts, Wordings, augmented
+from ..keys.augment import Wordings, probes
 from .loading import load
 from .records import EditRecord
 from .rows import Row, row_of
 from .run import Units
 from .scope import Keyring
 from .tuning import facts_of
-
-_NOTHING = Amounts(**{field.name: 0 for field in fields(Amounts)})
 
 
 def own_prompts(
@@ -64,26 +61,23 @@ def harder_prompts(
         more: whose wordings are used too.
     """
     wordings = Wordings(facts_of([*records, *more]))
-    facts = facts_of(records)
     key = {record.prompt: place for place, record in enumerate(records)}
-    bare = [replace(fact, rewordings=(), others=(), other_relations=()) for fact in facts]
-    questions, *_ = augmented(bare, replace(_NOTHING, questions=2), seed=1, wordings=wordings)
-    hits = [
-        ring.ask(prompt).hits(key[fact.prompt]) for fact in questions for prompt in fact.rewordings
-    ]
-    yield row_of(part, "questions of the own relation that hit", hits)
-    lower = [
-        ring.ask(prompt.lower()).hits(key[fact.prompt])
-        for fact in facts
-        for prompt in fact.rewordings
-    ]
-    yield row_of(part, "rewordings in lower case that hit", lower)
-    for amounts, name in (
-        ({"sentences_of_others": 2}, "sentences of other relations fired"),
-        ({"questions_of_others": 2}, "questions of other relations fired"),
+    made = probes(facts_of(records), wordings, seed=1)
+    for kind, name in (
+        ("questions", "questions of the own relation that hit"),
+        ("lower case", "rewordings in lower case that hit"),
     ):
-        made, *_ = augmented(bare, replace(_NOTHING, **amounts), seed=2, wordings=wordings)
-        yield row_of(part, name, ring.fired(p for fact in made for p in fact.others))
+        hits = [
+            ring.ask(prompt).hits(key[fact.prompt])
+            for fact in made[kind]
+            for prompt in fact.rewordings
+        ]
+        yield row_of(part, name, hits)
+    for kind, name in (
+        ("sentences of others", "sentences of other relations fired"),
+        ("questions of others", "questions of other relations fired"),
+    ):
+        yield row_of(part, name, ring.fired(p for fact in made[kind] for p in fact.others))
 
 
 def another_data_set(part: str, ring: Keyring, path: Path, count: int, seed: int) -> Iterator[Row]:
