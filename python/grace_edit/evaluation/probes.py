@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from ..keys.augment import Amounts, Wordings, augmented
+from ..keys.augment import Wordings, probes
 from .loading import load
 from .records import EditRecord
 from .rows import Row, row_of
@@ -62,26 +61,23 @@ def harder_prompts(
         more: whose wordings are used too.
     """
     wordings = Wordings(facts_of([*records, *more]))
-    facts = facts_of(records)
     key = {record.prompt: place for place, record in enumerate(records)}
-    bare = [replace(fact, rewordings=(), others=(), other_relations=()) for fact in facts]
-    questions, *_ = augmented(bare, Amounts(2, 0, 0, 0, 0.0), seed=1, wordings=wordings)
-    hits = [
-        ring.ask(prompt).hits(key[fact.prompt]) for fact in questions for prompt in fact.rewordings
-    ]
-    yield row_of(part, "questions of the own relation that hit", hits)
-    lower = [
-        ring.ask(prompt.lower()).hits(key[fact.prompt])
-        for fact in facts
-        for prompt in fact.rewordings
-    ]
-    yield row_of(part, "rewordings in lower case that hit", lower)
-    for amounts, name in (
-        (Amounts(0, 2, 0, 0, 0.0), "sentences of other relations fired"),
-        (Amounts(0, 0, 2, 0, 0.0), "questions of other relations fired"),
+    made = probes(facts_of(records), wordings, seed=1)
+    for kind, name in (
+        ("questions", "questions of the own relation that hit"),
+        ("lower case", "rewordings in lower case that hit"),
     ):
-        made, *_ = augmented(bare, amounts, seed=2, wordings=wordings)
-        yield row_of(part, name, ring.fired(p for fact in made for p in fact.others))
+        hits = [
+            ring.ask(prompt).hits(key[fact.prompt])
+            for fact in made[kind]
+            for prompt in fact.rewordings
+        ]
+        yield row_of(part, name, hits)
+    for kind, name in (
+        ("sentences of others", "sentences of other relations fired"),
+        ("questions of others", "questions of other relations fired"),
+    ):
+        yield row_of(part, name, ring.fired(p for fact in made[kind] for p in fact.others))
 
 
 def another_data_set(part: str, ring: Keyring, path: Path, count: int, seed: int) -> Iterator[Row]:
