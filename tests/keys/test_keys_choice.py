@@ -63,5 +63,5 @@ def test_the_maps_that_come_with_the_package_are_small_and_say_what_they_learned
         assert text_map.radius == 1.0
         assert text_map.width == 128
         assert text_map.trained["sources"]
-        assert text_map.trained["held out"]["rewordings"] > 0.85
+        assert text_map.trained["held out"]["rewordings"] > 0.8
     assert "MIT" in (MAPS / "README.md").read_text(encoding="utf-8")

@@ -126,14 +126,13 @@ def _held_out(
         raise ValueError("facts must hold rewordings, got none")
     if not any(fact.neighbours or fact.others for fact in facts):
         raise ValueError("facts must hold neighbours or others, got neither")
-    keys_of_all = [fact.prompt for fact in facts]
     wordings = Wordings(facts)
     measured = Distances({}, {}, 0)
     for part in split(facts, learn.recipe):
         held = [facts[i] for i in sorted(part)]
         kept = [fact for i, fact in enumerate(facts) if i not in part]
         keys = TextKeys(learn(kept), dense)
-        measured = measured.joined(measure(keys, held, keys_of_all, wordings))
+        measured = measured.joined(measure(keys, held, facts, wordings))
     return measured
 
 
@@ -175,20 +174,20 @@ class Distances:
 def measure(
     keys: TextKeys,
     facts: Sequence[Fact],
-    prompts: Sequence[str] | None = None,
+    known: Sequence[Fact] | None = None,
     wordings: Wordings | None = None,
 ) -> Distances:
     """Look the facts' prompts up among keys, as a codebook of edits would.
 
     Args:
         keys: the maker of keys.
-        facts: what is asked. Neighbours that name the subject of one of the facts are left out:
-            they are about an edit.
-        prompts: of the edits in the codebook, those of the facts among them; None: those alone.
+        facts: what is asked. Neighbours that name the subject of an edit are left out.
+        known: the edits in the codebook, the facts among them; None: those alone.
         wordings: ask what `probes` makes of the facts and these as well, and leave out others that
             one of the facts behind these answers.
     """
-    prompts = list(dict.fromkeys(prompts or [fact.prompt for fact in facts]))
+    known = facts if known is None else known
+    prompts = list(dict.fromkeys(fact.prompt for fact in known))
     place = {prompt: number for number, prompt in enumerate(prompts)}
     book = torch.stack([keys.keys(prompt)[0] for prompt in prompts])
 
@@ -205,7 +204,7 @@ def measure(
 
     positives = {"rewordings": hits(facts)}
     negatives = {
-        "neighbours": fires(foreign_neighbours(facts)),
+        "neighbours": fires(foreign_neighbours(facts, known)),
         "others": fires([text for fact in facts for text in _others(fact, wordings)]),
     }
     for kind, asked in (probes(facts, wordings, 0) if wordings is not None else {}).items():

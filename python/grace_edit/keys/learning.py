@@ -110,9 +110,14 @@ def _sentences(facts: Sequence[Fact]) -> list[tuple[str, str]]:
     return found
 
 
-def foreign_neighbours(facts: Sequence[Fact]) -> list[str]:
-    """Return the facts' neighbours, without those that name the subject of one of the facts."""
-    subjects = {fact.subject for fact in facts if fact.subject}
+def foreign_neighbours(facts: Sequence[Fact], known: Sequence[Fact] | None = None) -> list[str]:
+    """Return the facts' neighbours, without those that name the subject of a known fact.
+
+    Args:
+        facts: whose neighbours.
+        known: None: the facts themselves.
+    """
+    subjects = {fact.subject for fact in (facts if known is None else known) if fact.subject}
     return [
         prompt
         for fact in facts
