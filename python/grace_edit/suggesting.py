@@ -242,7 +242,8 @@ def suggest_radius(
     Args:
         editor: a `GraceEditor` with edits, of any kind of query.
         paraphrases: `(edit_id, prompt)`: other wordings and the edit each should hit.
-        negatives: per kind (`"same relation"`, `"same subject"`, ...), prompts that no edit answers.
+        negatives: per kind (`"same relation"`, `"same subject"`, ...), prompts that no edit is to
+            answer.
         bounds: per kind, the share that may fire, 0..1.
         picture: where to draw hits and fires against the radius (PNG or SVG by its ending).
         progress: show a progress bar on stderr.

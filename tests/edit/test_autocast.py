@@ -205,3 +205,13 @@ def test_keys_made_from_text_have_the_same_bits_under_autocast():
     rows = in_and_outside(lambda: TextQueries(Keys(), Reader()).rows([1, 2]))
     assert rows[1].dtype == torch.float32
     assert torch.equal(*rows)
+
+
+def test_edits_with_negatives_are_rekeyed_in_another_dtype(edited):
+    editor = edited("llama")
+    result = editor.edit(PROMPT, TARGET, paraphrases=[run_of(9, 5)], negatives=[OTHERS[0]])
+    assert result.success
+    editor.model.to(torch.bfloat16)
+    assert [again.success for again in editor.rekey()] == [True]
+    assert editor.codebook.keys.dtype == torch.bfloat16
+    assert generated(editor.model, [PROMPT], 3) == [TARGET]

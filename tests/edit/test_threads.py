@@ -201,6 +201,7 @@ def test_a_codebook_that_four_threads_change_holds_what_each_of_them_was_told() 
 
 def test_undo_from_several_threads_takes_whole_changes_back_one_each() -> None:
     book = Codebook(4, 2, capacity=4, radius=0.25)
+    book.undo_limit = 1000  # more than will be done: every change is taken back in the end
     barrier = threading.Barrier(4)
     refused: list[str] = []
 

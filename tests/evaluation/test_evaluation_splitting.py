@@ -11,7 +11,7 @@ from grace_edit.evaluation import DataError, NoDataError, load
 from grace_edit.evaluation.splitting import Split, split
 
 SUBJECTS = [f"Person{n:02d}" for n in range(20)]
-RELATIONS = ("P1", "P2", "P3", "P4")
+RELATIONS = ("P1", "P2", "P3", "P36")
 
 
 def nested(number: int, *, asks: bool) -> dict[str, Any]:
@@ -33,7 +33,10 @@ def nested(number: int, *, asks: bool) -> dict[str, Any]:
         ],
     }
     if asks:
-        raw["unrelated_relation"] = {"question": f"Where is {subject}?", "object": "here"}
+        # What Wikidata calls P36, and something that nobody edits.
+        name = ("capital", "hobby")[number // 4 % 2]
+        asked = {"question": f"Where is {subject}?", "object": "here", "relation_id": name}
+        raw["unrelated_relation"] = asked
     return raw
 
 
@@ -109,7 +112,18 @@ def test_one_half_of_the_questions_about_other_relations_is_learned_from(parts: 
     assert parts.counts["edits with a question about another relation"] == 6
 
 
+def others_asked(rows: list[dict[str, Any]]) -> set[str]:
+    asked = [row["unrelated_relation"] for row in rows if "unrelated_relation" in row]
+    return {one["relation_id"] for one in asked}
+
+
 def test_each_relation_is_never_seen_once(parts: Split) -> None:
+    assert others_asked(everything(parts.train)) == {"capital", "hobby"}
+    (only,) = [folder for relations, folder in parts.unseen if "P36" in relations]
+    kept = {row["requested_rewrite"]["subject"] for row in lines(only / "counterfact.jsonl")}
+    asking = [row for row in lines(parts.train / "counterfact.jsonl")
+              if row["requested_rewrite"]["subject"] in kept]  # fmt: skip
+    assert "capital" in others_asked(asking)  # or the case says little
     (first, one), (second, other) = parts.unseen
     assert sorted([*first, *second]) == sorted(RELATIONS)
     assert len(first) == len(second) == 2
@@ -119,7 +133,9 @@ def test_each_relation_is_never_seen_once(parts: Split) -> None:
         edits = [row["requested_rewrite"] for row in rows if "requested_rewrite" in row]
         asked = {edit["relation_id"] for edit in edits}
         assert asked
-        assert not asked & set(relations)
+        beside = others_asked(rows)
+        assert beside
+        assert not ("P36" in relations and "capital" in beside)
         flat_ones = {row["subject"] for row in rows if "requested_rewrite" not in row}
         known = {"Alice": "P1", "Bob": "P2"}
         assert flat_ones == {name for name, number in known.items() if number not in relations}

@@ -48,13 +48,19 @@ class Trigrams:
 
     rows = 4096
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+    def __call__(
+        self, texts: list[str], add_special_tokens: bool = True
+    ) -> dict[str, list[list[int]]]:
+        """Tokens of each text."""
+        return {"input_ids": [self._ids(text) for text in texts]}
+
+    def _ids(self, text: str) -> list[int]:
         ids = []
         for word in text.split():
             spelled = f"^{word.lower()}$"
             for a, b, c in zip(spelled, spelled[1:], spelled[2:], strict=False):
                 ids.append((ord(a) * 961 + ord(b) * 31 + ord(c)) % self.rows)
-        return {"input_ids": ids}
+        return ids
 
 
 def embeddings(rows: int = Trigrams.rows) -> torch.Tensor:

@@ -13,7 +13,6 @@ from grace_edit.keys.augment import (
     Wordings,
     augmented,
     is_question,
-    noun_forms,
     probes,
 )
 from grace_edit.keys.fit import fit, measure, split
@@ -155,8 +154,6 @@ def test_wordings_are_cut_where_the_subject_stands() -> None:
     assert wordings.questions["P6"] == ["Who rules {}?"]
     assert wordings.others("P36") == ["P6"]
     assert wordings.others("P47") == []
-    # A noun is asked for in other forms too.
-    assert "What is the capital of {}?" in wordings.questions["P36"]
 
 
 def test_relations_that_share_a_wording_are_never_told_apart() -> None:
@@ -167,30 +164,38 @@ def test_relations_that_share_a_wording_are_never_told_apart() -> None:
     ]  # fmt: skip
     wordings = Wordings(facts)
     assert wordings.others("country") == ["ruler"]
-    made = augmented(facts, Amounts(0, 0, 0, 0, 0.0), 0, wordings)
-    assert made[0][0].others == ["Who rules Oslo?"]
+    made = augmented(facts, Amounts(0, 2, 2, 0.0), 0, wordings)
+    assert made[0].others[2:] == ["Who rules Oslo?"]
+
+
+def test_what_another_fact_answers_is_no_other_question() -> None:
+    norway = Fact(
+        "The capital of Norway is", "Norway", ("Norway's capital is",),
+        others=("Who rules Norway?", "Who sings in Norway?"),
+        relation="capital", other_relations=("ruler", "singer"),
+    )  # fmt: skip
+    ruler = Fact("The ruler of Norway is", "Norway", relation="ruler")
+    made = augmented([norway, ruler], Amounts(0, 0, 0, 0.0), 0)
+    assert made[0].others == ["Who sings in Norway?"]
+    found = measure(TextKeys(made_map(), table()), [norway, ruler], None, Wordings([norway, ruler]))
+    assert len(found.negatives["others"]) == 1
 
 
 def test_each_form_is_made_on_either_side() -> None:
     facts = small_world(6)
     wordings = Wordings(facts)
-    first, second = augmented(facts, Amounts(books=1), 0)
-    fact = first[0]
+    made = augmented(facts, Amounts(), 0)
+    fact = made[0]
     assert fact.prompt == facts[0].prompt
     assert any(is_question(text) for text in fact.rewordings)
     assert set(facts[0].rewordings) <= set(fact.rewordings)
     assert any(not is_question(text) for text in fact.others)
-    assert all(
-        fact.subject.casefold() in text.casefold() for text in (*fact.rewordings, *fact.others)
-    )
-    asked = second[0]
-    assert is_question(asked.prompt)
-    assert any(not is_question(text) for text in asked.rewordings)
-    assert any(not is_question(text) for text in asked.others)
-    assert asked.neighbours
-    assert len({fact.subject for fact in second}) == len(second)
-    assert augmented(facts, Amounts(books=1), 0, wordings) == [first, second]
-    assert augmented(facts, Amounts(books=1), 1) != [first, second]
+    for text in (*fact.rewordings, *fact.others):
+        assert fact.subject.casefold() in text.casefold()
+    assert augmented(facts, Amounts(), 0, wordings) == made
+    assert augmented(facts, Amounts(), 1) != made
+    # A subject's fact that is given twice is taken once.
+    assert augmented([*facts, facts[0]], Amounts(), 0, wordings) == made
 
 
 def test_what_is_made_asks_of_the_right_relation() -> None:
@@ -202,7 +207,7 @@ def test_what_is_made_asks_of_the_right_relation() -> None:
     def relation(text: str, subject: str) -> str:
         return of[text.replace(subject, "{}")]
 
-    for fact in augmented(facts, Amounts(lower=0.0), 0)[0]:
+    for fact in augmented(facts, Amounts(lower=0.0), 0):
         assert {relation(text, fact.subject) for text in fact.rewordings} == {fact.relation}
         assert fact.relation not in {relation(text, fact.subject) for text in fact.others}
     for kind, asked in probes(facts, wordings, 0).items():
@@ -210,27 +215,6 @@ def test_what_is_made_asks_of_the_right_relation() -> None:
             own = kind == "questions"
             for text in fact.rewordings if own else fact.others:
                 assert (relation(text, fact.subject) == fact.relation) is own
-
-
-@pytest.mark.parametrize(
-    ("wording", "noun"),
-    [
-        ("What is the mother tongue of {}?", "mother tongue"),
-        ("What is {}'s mother tongue?", "mother tongue"),
-        ("The name of the employer of {} is", "employer"),
-        ("{}'s employer is", "employer"),
-    ],
-)
-def test_a_noun_is_asked_for_in_other_forms(wording: str, noun: str) -> None:
-    forms = noun_forms(wording)
-    assert f"The {noun} of {{}} is" in forms
-    assert f"What is {{}}'s {noun}?" in forms
-    assert all(form.count("{}") == 1 for form in forms)
-
-
-def test_a_wording_without_a_noun_has_no_other_forms() -> None:
-    assert noun_forms("{} was born in") == []
-    assert noun_forms("Where was {} born?") == []
 
 
 def test_no_draw_depends_on_torch_s_own_generator() -> None:

@@ -120,7 +120,7 @@ def _exact_key(text_map: TextMap, dense: TokenTable, prompt: str) -> np.ndarray:
     lexical = [0] * text_map.lexical_width
     meaning = [0] * len(text_map.matrix)
     for a, b, word in zip(lexical_weights, meaning_weights, words, strict=True):
-        for i, sign in enumerate(signs(word.text, text_map.lexical_width).tolist()):
+        for i, sign in enumerate(signs([word.text], text_map.lexical_width)[0].tolist()):
             lexical[i] += a * int(sign)
         vector = [int(x) for x in dense.word(word.text)]
         for i, row in enumerate(text_map.matrix.tolist()):

@@ -108,7 +108,7 @@ class TextQueries:
         """
         start = time.perf_counter()
         known = [tuple(ids[-TAIL:]) for ids in prompts]
-        # An empty codebook costs nothing. Keys are made before the lock is held: an encoder is slow.
+        # Nothing is made for an empty codebook, and nothing under the lock: an encoder is slow.
         rows = {ids: self.rows(ids) for ids in known} if book.entries else {}
         with book.lock:
             slots = dict(zip(rows, _decide(book, [*rows.values()]), strict=True)) if rows else {}

@@ -46,9 +46,9 @@ def evaluate(
     loaded = load_model(options.model, task="auto", dtype=dtype, device=device)
     pair = (loaded.model, loaded.tokenizer)
     if folder.is_dir():
-        results = _done(lambda: _study(folder, options, pair, parts, beside))
+        results = expected(lambda: _study(folder, options, pair, parts, beside))
     else:
-        results = _done(lambda: run_evaluation(options, pair))
+        results = expected(lambda: run_evaluation(options, pair))
     if as_json:
         print_json(results)
     elif folder.is_dir():
@@ -82,7 +82,7 @@ def _model_of(setting: str | None) -> str:
     return SETTINGS[setting].model
 
 
-def _done(work: Any) -> Any:
+def expected(work: Any) -> Any:
     """Return what `work` gives, its errors as those of a command."""
     try:
         with quiet():
@@ -142,7 +142,7 @@ def tune(
     loaded = None
     if model is not None:
         loaded = load_model(model, task="auto", dtype=dtype, device=device)
-    found = _done(
+    found = expected(
         lambda: learn_map(
             data,
             out,

@@ -135,6 +135,20 @@ class Codebook:
         self.storage.slots.frozen = value
 
     @property
+    def undo_limit(self) -> int:
+        """How many steps of undo are kept, the latest; 100 unless set. Older ones are let go.
+
+        A step holds what the change overwrote: a few vectors for an edit, and for a delete whatever
+        its replay moved, which may be most of the codebook.
+        """
+        return self.storage.journal.limit
+
+    @undo_limit.setter
+    def undo_limit(self, steps: int) -> None:
+        with self.lock:
+            self.storage.journal.limit = steps
+
+    @property
     def lock(self) -> RLock:
         """Held while slots change; to be held while they are read in another thread.
 
@@ -435,7 +449,7 @@ class Codebook:
             replay.delete(storage, id, purge)
 
     def undo(self) -> None:
-        """Take the last operation or transaction back, to the bit; may be called again and again.
+        """Take the last operation or transaction back, to the bit; up to `undo_limit` times.
 
         Only `version` goes up instead, and the ids that were given out stay used.
 
@@ -532,6 +546,7 @@ class Codebook:
             new.next_id = max(new.next_id, old.next_id)
             new.version = old.version + 1
             new.journal.forget(reason)
+            new.journal.limit = old.journal.limit
             new.lock, new.changing = old.lock, old.changing  # others are waiting for these
             self.storage = new
 

@@ -84,7 +84,8 @@ def read_wanted(family: Family, edit: Any) -> Wanted:
 
 
 def _prompts(fields: Mapping[str, Any], name: str) -> list[Any]:
-    given = fields.get(name) or ()
+    given = fields.get(name)
+    given = () if given is None else given
     if isinstance(given, str) or not isinstance(given, Sequence):
         raise ValueError(f"{name} must be a list of prompts, got {given!r}")
     return list(given)
@@ -112,7 +113,7 @@ def find_keys(family: Family, book: Codebook, wanted: Wanted) -> tuple[list[Key]
     assert output is not None
     if not wanted.negatives:
         return keys, output
-    rows = [_rows(family, negative) for negative in wanted.negatives]
+    rows = [_rows(family, book, negative) for negative in wanted.negatives]
     queries = [key.query for key in keys]
     return [
         Key(key.prompt, key.query, radius_outside(key.query, queries, rows, book.radius))
@@ -128,11 +129,11 @@ def _checked(family: Family, queries: Tensor) -> Tensor:
     return queries
 
 
-def _rows(family: Family, prompt: list[int]) -> Tensor:
+def _rows(family: Family, book: Codebook, prompt: list[int]) -> Tensor:
     """Return all the queries `[S, D]` that a prompt asks with."""
     text = family.adaptor.text
     rows = family.capture([prompt]).queries if text is None else text.rows(prompt)
-    return _checked(family, rows).to(family.adaptor.codebook.keys.dtype)
+    return _checked(family, rows).to(book.keys.dtype)
 
 
 def _distance(query: Tensor, keys: Tensor) -> float:

@@ -72,6 +72,7 @@ PASSAGES_WANTED: tuple[_Wanted, ...] = (
     ("stream", "accepted", "attempted", "accepted", ""),
     ("ES", "perplexity", "attempted", "ES, perplexity", ""),
     ("ERR", "perplexity", "attempted", "ERR, perplexity", ""),
+    ("ERR", "perplexity", "accepted", "ERR, perplexity, of accepted", ""),
     ("TRR", "perplexity", "all", "TRR, perplexity", ""),
     ("ARR", "perplexity", "attempted", "ARR, perplexity", ""),
     ("ARR", "fires", "attempted", "sentences that no edit changes fired", ""),

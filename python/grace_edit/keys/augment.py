@@ -8,7 +8,6 @@ stands, and are put together anew, so that each form stands on either side:
 
     rewordings   questions of the fact's own relation
     others       sentences and questions of other relations that are asked of such subjects
-    books        facts that begin with a question, with sentences and questions as rewordings
 
 Which relations may be asked of a subject is taken from the facts too: A and B if some fact of A
 says that B is another question about its subject. Relations that share a wording ("is located in":
@@ -18,7 +17,6 @@ the country, the continent) are never told apart.
 from __future__ import annotations
 
 import random
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -60,15 +58,12 @@ class Amounts:
     Args:
         questions: rewordings that are questions.
         sentences_of_others, questions_of_others: of other relations about its subject.
-        books: sets of facts that begin with a question; one fact for each subject that questions
-            are known for.
         lower: share of prompts that are given in lower case as well.
     """
 
     questions: int = 2
     sentences_of_others: int = 2
     questions_of_others: int = 4
-    books: int = 1
     lower: float = 0.15
 
 
@@ -90,10 +85,8 @@ class Wordings:
         relations_of: dict[str, set[str]] = defaultdict(set)
         self._beside: dict[str, set[str]] = defaultdict(set)
         self._facts: set[tuple[str, str]] = set()
-        subjects: dict[str, set[str]] = defaultdict(set)
         for fact in facts:
             relation = self.relation(fact)
-            subjects[relation].add(fact.subject)
             self._facts.add((fact.subject.casefold(), relation))
             own = [(prompt, relation) for prompt in (fact.prompt, *fact.rewordings)]
             for prompt, name in (*own, *self.named_others(fact)):
@@ -104,13 +97,8 @@ class Wordings:
                 if name != relation:
                     self._beside[relation].add(name)
                     self._beside[name].add(relation)
-        for found in (*sentences.items(), *questions.items()):
-            for wording in sorted(found[1]):
-                for form in noun_forms(wording):
-                    (questions if is_question(form) else sentences)[found[0]].add(form)
         self.sentences = {name: sorted(found) for name, found in sentences.items()}
         self.questions = {name: sorted(found) for name, found in questions.items()}
-        self.subjects = {name: sorted(found) for name, found in subjects.items()}
         self._alike: dict[str, set[str]] = defaultdict(set)
         for names in relations_of.values():
             for name in names:
@@ -150,32 +138,6 @@ class Wordings:
         return self._alike.get(relation, set()) | {relation}
 
 
-_NOUNS = re.compile(
-    r"(?:What|Who)(?:'s| is| was| are) the (?P<a>[^{}]+) of \{\}\?"
-    r"|(?:What|Who)(?:'s| is| was| are) \{\}'s (?P<b>[^{}]+)\?"
-    r"|The (?:names? of the )?(?P<c>[^{}]+) of \{\} (?:is|was|are)"
-    r"|\{\}'s (?P<d>[^{}]+) (?:is|was|are)"
-)
-_NOUN_FORMS = (
-    "The {noun} of {} is",
-    "{}'s {noun} is",
-    "What is the {noun} of {}?",
-    "What is {}'s {noun}?",
-    "What {noun} does {} have?",
-    "Which {noun} was {}?",
-    "The {noun} of {} is what?",
-)
-
-
-def noun_forms(wording: str) -> list[str]:
-    """Return other forms of an English wording that asks for "the mother tongue of {}"."""
-    match = _NOUNS.fullmatch(wording)
-    if match is None:
-        return []
-    noun = next(found for found in match.groups() if found)
-    return [form.replace("{noun}", noun) for form in _NOUN_FORMS]
-
-
 def is_question(text: str) -> bool:
     """Say whether a text ends as a question."""
     return text.rstrip("\"'”’)] ").endswith(("?", "？", "؟"))
@@ -189,11 +151,10 @@ def with_subject(prompt: str, subject: str) -> str:
 
 def augmented(
     facts: Sequence[Fact], amounts: Amounts, seed: int, wordings: Wordings | None = None
-) -> list[list[Fact]]:
-    """Return books of facts: the given ones with more prompts, then `amounts.books` of questions.
+) -> list[Fact]:
+    """Return the facts with more prompts, the first of each subject and relation.
 
-    A book is looked up by itself, as a codebook is, and holds no fact twice. The same facts and
-    seed give the same books.
+    The same facts and seed give the same prompts.
 
     Args:
         facts: what is given.
@@ -202,12 +163,11 @@ def augmented(
         wordings: None: those of `facts`.
     """
     found = wordings or Wordings(facts)
-    source = random.Random(seed)
-    maker = _Maker(found, amounts, source)
-    once = {(fact.subject.casefold(), found.relation(fact)): fact for fact in reversed(facts)}
-    first = [maker.more(fact) for fact in reversed(once.values())]
-    books = [maker.questions(facts) for _ in range(amounts.books)]
-    return [first, *(book for book in books if book)]
+    maker = _Maker(found, amounts, random.Random(seed))
+    once: dict[tuple[str, str], Fact] = {}
+    for fact in facts:
+        once.setdefault((fact.subject.casefold(), found.relation(fact)), fact)
+    return [maker.more(fact) for fact in once.values()]
 
 
 def probes(facts: Sequence[Fact], wordings: Wordings, seed: int) -> dict[str, list[Fact]]:
@@ -225,7 +185,7 @@ def probes(facts: Sequence[Fact], wordings: Wordings, seed: int) -> dict[str, li
             for fact in facts
         ]
 
-    none = Amounts(0, 0, 0, 0, 0.0)
+    none = Amounts(0, 0, 0, 0.0)
     return {
         "questions": made(replace(none, questions=2), 0),
         "lower case": [
@@ -246,13 +206,11 @@ class _Maker:
         relation, amounts = self._wordings.relation(fact), self._amounts
         asked = self._some(self._wordings.questions.get(relation, ()), amounts.questions)
         rewordings = [*fact.rewordings, *self._filled(asked, fact.subject)]
-        alike = self._wordings.alike(relation)
         named = dict(self._wordings.named_others(fact))
         given = [
             prompt
             for prompt in fact.others
-            if named.get(prompt) not in alike
-            and not self._wordings.knows(fact.subject, named.get(prompt, ""))
+            if not self._wordings.knows(fact.subject, named.get(prompt, ""))
         ]
         others = [*given, *self._of_others(relation, fact.subject)]
         return replace(
@@ -262,53 +220,6 @@ class _Maker:
             relation=relation,
             other_relations=(),
         )
-
-    def questions(self, facts: Sequence[Fact]) -> list[Fact]:
-        """Make a fact that begins with a question for each subject that one is known for."""
-        made = []
-        met: set[str] = set()
-        for fact in facts:
-            own = self._wordings.relation(fact)
-            named = [(own, fact.prompt), *((r, p) for p, r in self._wordings.named_others(fact))]
-            able = [
-                (relation, prompt)
-                for relation, prompt in named
-                if len(self._forms(relation)) > 1 and self._wordings.questions.get(relation)
-            ]
-            if able and fact.subject.casefold() not in met:
-                met.add(fact.subject.casefold())
-                made.append(self._question(fact, own, *self._source.choice(able)))
-        return made
-
-    def _question(self, fact: Fact, own: str, relation: str, prompt: str) -> Fact:
-        wordings, source = self._wordings, self._source
-        key = source.choice(wordings.questions[relation])
-        rest = [form for form in self._forms(relation) if form != key]
-        rewordings = self._filled(self._some(rest, 2 + self._amounts.questions), fact.subject)
-        others = self._of_others(relation, fact.subject)
-        neighbours: list[str] = []
-        if relation == own:
-            rewordings += [fact.prompt, *fact.rewordings]
-            others += fact.others
-            neighbours += fact.neighbours
-        else:
-            rewordings.append(prompt)
-            others += [fact.prompt, *fact.rewordings]
-        subjects = [s for s in wordings.subjects.get(own, ()) if s != fact.subject]
-        for subject in self._some(subjects, 3):
-            neighbours.append(source.choice([key, *rest]).replace("{}", subject))
-        return Fact(
-            key.replace("{}", fact.subject),
-            fact.subject,
-            self._with_lower(rewordings),
-            neighbours,
-            self._with_lower(others),
-            relation,
-        )
-
-    def _forms(self, relation: str) -> list[str]:
-        found = self._wordings
-        return [*found.questions.get(relation, ()), *found.sentences.get(relation, ())]
 
     def _of_others(self, relation: str, subject: str) -> list[str]:
         made = []

@@ -63,42 +63,78 @@ def fit(
     """
     recipe = recipe or Recipe()
     facts = list(facts)
-    if not any(fact.rewordings for fact in facts):
-        raise ValueError("facts must hold rewordings, got none")
-    if not any(fact.neighbours or fact.others for fact in facts):
-        raise ValueError("facts must hold neighbours or others, got neither")
-    parts = split(facts, recipe)
-    done = 0
-
-    def advance(_: int) -> None:
-        nonlocal done
-        done += 1
-        if progress is not None:
-            progress(done, recipe.steps * (len(parts) + 1))
-
-    def learn(some: Sequence[Fact]) -> TextMap:
-        known = roles or fit_roles(
-            some, common, hidden=recipe.hidden, steps=recipe.role_steps, seed=recipe.seed
-        )
-        books = augmented(some, recipe.amounts, recipe.seed)
-        return fit_map(books, dense, common, known, name, recipe, advance)
-
-    keys_of_all = [fact.prompt for fact in facts]
-    wordings = Wordings(facts)
-    measured = Distances({}, {}, 0)
-    for part in parts:
-        held = [facts[i] for i in sorted(part)]
-        kept = [fact for i, fact in enumerate(facts) if i not in part]
-        makers = TextKeys(learn(kept), dense)
-        measured = measured.joined(measure(makers, held, keys_of_all, wordings))
+    learn = _Learner(dense, common, name, roles, recipe, progress, recipe.folds + 1)
+    measured = _held_out(facts, dense, learn)
     bounds = {kind: recipe.bounds[kind] for kind in recipe.bounds if measured.negatives.get(kind)}
     suggestion = suggest_radius(
         measured.positives["rewordings"],
         {kind: measured.negatives[kind] for kind in bounds},
         bounds,
     )
-    held_out = {kind: round(share, 4) for kind, share in measured.shares(suggestion.radius).items()}
-    return _scaled(learn(facts), suggestion.radius, len(facts), held_out)
+    shares = {kind: round(share, 4) for kind, share in measured.shares(suggestion.radius).items()}
+    return _scaled(learn(facts), suggestion.radius, len(facts), shares)
+
+
+def held_out(
+    facts: Sequence[Fact],
+    dense: TokenTable | SentenceEncoder,
+    common: CommonWords,
+    *,
+    recipe: Recipe | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> Distances:
+    """Measure maps on facts that they were not learned from; arguments as for `fit`.
+
+    Each part of the facts is looked up among the keys of all, by a map learned from the others.
+    """
+    recipe = recipe or Recipe()
+    learn = _Learner(dense, common, "", None, recipe, progress, recipe.folds)
+    return _held_out(list(facts), dense, learn)
+
+
+@dataclass
+class _Learner:
+    """Learns maps from some of the facts and counts the steps."""
+
+    dense: TokenTable | SentenceEncoder
+    common: CommonWords
+    name: str
+    roles: Roles | None
+    recipe: Recipe
+    progress: Callable[[int, int], object] | None
+    maps: int
+    done: int = 0
+
+    def __call__(self, facts: Sequence[Fact]) -> TextMap:
+        recipe = self.recipe
+        known = self.roles or fit_roles(
+            facts, self.common, hidden=recipe.hidden, steps=recipe.role_steps, seed=recipe.seed
+        )
+        more = augmented(facts, recipe.amounts, recipe.seed)
+        return fit_map(more, self.dense, self.common, known, self.name, recipe, self._advance)
+
+    def _advance(self, _: int) -> None:
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done, self.recipe.steps * self.maps)
+
+
+def _held_out(
+    facts: Sequence[Fact], dense: TokenTable | SentenceEncoder, learn: _Learner
+) -> Distances:
+    if not any(fact.rewordings for fact in facts):
+        raise ValueError("facts must hold rewordings, got none")
+    if not any(fact.neighbours or fact.others for fact in facts):
+        raise ValueError("facts must hold neighbours or others, got neither")
+    keys_of_all = [fact.prompt for fact in facts]
+    wordings = Wordings(facts)
+    measured = Distances({}, {}, 0)
+    for part in split(facts, learn.recipe):
+        held = [facts[i] for i in sorted(part)]
+        kept = [fact for i, fact in enumerate(facts) if i not in part]
+        keys = TextKeys(learn(kept), dense)
+        measured = measured.joined(measure(keys, held, keys_of_all, wordings))
+    return measured
 
 
 @dataclass(frozen=True)
@@ -207,12 +243,11 @@ def split(facts: Sequence[Fact], recipe: Recipe) -> list[set[int]]:
     else:
         names = [fact.subject.casefold() for fact in facts]
     order = sorted(set(names))
+    if len(order) < recipe.folds:
+        raise ValueError(f"facts must be of at least {recipe.folds} {recipe.by}s, got {len(order)}")
     random.Random(recipe.seed).shuffle(order)
     part = {name: i % recipe.folds for i, name in enumerate(order)}
-    return [
-        {n for n, name in enumerate(names) if part[name] == i}
-        for i in range(min(recipe.folds, len(order)))
-    ]
+    return [{n for n, name in enumerate(names) if part[name] == i} for i in range(recipe.folds)]
 
 
 def _scaled(made: TextMap, radius: float, facts: int, held_out: dict[str, float]) -> TextMap:

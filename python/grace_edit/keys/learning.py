@@ -20,14 +20,11 @@ from .spans import last_sentence
 from .text_map import MOST_WORDS, WEIGHT_LIMIT, DenseReference, TextMap, without_subject
 from .words import RAREST, CommonWords, folded, signs, word_spans, words_of
 
-DROP = 0.0
-PCA = None
-FEW = None
 _FACTS = 512
-"""Keys of a book in one step at most."""
+"""Keys in one step at most."""
 _READ = 40
 """Words of a sentence: fewer than a key is made of, for what few long ones would cost."""
-_PROMPTS = 768
+_PROMPTS = 1024
 """Prompts of a kind in one step at most."""
 
 
@@ -54,7 +51,7 @@ class Recipe:
 
     meaning_width: int = 64
     lexical_width: int = 64
-    steps: int = 100
+    steps: int = 150
     lr: float = 3e-3
     hidden: int = 16
     role_steps: int = 600
@@ -124,46 +121,30 @@ def foreign_neighbours(facts: Sequence[Fact]) -> list[str]:
     ]
 
 
-@dataclass(frozen=True)
-class _Book:
-    """Numbers of the sentences of a book: `own` is the fact of each of `same`."""
-
-    keys: Tensor
-    own: Tensor
-    same: Tensor
-    near: Tensor
-    other: Tensor
-
-
 class _Batch:
     """Every sentence of the facts, as numbers: words, roles, levels, dense vectors, signs."""
 
     def __init__(
         self,
-        books: Sequence[Sequence[Fact]],
+        facts: Sequence[Fact],
         dense: TokenTable | SentenceEncoder,
         common: CommonWords,
         roles: Roles,
         width: int,
     ) -> None:
         self._number: dict[str, int] = {}
-        self.books = [self._book(book) for book in books]
-        self._read(dense, common, roles, width)
-
-    def _book(self, facts: Sequence[Fact]) -> _Book:
         same = [
             (i, with_subject(text, fact.subject))
             for i, fact in enumerate(facts)
             for text in fact.rewordings
         ]
         near = [last_sentence(text) for text in foreign_neighbours(facts)]
-        return _Book(
-            self._take([last_sentence(fact.prompt) for fact in facts]),
-            torch.tensor([i for i, _ in same], dtype=torch.long),
-            self._take([text for _, text in same]),
-            self._take(near),
-            self._take([last_sentence(text) for fact in facts for text in fact.others]),
-        )
+        self.keys = self._take([last_sentence(fact.prompt) for fact in facts])
+        self.own = torch.tensor([i for i, _ in same], dtype=torch.long)
+        self.same = self._take([text for _, text in same])
+        self.near = self._take(near)
+        self.other = self._take([last_sentence(text) for fact in facts for text in fact.others])
+        self._read(dense, common, roles, width)
 
     def _take(self, texts: Sequence[str]) -> Tensor:
         numbers = [self._number.setdefault(text, len(self._number)) for text in texts]
@@ -196,14 +177,12 @@ class _Batch:
         self.there = (self.words > 0).float()
         self.subject = padded[..., 1].float() / FULL
         self.level = padded[..., 2].float() / RAREST
-        blank = np.zeros(width)
-        self.signs = _floats([blank, *(signs(word, width) for word in vocabulary)])
+        self.signs = _floats([np.zeros((1, width)), signs(list(vocabulary), width)])
         self.signs /= math.sqrt(width)
         if isinstance(dense, SentenceEncoder):
-            self.dense = _floats(sentences)
+            self.dense = _floats([np.stack(sentences)])
         else:
-            blank = np.zeros(dense.width)
-            self.dense = _floats([blank, *(dense.word(word) / ONE for word in vocabulary)])
+            self.dense = _floats([np.zeros((1, dense.width)), dense.words(list(vocabulary)) / ONE])
         self.of_words = isinstance(dense, TokenTable)
 
 
@@ -225,33 +204,6 @@ class _Learned(nn.Module):
         self.lengths = nn.Parameter(torch.zeros(2))
         self.steepness = nn.Parameter(torch.tensor(3.0))
 
-    def start_from(self, batch: _Batch) -> None:
-        numbers = torch.arange(0, len(batch.words), max(1, len(batch.words) // 6000))
-        if batch.of_words:
-            weights = (
-                (1 - batch.subject[numbers]) * batch.there[numbers] * (0.3 + batch.level[numbers])
-            )
-            rows = F.embedding_bag(
-                batch.words[numbers], batch.dense, per_sample_weights=weights, mode="sum"
-            )
-        else:
-            rows = batch.dense[numbers]
-        rows = F.normalize(rows, dim=1)
-        rows = rows - rows.mean(0)
-        _, s, v = torch.linalg.svd(rows, full_matrices=False)
-        m = len(self.matrix)
-        with torch.no_grad():
-            scale = (s[:m] / s[0]).pow(-PCA)
-            self.matrix.copy_(v[:m] * scale[:, None])
-            # Adam's steps are of one size: what they move has to be of the size of the usual start.
-            self.matrix.mul_(
-                math.sqrt(self.matrix.shape[1])
-                / self.matrix.norm()
-                * 1.0
-                * math.sqrt(m / self.matrix.shape[1])
-                * math.sqrt(self.matrix.shape[1] / m)
-            )
-
     def tables(self, level: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weights in the lexical and in the meaning part, `[2, *level]` each."""
         shape = (2, *[1] * level.ndim)
@@ -261,8 +213,6 @@ class _Learned(nn.Module):
 
     def forward(self, batch: _Batch, numbers: Tensor) -> Tensor:
         subject, there = batch.subject[numbers], batch.there[numbers]
-        if DROP and self.training:
-            there = there * ((torch.rand(there.shape) > DROP) | (subject > 0.5))
         tables = self.tables(batch.level[numbers])
         lexical, meaning = (
             (subject * table[0] + (1 - subject) * table[1]) * there for table in tables
@@ -284,7 +234,7 @@ class _Learned(nn.Module):
 
 
 def fit_map(
-    books: Sequence[Sequence[Fact]],
+    facts: Sequence[Fact],
     dense: TokenTable | SentenceEncoder,
     common: CommonWords,
     roles: Roles,
@@ -292,24 +242,21 @@ def fit_map(
     recipe: Recipe,
     advance: Callable[[int], object],
 ) -> TextMap:
-    """Learn W, weights and lengths from books of facts. The scale is that of the loss: d = 1."""
-    batch = _Batch(books, dense, common, roles, recipe.lexical_width)
+    """Learn W, weights and lengths from facts. The scale is that of the loss: d = 1."""
+    batch = _Batch(facts, dense, common, roles, recipe.lexical_width)
     learned = _Learned(batch, recipe)
-    if PCA is not None:
-        learned.start_from(batch)
     few = [p for n, p in learned.named_parameters() if n != "matrix"]
     optimizer = torch.optim.Adam(
         [
             {"params": [learned.matrix], "lr": recipe.lr},
-            {"params": few, "lr": FEW or 10 * recipe.lr},
+            {"params": few, "lr": 10 * recipe.lr},
         ]
     )
     late = 0.6 * recipe.steps
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 1.0 if n < late else 0.3)
     source = torch.Generator().manual_seed(recipe.seed)
     for step in range(recipe.steps):
-        # Each book is a codebook of its own: they take turns.
-        loss = _loss(learned, batch, batch.books[step % len(batch.books)], source)
+        loss = _loss(learned, batch, source)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -318,16 +265,16 @@ def fit_map(
     return _fixed(learned, dense, common, roles, name, recipe)
 
 
-def _loss(learned: _Learned, batch: _Batch, book: _Book, source: torch.Generator) -> Tensor:
+def _loss(learned: _Learned, batch: _Batch, source: torch.Generator) -> Tensor:
     def some(numbers: Tensor, count: int) -> Tensor:
         return numbers[torch.randperm(len(numbers), generator=source)[:count]]
 
-    facts = some(torch.arange(len(book.keys)), _FACTS)
-    number = torch.full((len(book.keys),), -1)
+    facts = some(torch.arange(len(batch.keys)), _FACTS)
+    number = torch.full((len(batch.keys),), -1)
     number[facts] = torch.arange(len(facts))
-    picked = some(torch.nonzero(number[book.own] >= 0)[:, 0], _PROMPTS)
-    near, other = some(book.near, _PROMPTS), some(book.other, _PROMPTS)
-    texts = [book.keys[facts], book.same[picked], near, other]
+    picked = some(torch.nonzero(number[batch.own] >= 0)[:, 0], _PROMPTS)
+    near, other = some(batch.near, _PROMPTS), some(batch.other, _PROMPTS)
+    texts = [batch.keys[facts], batch.same[picked], near, other]
     made = learned(batch, torch.cat(texts)).split([len(t) for t in texts])
     keys, same = made[0], made[1]
     k = learned.steepness
@@ -337,7 +284,7 @@ def _loss(learned: _Learned, batch: _Batch, book: _Book, source: torch.Generator
     if len(picked):
         square = _squares(same, keys)
         order = torch.arange(len(picked))
-        own = number[book.own[picked]]
+        own = number[batch.own[picked]]
         barred = torch.zeros_like(square)
         barred[order, own] = math.inf
         loss = inside(square[order, own])
@@ -396,7 +343,7 @@ def _squares(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _floats(rows: Sequence[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(rows)).float()
+    return torch.from_numpy(np.concatenate(rows)).float()
 
 
 def _short(numbers: Any) -> np.ndarray:

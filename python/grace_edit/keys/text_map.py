@@ -381,7 +381,7 @@ class TextKeys:
         return hashlib.sha256(both.encode()).hexdigest()[:16]
 
     def _look(self, span: str) -> _Sentence:
-        words = [self._known(word) for word in words_of(span)[-MOST_WORDS:]]
+        words = self._known(words_of(span)[-MOST_WORDS:])
         first: dict[str, int] = {}
         for i, one in enumerate(words):
             first.setdefault(one.folded, i)
@@ -414,22 +414,27 @@ class TextKeys:
         ]
         return np.concatenate(both).astype(np.float32)
 
-    def _known(self, text: str) -> _Known:
-        known = self._words.get(text)
-        if known is None:
-            meaning = np.zeros(0)
-            if isinstance(self.dense, TokenTable):
-                meaning = np.rint(self._matrix @ self.dense.word(text) / (1 << _W_BITS))
-            known = _Known(
-                describe(text, self.map.common),
-                folded(text),
-                meaning,
-                signs(text, self.map.lexical_width),
-            )
-            self._words[text] = known
-            if len(self._words) > _CACHED:
-                self._words.popitem(last=False)
-        return known
+    def _known(self, texts: Sequence[str]) -> list[_Known]:
+        found = [self._words.get(text) for text in texts]
+        new = list(dict.fromkeys(t for t, one in zip(texts, found, strict=True) if one is None))
+        if new:
+            met = self._meet(new)
+            found = [one or met[text] for text, one in zip(texts, found, strict=True)]
+        return [one for one in found if one is not None]
+
+    def _meet(self, texts: list[str]) -> dict[str, _Known]:
+        meaning = np.zeros((len(texts), 0))
+        if isinstance(self.dense, TokenTable):
+            meaning = np.rint(self.dense.words(texts) @ self._matrix.T / (1 << _W_BITS))
+        drawn = signs(texts, self.map.lexical_width)
+        met = {
+            text: _Known(describe(text, self.map.common), folded(text), meaning[i], drawn[i])
+            for i, text in enumerate(texts)
+        }
+        self._words.update(met)
+        while len(self._words) > _CACHED:
+            self._words.popitem(last=False)
+        return met
 
 
 @dataclass(frozen=True)
