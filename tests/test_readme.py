@@ -104,7 +104,7 @@ def test_a_model_of_your_own_is_edited_saved_and_served_as_the_docs_say(
     small_gpt2: Path, tmp_path: Path, run: Callable[..., str]
 ) -> None:
     page = "docs/serving.md"
-    edit, serve = [text for language, text in blocks(page) if language == "python"]
+    edit, serve, share = [text for language, text in blocks(page) if language == "python"]
     code = edit.replace('"gpt2"', repr(str(small_gpt2)))
     assert code != edit
     printed = run(page, code).splitlines()
@@ -112,6 +112,9 @@ def test_a_model_of_your_own_is_edited_saved_and_served_as_the_docs_say(
     assert "distance=" in printed[1]
     assert (tmp_path / "my-edits" / "codebook.safetensors").exists()
     assert run(page, serve).strip() == "Canberra"
+    before = (tmp_path / "my-edits" / "edits.jsonl").read_text()
+    run(page, share)
+    assert len((tmp_path / "my-edits" / "edits.jsonl").read_text()) > len(before)
 
 
 def test_the_shell_commands_of_the_docs_edit_a_model_and_explain_the_edit(

@@ -51,6 +51,7 @@ def map_of(model: Any, words: Any) -> TextMap:
     return TextMap(
         matrix=_matrix(table.width),
         centre=centre.astype(np.int32),
+        probe=table.probe(),
         dense=reference,
         **_arrays(),
     )
@@ -64,8 +65,12 @@ def encode(texts: list[str]) -> torch.Tensor:
 
 def map_of_encoder() -> TextMap:
     """Return a map for `encode`."""
-    fingerprint = SentenceEncoder(encode).fingerprint()
-    reference = DenseReference("encoder", "letters", 26, fingerprint, 0.0)
+    dense = SentenceEncoder(encode)
+    reference = DenseReference("encoder", "letters", 26, dense.fingerprint(), 0.0)
     return TextMap(
-        matrix=_matrix(26), centre=np.zeros(0, dtype=np.int32), dense=reference, **_arrays()
+        matrix=_matrix(26),
+        centre=np.zeros(0, dtype=np.int32),
+        probe=dense.probe(),
+        dense=reference,
+        **_arrays(),
     )

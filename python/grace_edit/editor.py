@@ -25,6 +25,7 @@ from .editing.explanation import Explanation, explain
 from .editing.making import EditMaker
 from .editing.verification import Misfire, find_misfires
 from .families import family_of
+from .families.ids import is_chat
 from .keys.choice import text_keys
 from .keys.prompts import PromptReader
 from .progress import bar
@@ -59,6 +60,8 @@ class GraceEditor:
         query = config.query or family.default_query
         text = None
         if query == "text":
+            if tokenizer is None:
+                raise ValueError('tokenizer must be given for query="text", got None')
             keys = text_keys(family.model, tokenizer, config.encoder, config.text_map)
             text = TextQueries(keys, PromptReader(tokenizer))
         asks_at_mask = query == "last" or (query == "text" and replace == "last")
@@ -119,8 +122,10 @@ class GraceEditor:
         own input nothing does.
 
         Args:
-            prompt: a string or a list of token ids.
-            target: a string or token ids; for a classifier a class id or label name.
+            prompt: a string, chat messages (`[{"role": ..., "content": ...}]`), or token ids: a
+                list, a tensor or array `[T]` or `[1, T]`, or what a tokenizer returned.
+            target: a string or token ids; for a classifier a class id or label name. It may end
+                with an end token, after which the model stops.
             paraphrases: other wordings of the prompt.
             negatives: prompts that this edit must not answer. The radius of each of its keys ends
                 before the nearest of them, half way to it from the edit's own other prompts, and
@@ -199,6 +204,8 @@ class GraceEditor:
     def rekey(self, *, progress: bool = False) -> list[EditResult]:
         """Make every live edit anew on the model as it is now, after a change of dtype or device.
 
+        Inside `torch.autocast` edits are made that answer inside it and outside.
+
         Runs each stored prompt again for its key and takes the decisions again in the order of the
         ids, which the edits keep. A value that still works, cast to the new dtype, stays; another
         is trained anew. δ is measured anew unless the configuration names it.
@@ -213,7 +220,7 @@ class GraceEditor:
             The new results, one per live edit.
 
         Raises:
-            ValueError: an edit has no stored prompt, or the codebook is frozen.
+            ValueError: an edit has no stored prompt, the codebook is frozen, or a transaction is open.
             RuntimeError: an edit's target cannot be reached on the model as it is now, or its query
                 has become that of another one.
         """
@@ -233,9 +240,20 @@ class GraceEditor:
 
     def queries(self, prompts: Sequence[Any]) -> Tensor:
         """Return the queries of prompts as `[B, D]`, run in padded batches."""
-        encoded = [self.family.encode(prompt) for prompt in prompts]
+        encoded = self._encode_each(prompts)
         with self.family.working():
             return self.family.queries(encoded)
+
+    def _encode_each(self, prompts: Sequence[Any]) -> list[list[int]]:
+        if isinstance(prompts, (str, Mapping)) or is_chat(prompts):
+            raise ValueError("prompts must be a list of prompts, got a single one")
+        encoded = []
+        for number, prompt in enumerate(prompts):
+            try:
+                encoded.append(self.family.encode(prompt))
+            except ValueError as error:
+                raise ValueError(f"prompts[{number}]: {error}") from error
+        return encoded
 
     def answers(self, prompts: Sequence[Any]) -> Latched:
         """Return what answers B prompts, for the `answers` of a plan of one's own.
@@ -250,7 +268,7 @@ class GraceEditor:
         """
         if self.adaptor.text is None:
             raise ValueError(f"query must be 'text' for this, got {self.adaptor.query!r}")
-        return self.adaptor.answer([self.family.encode(prompt) for prompt in prompts])
+        return self.adaptor.answer(self._encode_each(prompts))
 
     def status(self) -> dict[str, Any]:
         """Return what is attached where, how full it is and what serves it."""

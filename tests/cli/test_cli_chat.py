@@ -16,6 +16,7 @@ from grace_edit.cli.chat import COMMANDS, Chat, Lines
 from grace_edit.cli.chat_view import TextView, View
 from grace_edit.cli.conversation import Conversation
 from grace_edit.demo.small import small_gpt2
+from text_maps import map_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -316,3 +317,25 @@ def test_a_model_that_generates_nothing_and_a_missing_layer_are_refused(
     assert unknown.exit_code == 3
     assert "--layer" in unknown.stderr
     assert grace("chat").exit_code == 2
+
+
+def test_a_text_query_reads_what_the_user_said_last(
+    chat: Callable[..., Any], talker: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(talker)
+    map_of(model, AutoTokenizer.from_pretrained(talker)).save(tmp_path / "map")
+    options = ("--text-map", tmp_path / "map")
+    other = "of Australia capital ?"
+    lines = [RIVER, CAPITAL, "/edit Canberra", "/new", other, "/why", "/new", RIVER, "/save"]
+    done = chat([*lines[:-1], f"/save {tmp_path / 'edits'}"], "--json", *options)
+    assert done.exit_code == 0, done.output
+    found = events(done)
+    assert found[0]["query"] == "text"
+    answers = [event for event in found if event["event"] == "answer"]
+    assert [a["hit"] for a in answers] == [False, False, True, True, False]
+    assert answers[2]["distance"] == 0.0  # although another turn stands before it
+    why = next(event for event in found if event["event"] == "why")["text"]
+    assert (why["span"], why["edit_span"]) == (other, CAPITAL)
+    assert why["shared"] == ["Australia"]
+    shown = chat([CAPITAL, "/why"], "--codebook", tmp_path / "edits").stdout
+    assert f"asked with   {CAPITAL}" in shown

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 from pathlib import Path
 
 import grace_edit
 import pytest
 import torch
 from grace_edit import GraceEditor
+from grace_edit.codebook import store
+from grace_edit.codebook.locking import writing
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Model
 
 LAYER = "transformer.h.1.mlp"
@@ -91,6 +94,39 @@ def test_the_closing_table_is_on_stdout_and_no_bar_where_stderr_is_no_terminal(
     assert "accepted 2 of 2; live edits 2, entries 2" in done.stdout
     # A long path is broken where the line ends.
     assert f"savedin{tmp_path / 'out'}" in "".join(done.stdout.split())
+
+
+def test_edits_of_several_prompts_are_made_explained_and_listed(grace, gpt2, tmp_path):
+    edits = tmp_path / "edits.jsonl"
+    wanted = {"prompt": FRANCE[0], "target": FRANCE[1], "paraphrases": [ITALY[0]]}
+    wanted["negatives"] = [TOO_LONG[0]]
+    edits.write_text(json.dumps(wanted) + "\n")
+    out = tmp_path / "out"
+    done, told = edit_json(
+        grace, "--model", gpt2, "--layer", LAYER, "--edits", edits, "--out", out,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    (made,) = told["results"]
+    assert (made["id"], made["keys"], told["edits"], told["entries"]) == (0, 2, 1, 2)
+    assert (made["paraphrases"], made["negatives"]) == ([ITALY[0]], [TOO_LONG[0]])
+    found = json.loads(grace("explain", "--codebook", out, ITALY[0], "--json").stdout)
+    assert (found["hit"], found["with_edits"].split()[0]) == (True, FRANCE[1])
+    nearest = found["nearest"]
+    assert (nearest["edit_id"], nearest["key"], nearest["edit_prompt"]) == (0, 1, ITALY[0])
+    (row,) = json.loads(grace("codebook", out, "--json").stdout)["table"]
+    assert (row["id"], row["prompt"], row["keys"]) == (0, FRANCE[0], 2)
+
+
+@pytest.mark.parametrize("name", ["paraphrases", "negatives"])
+def test_paraphrases_and_negatives_of_another_form_are_refused_by_line(grace, tmp_path, name):
+    edits = tmp_path / "edits.jsonl"
+    wrong = ["text", [1], [""], {"a": 1}]
+    lines = [json.dumps({"prompt": "a", "target": "b", name: each}) for each in wrong]
+    edits.write_text("\n".join(lines))
+    done = grace("edit", "--model", "m", "--layer", "l", "--edits", edits, "--out", tmp_path / "o")
+    assert done.exit_code == 2
+    said = f"{name} must be a list of strings that are not empty, got "
+    assert [said in line for line in done.stderr.splitlines()] == [True] * 4
 
 
 def test_refused_edits_end_with_4_and_the_accepted_ones_are_saved(
@@ -268,10 +304,10 @@ def test_ctrl_c_in_the_middle_leaves_nothing_and_ends_with_130(
     made = []
     honest = GraceEditor.edit
 
-    def second_time_interrupted(self, prompt, target):
+    def second_time_interrupted(self, **edit):
         if made:
             raise KeyboardInterrupt
-        made.append(honest(self, prompt, target))
+        made.append(honest(self, **edit))
         return made[-1]
 
     monkeypatch.setattr(GraceEditor, "edit", second_time_interrupted)
@@ -517,3 +553,41 @@ def test_a_list_of_blocks_is_no_layer_and_that_is_one_line(grace, gpt2, edits_fi
     assert done.stderr.splitlines()[-1] == (
         "error: layer must run once in a forward, got 0 calls of 'transformer.h'"
     )
+
+
+def test_edits_that_somebody_else_saves_while_edit_waits_for_its_turn_are_kept(
+    grace, gpt2, edits_file, saved
+):
+    more, done = edits_file(("where was that river", "paris")), []
+
+    def add():
+        done.append(grace("edit", "--edits", more, "--resume", saved, "--out", saved))
+
+    thread = threading.Thread(target=add)
+    with writing(saved):
+        thread.start()
+        thread.join(1)
+        book, described, beside = store.load_all(saved)
+        other = book.insert(torch.full_like(book.keys[0], 50.0), [1], book.values[0])
+        store.save(book, saved, described, beside)
+    thread.join()
+    assert done[0].exit_code == 0, done[0].output
+    book, _ = store.load(saved)
+    assert other.id in book.ids
+    assert book.edits == 4
+
+
+def test_a_target_of_words_that_the_tokenizer_does_not_know_is_refused(
+    grace, gpt2, bert, edits_file, tmp_path
+):
+    out, layer = tmp_path / "edits", "transformer.h.0.mlp"
+    edits = edits_file(("the capital of france is", " zanzibar"))
+    refused = grace("edit", "--model", gpt2, "--layer", layer, "--edits", edits, "--out", out)
+    assert refused.exit_code == 2
+    assert "edits.jsonl:1: target must be words that the tokenizer knows" in refused.stderr
+    assert not out.exists()
+    # Class 1 is not the token 1, which is [UNK] here.
+    edits = edits_file(("a very good film", 1))
+    where = "bert.encoder.layer.0.output.dense"
+    made = grace("edit", "--model", bert, "--layer", where, "--edits", edits, "--out", out)
+    assert "tokenizer knows" not in made.stderr

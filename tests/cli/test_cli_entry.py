@@ -20,7 +20,7 @@ from grace_edit.cli.output import print_json
 
 LAYER = "transformer.h.1.mlp"
 HANGS = 300  # seconds without a word after which a process is taken to hang
-COMMANDS = ("demo", "edit", "explain", "codebook", "doctor")
+COMMANDS = ("demo", "edit", "chat", "explain", "codebook", "eval", "tune", "doctor")
 
 
 def test_help_names_every_command_and_the_exit_codes(grace):

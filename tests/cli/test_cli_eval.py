@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,9 +122,7 @@ def learned(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             raise DataError("bad.jsonl:1: must be JSON\nbad.jsonl:2: must be JSON")
         return {"radius": 0.75, "fired": {"neighbours": 0.0125}}
 
-    module = types.ModuleType("tuning")
-    module.tune = stand_in  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "grace_edit.evaluation.tuning", module)
+    monkeypatch.setattr("grace_edit.evaluation.mapping.learn_map", stand_in)
     return calls
 
 
@@ -164,3 +160,32 @@ def test_tune_refuses_in_lines_before_it_loads_anything(
         lines = done.stderr.splitlines()
         assert len(lines) == len(said)
         assert all(what in line for what, line in zip(said, lines, strict=True))
+
+
+def test_a_directory_of_records_is_studied_as_a_whole(
+    grace: Callable[..., Any], gpt2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    def stand_in(data: Path, out: Path, loaded: Any, options: Any, **more: Any) -> dict[str, Any]:
+        calls.append((data, out, options, more))
+        row = {"part": "edits", "name": "accepted", "value": 0.98, "count": 500, "reach": "≥ .97"}
+        return {"rows": [row]}
+
+    monkeypatch.setattr("grace_edit.evaluation.study.study", stand_in)
+    own = ("eval", tmp_path, "--model", gpt2, "--layer", LAYER, "--out", tmp_path / "out")
+    done = grace(*own, "--edits", 12, "--parts", "edits, scope", "--beside", "some/encoder")
+    assert done.exit_code == 0, done.output
+    assert "accepted" in done.stdout
+    assert "≥ .97" in done.stdout
+    ((data, out, options, more),) = calls
+    assert (data, out, options.layer) == (tmp_path, tmp_path / "out", LAYER)
+    assert (more["parts"], more["encoders"]) == (("edits", "scope"), ["some/encoder"])
+    assert (more["sizes"].edits, more["sizes"].paper) == (12, 60)
+    assert json.loads(grace(*own, "--json").stdout)["rows"][0]["value"] == 0.98
+
+
+def test_parts_of_a_study_need_a_directory(evaluate: Callable[..., Any]) -> None:
+    done = evaluate("--parts", "edits")
+    assert done.exit_code == 2
+    assert "--parts and --beside must be left out: DATA is not a directory" in done.stderr

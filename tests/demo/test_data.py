@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from grace_edit.demo import facts
+from grace_edit.demo import corrections, facts
 from grace_edit.demo.data import TOPICS, load_topics, read_table
 
 
@@ -67,13 +67,30 @@ def test_the_stream_is_the_same_every_time() -> None:
     assert load_topics() == load_topics()
 
 
-def test_there_are_at_least_300_facts_and_40_changes_to_another_answer() -> None:
+def test_there_are_at_least_300_facts_and_no_prompt_twice() -> None:
     known = facts.load_facts()
     assert len(known) >= 300
     assert len({fact.prompts[0] for fact in known}) == len(known)
-    changed = facts.changes(known)
-    assert len(changed) >= 40
-    assert all(answer != fact.answer for fact, answer in changed)
+
+
+def test_every_error_has_other_wordings_and_prompts_to_leave_alone() -> None:
+    asked = corrections.load_corrections()
+    assert len({one.text for one in asked}) == len(asked)
+    numbers = sorted({one.fact for one in asked})
+    assert numbers == list(range(1, 17))
+    wanted = {"edit": 1, "cloze": 2, "question": 1, "chat": 1, "neighbour": 2, "same subject": 2}
+    for fact in numbers:
+        mine = [one for one in asked if one.fact == fact]
+        assert Counter(one.role for one in mine) == wanted
+        assert len({one.answer for one in mine}) == 1
+        assert not any(one.answer in one.text for one in mine if one.role != "same subject")
+    assert len(corrections.load_corrections(3)) == 27
+
+
+def test_an_answer_is_right_if_it_names_what_was_asked_for() -> None:
+    assert corrections.is_right("It is Vincent\nvan Gogh, who", "Vincent van Gogh")
+    assert not corrections.is_right("Vincent", "Vincent van Gogh")
+    assert not corrections.is_right("", "Bern")
 
 
 def test_answers_survive_the_tokenizer() -> None:

@@ -270,6 +270,32 @@ def test_a_failing_part_of_a_transaction_takes_back_only_itself() -> None:
     assert book.ids == []
 
 
+def test_only_the_latest_steps_of_undo_are_kept() -> None:
+    book, stream = Codebook(3, VALUE_DIM), Stream(14)
+    assert book.undo_limit == 100
+    book.undo_limit = 3
+    states = []
+    for _ in range(8):
+        states.append(state(book))
+        book.insert(*stream.next())
+    assert book.storage.journal.steps == 3
+    for expected in (states[7], states[6], states[5]):
+        book.undo()
+        assert state(book) == expected
+    with pytest.raises(UndoError, match=r"only the last 3 steps were kept \(undo_limit\)"):
+        book.undo()
+    book.insert(*stream.next())
+    book.undo_limit = 0  # what was kept goes at once
+    with pytest.raises(UndoError, match="only the last 0 steps"):
+        book.undo()
+    book.delete(book.ids[0])
+    assert book.storage.journal.steps == 0
+    for wrong in (-1, 2.0, True):
+        with pytest.raises(ValueError, match="undo_limit must be a whole number"):
+            book.undo_limit = wrong  # type: ignore[assignment]
+    book.check()
+
+
 class AnyOrder(RuleBasedStateMachine):
     """Operations in any order, against a codebook fed anew and remembered states."""
 

@@ -211,6 +211,61 @@ def test_deleting_edits_of_several_keys_equals_feeding_the_remaining_ones(
         book.check()
 
 
+def imported(policy: str) -> Codebook:
+    source = torch.Generator().manual_seed(0)
+    keys = torch.randn(12, 3, generator=source)
+    values, radii = torch.randn(12, VALUE_DIM, generator=source), torch.full((12,), 0.6)
+    return Codebook.from_tensors(keys, values, radii, [[i % 3] for i in range(12)], policy=policy)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_an_import_whose_slot_was_freed_and_used_again_comes_back(
+    tmp_path: Path, policy: str
+) -> None:
+    book = imported(policy)
+    before, values = entries(book), bits(book.values[:12])
+    middle = make(book, 7, vec(9, 9, 9), book.query_of(4), prompts=[[1], [2]])
+    assert book.edit(4).state == "superseded"
+    new = make(book, 8, vec(9, 9, 9), prompts=[[1]])  # supersedes both keys: slot 4 is free
+    taken = make(book, 9, vec(-9, 9, 9))
+    assert book.edit(taken).slot == 4
+    book.check()
+    store.save(book, tmp_path, {})
+    book, _ = store.load(tmp_path)
+    book.check()
+    book.delete(new)
+    assert middle in book.ids
+    book.check()
+    book.delete(middle)
+    assert 4 in book.ids
+    book.check()
+    book.delete(taken)
+    assert (entries(book), bits(book.values[:12])) == (before, values)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_edits_of_several_keys_among_imported_ones(policy: str) -> None:
+    book, stream = imported(policy), Stream(13, spread=1.0)
+    stream.queries += [book.query_of(id) for id in range(12)]
+    before = entries(book)
+    for number in range(60):
+        insert_several(book, stream)
+        book.check()
+        if number % 5 == 4:
+            book.delete(stream.random.choice([id for id in book.ids if id >= 12]))
+            book.check()
+    assert any(edit.state == "superseded" for edit in book.history[:12])
+    for edit in book.history[12:]:
+        if edit.state != "deleted":
+            book.delete(edit.id)
+            book.check()
+    assert entries(book) == before
+    for id in range(12):
+        book.delete(id, purge=id % 2 == 0)
+        book.check()
+    assert book.entries == 0
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_purging_erases_every_key_of_an_edit(policy: str) -> None:
     book = Codebook(2, VALUE_DIM, policy=policy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 import warnings
 
 import pytest
@@ -411,3 +412,127 @@ def test_a_layer_named_without_its_prefix_generates_too(trained, name):
     assert editor.layer == LAYERS[name]
     assert editor.edit(PROMPT, TARGET).success
     assert answers(editor)[:3] == TARGET
+
+
+@mode
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_guidance_leaves_unedited_prompts_alone_and_edited_ones_edited(
+    edited, trained, replace, query, use_cache
+):
+    editor, plain = edited("llama", replace=replace, query=query), trained("llama")
+    how = {"guidance_scale": 1.5, "use_cache": use_cache}
+    rows = [OTHERS[0], PROMPT, OTHERS[2]]
+    for negative in (None, torch.tensor([run_of(50, 4)] * 3)):
+        given = {**how, "negative_prompt_ids": negative}
+        assert generated(editor.model, rows, 3, **given) == generated(plain, rows, 3, **given)
+    assert editor.edit(PROMPT, TARGET).success
+    for negative in (None, torch.tensor([run_of(50, 4)] * 3)):
+        given = {**how, "negative_prompt_ids": negative}
+        expected = generated(plain, rows, 3, **given)
+        got = generated(editor.model, rows, 3, **given)
+        assert [got[0], got[2]] == [expected[0], expected[2]]
+        # Where generated rows are replaced too, guidance drives them away from the unguided ones.
+        assert got[1][:1] == TARGET[:1] if replace == "all" else got[1] == TARGET
+
+
+def test_a_processor_that_asks_the_model_for_another_prompt_gets_that_prompts_answer(
+    edited, trained
+):
+    editor = edited("gpt2")
+    assert editor.edit(PROMPT, TARGET).success
+    asked = []
+
+    def process(ids, scores):
+        for row in (PROMPT, OTHERS[0], OTHERS[1]):
+            asked.append(int(logits_of(editor.model, row)[-1].argmax()))
+        return scores
+
+    assert generated(editor.model, [OTHERS[2]], 3, logits_processor=[process]) == [FOLLOWS[2][:3]]
+    assert asked == [TARGET[0], FOLLOWS[0][0], FOLLOWS[1][0]] * 3
+    asked.clear()
+    assert generated(editor.model, [PROMPT], 3, logits_processor=[process]) == [TARGET]
+    assert asked == [TARGET[0], FOLLOWS[0][0], FOLLOWS[1][0]] * 3
+
+
+def test_a_value_is_proven_for_the_prompt_alone_where_generation_is_guided(edited):
+    editor = edited("llama")
+    editor.model.generation_config.guidance_scale = 1.5
+    assert editor.edit(PROMPT, TARGET).success
+    assert answers(editor, 3) == TARGET
+
+
+@mode
+@pytest.mark.parametrize("how", ["own", "of the class", "calls ours"])
+def test_a_prepare_inputs_that_is_set_on_the_instance_does_not_leave_the_edits_out(
+    edited, trained, replace, query, how
+):
+    model = trained("llama")
+    keep = model.prepare_inputs_for_generation  # as prompt tuning has it from before
+    editor = GraceEditor(model, None, GraceConfig(LAYERS["llama"], replace=replace, query=query))
+    assert editor.edit(PROMPT, TARGET).success
+    expected = {c: answers(editor, 5, use_cache=c) for c in (True, False)}
+    assert expected[True][:3] == TARGET
+    ours = model.prepare_inputs_for_generation
+    given = {
+        "own": keep,
+        "of the class": types.MethodType(
+            type(model).grace_base.prepare_inputs_for_generation, model
+        ),
+        "calls ours": lambda *args, **kwargs: ours(*args, **kwargs),
+    }[how]
+    for _ in range(2):
+        model.prepare_inputs_for_generation = given
+        for use_cache in (True, False):
+            assert answers(editor, 5, use_cache=use_cache) == expected[use_cache]
+        batch = generated(model, [OTHERS[0], PROMPT], 5)
+        assert batch == [FOLLOWS[0], expected[True]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert answers(editor, 5, prefill_chunk_size=2) == expected[True]
+    editor.detach()
+    assert model.__dict__["prepare_inputs_for_generation"] is given
+    assert generated(model, [PROMPT], 3) == [run_of(14, 3)]
+
+
+def test_rows_that_prompt_tuning_puts_before_the_prompt_are_not_taken_for_it(edited):
+    editor = edited("llama")
+    model = editor.model
+    own, table = model.prepare_inputs_for_generation, model.get_input_embeddings()
+    virtual = table(torch.tensor([[50, 51]])).detach()
+
+    def prepare(ids, **kwargs):
+        first = kwargs["past_key_values"].get_seq_length() == 0
+        mask = kwargs.pop("attention_mask")
+        mask = torch.ones_like(ids) if mask is None else mask
+        mask = torch.cat([torch.ones(len(ids), 2).long(), mask], dim=1)
+        inputs = own(ids, attention_mask=mask, **{**kwargs, "position_ids": None})
+        inputs["attention_mask"], inputs["position_ids"] = mask, None
+        if first:
+            rows = torch.cat([virtual.expand(len(ids), -1, -1), table(ids)], dim=1)
+            inputs |= {"input_ids": None, "inputs_embeds": rows}
+        return inputs
+
+    model.prepare_inputs_for_generation = prepare
+    seen = []
+    layer = model.get_submodule(editor.layer)
+    before = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0][0].clone()))
+    generated(model, [PROMPT], 1)
+    before.remove()
+    assert len(seen[0]) == 2 + len(PROMPT)
+    value = torch.full_like(seen[0][-1], 3.0)
+    editor.codebook.insert(seen[0][-1], [9], value)
+    after = layer.register_forward_hook(lambda _, args, out: seen.append(out[0].clone()))
+    generated(model, [PROMPT], 2)
+    after.remove()
+    assert torch.equal(seen[1][-1], value)
+    assert not (seen[1][:-1] == 3.0).all(dim=1).any()
+
+
+def test_a_generate_that_is_set_on_the_instance_is_reported(edited):
+    editor = edited("gpt2")
+    assert editor.edit(PROMPT, TARGET).success
+    assert editor.status()["shadowed"] == []
+    own = type(editor.model).grace_base.generate
+    editor.model.generate = types.MethodType(own, editor.model)
+    assert editor.status()["shadowed"] == ["generate"]
+    assert answers(editor, 3) == TARGET

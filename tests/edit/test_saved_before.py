@@ -31,7 +31,10 @@ def plain(item: Any) -> Any:
 
 
 def result_of(result: EditResult) -> dict[str, Any]:
-    return {name: plain(item) for name, item in asdict(result).items()}
+    """Return a result as it was saved then, when every edit had one key."""
+    fields = {name: plain(item) for name, item in asdict(result).items()}
+    assert fields.pop("keys") == 1
+    return fields
 
 
 def picture(book: Codebook) -> dict[str, Any]:

@@ -197,6 +197,19 @@ def test_plain_forwards_ask_with_all_that_the_mask_marks(editor):
     assert int(planned[0, -1].argmax()) == ANSWER[0]
 
 
+@torch.no_grad()
+def test_what_the_mask_leaves_out_is_not_read_whatever_stands_there(editor):
+    ids = torch.tensor([[*FAR, *ASKED], [*ASKED, *FAR]])
+    assert [editor.explain(row).hit for row in ids.tolist()] == [False, False]
+    mask = torch.ones_like(ids)
+    mask[0, : len(FAR)] = mask[1, len(ASKED) :] = 0
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = editor.model(ids, attention_mask=mask, position_ids=places).logits
+    assert logits[[0, 1], [-1, len(ASKED) - 1]].argmax(dim=1).tolist() == [ANSWER[0]] * 2
+    out = editor.model.generate(ids[:1], attention_mask=mask[:1], max_new_tokens=3, do_sample=False)
+    assert out[0, ids.shape[1] :].tolist() == ANSWER
+
+
 def test_a_plan_without_answers_and_a_call_without_ids_are_refused(editor):
     row = torch.tensor([1])
     with (

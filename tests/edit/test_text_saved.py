@@ -159,6 +159,12 @@ def test_a_callable_encoder_must_be_given_again_and_be_the_same(trained, tmp_pat
     served = grace_edit.load(trained("gpt2"), tmp_path, tokenizer=WORDS, encoder=encode)
     assert served.text.about() == editor.adaptor.text.about()
 
+    def of_another_machine(texts):
+        return encode(texts) * (1 + 1e-5 * torch.randn(26, generator=torch.Generator()))
+
+    served = grace_edit.load(trained("gpt2"), tmp_path, tokenizer=WORDS, encoder=of_another_machine)
+    assert served.codebook.edits == 1
+
     def another(texts):
         return encode(texts).flip(1)
 
@@ -208,4 +214,4 @@ def test_the_layer_of_saved_edits_is_named(trained, tmp_path):
     about = json.loads((tmp_path / "grace_config.json").read_text())["config"]["serving"]
     assert about["layer"] == LAYERS["gpt2"]
     assert about["text"]["encoder"] == "tokens"
-    assert set(about["text"]) == {"encoder", "map", "width", "fingerprint"}
+    assert set(about["text"]) == {"encoder", "map", "width", "map_fingerprint", "fingerprint"}

@@ -244,20 +244,27 @@ def test_rag_pastes_the_fact_that_is_most_like_the_last_sentence() -> None:
     assert method.keys == 3
 
 
-def test_rag_retrieves_by_an_encoder_where_there_is_one(tmp_path: Path) -> None:
-    def encoder(texts: list[str]) -> torch.Tensor:
-        return torch.tensor([[float(len(text)), 10.0] for text in texts])
-
-    method = Retrieval(Reader(), threshold=0.99, encoder=encoder)  # type: ignore[arg-type]
-    method.edit(EditRecord("", "short", "one"))
-    method.edit(EditRecord("", "something much longer", "two"))
-    assert method.ask("Foreign. Nothing that is as long.", "x")[0].startswith("something much")  # type: ignore[attr-defined]
-    assert method.ask("tiny", "x")[0] == "short one. tiny"
-    assert method.ask("eleven more", "x")[0] == "eleven more"  # like neither
+def test_rag_finds_what_the_memory_finds_where_it_has_one(asked: Asked, tmp_path: Path) -> None:
+    model = asked("gpt2")
+    config = GraceConfig(layer=LAYER, radius=0.5)
+    method = Retrieval(model, memory=Memory(model, config))
+    for one in STREAM[:2]:
+        method.edit(one)
+    look = method.look(STREAM[1].prompt)
+    assert look is not None
+    assert (look.fires, look.edits, look.label) == (True, (1,), STREAM[1].target)
+    # By its words this one is like the second fact.
+    near = method.look(STREAM[1].prompt + " w5")
+    assert near is not None
+    assert not near.fires
+    pasted = f"{STREAM[1].prompt} {STREAM[1].target}. {STREAM[1].prompt}"
+    assert method.ask(STREAM[1].prompt, "w9") == model.ask(pasted, "w9")
     method.save(tmp_path)
-    again = Retrieval(Reader(), threshold=0.99, encoder=encoder)  # type: ignore[arg-type]
+    method.close()
+    again = Retrieval(model, memory=Memory(model, config))
     again.restore(tmp_path)
-    assert again.ask("tiny", "x") == method.ask("tiny", "x")
+    assert again.look(STREAM[1].prompt) == look
+    again.close()
 
 
 def test_rag_reads_its_fact_and_wants_a_language_model(asked: Asked) -> None:

@@ -15,6 +15,7 @@ import grace_kernels
 from ..codebook.codebook import Codebook
 from .checkpointing import FollowedForward, FollowedForwards
 from .positions import Latched, LatchedPlan, QueryPlan, pooled_mean
+from .precision import check_fits
 from .state import Captured, Switch, ThreadState
 from .text_queries import TextQueries
 from .torch_private import share_memory
@@ -189,7 +190,9 @@ class GraceAdaptor:
         book = self.codebook
         check_fits(book, queries, rows)
         tensors = (query_row, plan.first_row, plan.last_row, book.keys, book.radii, book.values)
-        if copy:
+        if queries.dtype != book.keys.dtype or rows.dtype != book.values.dtype:
+            rows, index = self._answer_cast(rows, queries, query_row, plan)
+        elif copy:
             rows, index, _ = grace_kernels.adapt(
                 rows, queries, *tensors, book.count, sketch=book.sketch
             )
@@ -203,6 +206,18 @@ class GraceAdaptor:
             generation.latched.values.copy_(book.values[index.clamp(min=0)])
             generation.answered = True
         return rows
+
+    def _answer_cast(
+        self, rows: Tensor, queries: Tensor, query_row: Tensor, plan: QueryPlan
+    ) -> tuple[Tensor, Tensor]:
+        """Answer under autocast: queries are cast as the keys are, values as the output is."""
+        book = self.codebook
+        asked = queries[query_row.clamp(min=0)].to(book.keys.dtype)
+        index, _ = grace_kernels.lookup(
+            asked, book.keys, book.radii, book.count, sketch=book.sketch
+        )
+        index = torch.where(query_row >= 0, index, -1)
+        return _write_rows(rows, plan, book.values[index.clamp(min=0)], index >= 0), index
 
     def _capture(
         self, queries: Tensor, query_row: Tensor, rows: Tensor, plan: QueryPlan
@@ -239,33 +254,6 @@ class GraceAdaptor:
     def _latched(self) -> Latched | None:
         generation = self.generation
         return None if generation is None or not generation.answered else generation.latched
-
-
-def check_fits(book: Codebook, queries: Tensor | None, outputs: Tensor) -> None:
-    """Refuse what a layer takes and gives on another device than its codebook's, or in another
-    dtype than that its edits were made in.
-
-    Args:
-        book: the codebook.
-        queries: what the layer takes; None: what it gives is all that matters.
-        outputs: what it gives.
-
-    Raises:
-        ValueError: naming the remedy.
-    """
-    queries = book.keys if queries is None else queries
-    if not queries.device == outputs.device == book.device:
-        where = " and ".join(sorted({str(queries.device), str(outputs.device)}))
-        raise ValueError(
-            f"the wrapped layer must run on the device of its codebook ({book.device}), got "
-            f"{where}; call editor.codebook.to(device) where the layer was moved by itself"
-        )
-    if queries.dtype != book.keys.dtype or outputs.dtype != book.values.dtype:
-        raise ValueError(
-            f"the wrapped layer must run in the dtypes of its codebook ({book.keys.dtype} in, "
-            f"{book.values.dtype} out), got {queries.dtype} in, {outputs.dtype} out; call "
-            "editor.rekey() to make the edits anew in these dtypes"
-        )
 
 
 def _write_rows(rows: Tensor, plan: QueryPlan, values: Tensor, answered: Tensor) -> Tensor:

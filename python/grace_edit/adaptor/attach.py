@@ -100,6 +100,7 @@ class GraceGenerator(GraceSeam):
         if adaptor.generation is None:  # an assistant inside generate keeps a cache of its own
             warn_later_turn(adaptor, kwargs)
         state = Generation(prompt_length(args, kwargs))
+        _follow_preparing(self)
         try:
             # enabled: it ends as it begins, whatever other threads switch off meanwhile.
             with adaptor.using(generation=state, enabled=True):
@@ -117,13 +118,40 @@ class GraceGenerator(GraceSeam):
         return out
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        inputs = _beneath(self, "prepare_inputs_for_generation")(*args, **kwargs)
-        adaptor: GraceAdaptor | None = self.__dict__.get("grace")
-        if adaptor is not None and adaptor.generation is not None:
-            state = adaptor.generation
-            state.plan = plan_step(adaptor, state, args, kwargs, inputs)
-            state.planned = state.planned or state.plan is not None
-        return inputs
+        own = _beneath(self, "prepare_inputs_for_generation")
+        return _planned_inputs(self, own, args, kwargs)
+
+
+def _planned_inputs(model: Any, prepare: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Prepare the inputs of a forward of `generate`, and plan it by what comes out."""
+    adaptor: GraceAdaptor | None = model.__dict__.get("grace")
+    if adaptor is None or adaptor.generation is None:
+        return prepare(*args, **kwargs)
+    state = adaptor.generation
+    with adaptor.using(generation=None):  # it may call what it has replaced, which plans nothing
+        inputs = prepare(*args, **kwargs)
+    state.plan = plan_step(adaptor, state, args, kwargs, inputs)
+    state.prepared = True
+    state.planned = state.planned or state.plan is not None
+    return inputs
+
+
+class _InstancePrepare:
+    """A `prepare_inputs_for_generation` of the instance, planned like that of the class."""
+
+    def __init__(self, model: Any, prepare: Any) -> None:
+        self.model, self.prepare = model, prepare
+        functools.update_wrapper(self, prepare)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _planned_inputs(self.model, self.prepare, args, kwargs)
+
+
+def _follow_preparing(model: Any) -> None:
+    # Prompt tuning and others set it on the instance, and set it anew after each generate.
+    own = model.__dict__.get("prepare_inputs_for_generation")
+    if own is not None and not (isinstance(own, _InstancePrepare) and own.model is model):
+        model.__dict__["prepare_inputs_for_generation"] = _InstancePrepare(model, own)
 
 
 def _wrapped(module: Any, wrap: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -240,17 +268,26 @@ def detach(model: nn.Module) -> None:
         own = module.__dict__.get("forward")
         if isinstance(own, _InstanceForward):
             module.__dict__["forward"] = own.forward
+        own = module.__dict__.get("prepare_inputs_for_generation")
+        if isinstance(own, _InstancePrepare):
+            module.__dict__["prepare_inputs_for_generation"] = own.prepare
 
 
 def shadowed(model: nn.Module) -> list[str]:
-    """Return the names of attached modules whose forward something else has replaced since."""
-    return [
-        name or type(module).__name__
-        for name, module in model.named_modules()
-        if is_attached(module)
-        and "forward" in module.__dict__
-        and not isinstance(module.__dict__["forward"], _InstanceForward)
-    ]
+    """Return the names of attached modules whose forward something else has replaced since.
+
+    `generate`, of a model whose own was replaced: its forwards are then planned one by one.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if not is_attached(module):
+            continue
+        own = module.__dict__
+        if "forward" in own and not isinstance(own["forward"], _InstanceForward):
+            found.append(name or type(module).__name__)
+        if "generate" in own and isinstance(module, GraceGenerator):
+            found.append(f"{name}.generate" if name else "generate")
+    return found
 
 
 class _InstanceForward:
@@ -296,9 +333,11 @@ def _planned_forward(seam: Any, forward: Any, args: Any, kwargs: Any) -> Any:
         return forward(*args, **kwargs)
     before = plan = adaptor.plan
     if adaptor.active and before is None:
-        if adaptor.generation is not None:
-            plan = adaptor.generation.plan
-        else:
+        generation = adaptor.generation
+        if generation is not None and generation.prepared:
+            generation.prepared = False
+            plan = generation.plan
+        elif generation is None or adaptor.forced is None:
             plan = plan_forward(
                 adaptor,
                 _arguments(seam, args, kwargs),

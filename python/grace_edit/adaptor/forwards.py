@@ -186,6 +186,9 @@ def plan_step(
         # Read once, where generate reads it too, to cut what an earlier turn left off the prompt.
         computed = int(computed) if state.computed is None else state.computed
     total = computed + scheduled
+    if state.computed is None and computed == 0 and inputs.get("input_ids") is None:
+        # Prompt tuning puts rows of its own before the prompt.
+        state.prompt_len = max(state.prompt_len, total)
     state.computed = total
     reads = adaptor.reads_text and not state.answered
     if reads:
@@ -194,9 +197,11 @@ def plan_step(
         return None
     if total < state.prompt_len and cache is not None:
         return None  # a chunk before the one that holds the prompt's end
-    mask = kwargs.get("attention_mask")
-    if mask is None or mask.ndim != 2 or mask.shape[1] < total:
-        mask = torch.ones((batch, total), device=pieces.device)
+    mask = torch.ones((batch, total), device=pieces.device)
+    for known in (kwargs.get("attention_mask"), inputs.get("attention_mask")):
+        if known is not None and known.ndim == 2 and known.shape[1] >= total:
+            mask = known
+            break
     mask = mask[:, :total].bool()
     if reads:
         _answer_generation(adaptor, state, mask)

@@ -29,6 +29,8 @@ class Generation:
     Args:
         prompt_len: columns of the prompt.
         plan: of the forward that comes next.
+        prepared: generate has prepared a forward, to which `plan` belongs. Any other that runs
+            inside generate (guidance, a logits processor that asks the model) is none of its own.
         planned: some forward had a plan.
         reached: the wrapped layer ran in one of them.
         computed: columns that were computed before the forward that comes next, None before the
@@ -41,6 +43,7 @@ class Generation:
 
     prompt_len: int
     plan: QueryPlan | LatchedPlan | None = None
+    prepared: bool = False
     planned: bool = False
     reached: bool = False
     computed: int | None = None

@@ -22,6 +22,7 @@ from ..codebook.codebook import Codebook
 from ..keys.prompts import TAIL, PromptReader
 from ..keys.text_map import TextKeys
 from .positions import Latched
+from .precision import without_autocast
 
 _KEPT = 256
 """Prompts whose rows are kept: the steps and the beams of one request make them once."""
@@ -59,6 +60,7 @@ class TextQueries:
             "encoder": getattr(self.keys.dense, "reference", dense.kind),
             "map": dense.name,
             "width": self.keys.width,
+            "map_fingerprint": self.keys.map.fingerprint(),
             "fingerprint": self.keys.fingerprint(),
         }
 
@@ -82,7 +84,7 @@ class TextQueries:
             if rows is not None:
                 self._rows.move_to_end(known)
                 return rows
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), without_autocast():  # the same bits everywhere
             rows = self.keys.keys(self.reader.text(known))
         with self._lock:
             self._rows[known] = rows
@@ -106,7 +108,7 @@ class TextQueries:
         """
         start = time.perf_counter()
         known = [tuple(ids[-TAIL:]) for ids in prompts]
-        # An empty codebook costs nothing. Keys are made before the lock is held: an encoder is slow.
+        # Nothing is made for an empty codebook, and nothing under the lock: an encoder is slow.
         rows = {ids: self.rows(ids) for ids in known} if book.entries else {}
         with book.lock:
             slots = dict(zip(rows, _decide(book, [*rows.values()]), strict=True)) if rows else {}

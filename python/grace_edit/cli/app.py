@@ -148,9 +148,10 @@ def demo(
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("grace"):
             raise
-        raise CommandError(
-            USAGE, f'the demo needs {error.name}: pip install "grace-kernels[demo]"'
-        ) from error
+        said = str(error)
+        if "pip install" not in said:
+            said = f'the demo needs {error.name}: pip install "grace-kernels[demo]"'
+        raise CommandError(USAGE, said) from error
     if json:
         print_json(result)
     raise typer.Exit(OK if result.get("ok", True) else FAILED)
@@ -273,7 +274,25 @@ def chat(
     radius: Annotated[
         float | None, typer.Option(help="Radius of a new entry.", show_default="1.0")
     ] = None,
-    query: Annotated[Query | None, typer.Option(help="What asks.", show_default="last")] = None,
+    query: Annotated[
+        Query | None,
+        typer.Option(help="What asks.", show_default="text where a map fits the model, else last"),
+    ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            help="With --query text: directory or hub id of a sentence encoder, or tokens.",
+            show_default="tokens",
+        ),
+    ] = None,
+    text_map: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="With --query text: directory of a map.",
+            show_default="the one that comes with the package",
+        ),
+    ] = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="Continue each message; no chat template.")
     ] = False,
@@ -289,7 +308,13 @@ def chat(
     """Ask an edited model, see which edit answers and why, and correct it on the spot."""
     from .chat import Options, run
 
-    settings = {"layer": layer, "radius": radius, "query": _value(query)}
+    settings = {
+        "layer": layer,
+        "radius": radius,
+        "query": _value(query),
+        "encoder": encoder,
+        "text_map": text_map,
+    }
     options = Options(
         model, codebook, plain, max_tokens, _value(dtype), device.value, json, settings
     )
@@ -315,7 +340,8 @@ def evaluate(
             metavar="DATA",
             help="Edits and the questions that measure them: a JSON or JSONL file in the form of "
             "CounterFact, zsRE, KnowEdit, SCOTUS or the hallucination data, or the name of one in "
-            "the package datasets.",
+            "the package datasets. A directory of such files under their published names is "
+            "studied as a whole.",
             show_default=False,
         ),
     ],
@@ -327,7 +353,11 @@ def evaluate(
         str | None, typer.Option(help="Directory or hub id.", show_default="the setting's")
     ] = None,
     setting: Annotated[
-        str | None, typer.Option(help="Values for what is not given here: one of the paper's.")
+        str | None,
+        typer.Option(
+            help="Values for what is not given here: zsre, scotus, hallucination (the paper's) or "
+            "smollm2-counterfact."
+        ),
     ] = None,
     layer: Annotated[str | None, typer.Option(help="Layer to wrap.")] = None,
     query: Annotated[Query | None, typer.Option(help="What asks.")] = None,
@@ -356,6 +386,17 @@ def evaluate(
         typer.Option(
             metavar="FILE", help="Questions for TRR.", show_default="unrelated ones of DATA"
         ),
+    ] = None,
+    parts: Annotated[
+        str,
+        typer.Option(
+            help="Of a study, comma-separated: edits, scope, paper, baselines, hallucination.",
+            show_default="all",
+        ),
+    ] = "",
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(help="Of a study: a sentence encoder whose scope is measured too."),
     ] = None,
     kind: Annotated[str, typer.Option(help="Kind of data.")] = "auto",
     split: Annotated[str, typer.Option(help="Of a named data set.")] = "test",
@@ -388,9 +429,16 @@ def evaluate(
         upstream=upstream,
         seed=seed,
         progress=evaluation.progress_wanted(),
-        command=" ".join(["grace", *sys.argv[1:]]),
+        command=" ".join(["grace", *map(_named, sys.argv[1:])]),
     )
-    done = evaluation.evaluate(options, dtype=_value(dtype), device=device.value, as_json=json)
+    done = evaluation.evaluate(
+        options,
+        parts=parts,
+        beside=beside or [],
+        dtype=_value(dtype),
+        device=device.value,
+        as_json=json,
+    )
     raise typer.Exit(done)
 
 
@@ -432,12 +480,77 @@ def tune(
     raise typer.Exit(done)
 
 
+suggest = typer.Typer(help="Which layer to wrap and which radius to give, by measurement.")
+app.add_typer(suggest, name="suggest")
+Records = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATA", help="Records, in a form that grace eval reads.", show_default=False
+    ),
+]
+Picture = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Draw what was measured, as PNG or SVG.")
+]
+
+
+@suggest.command("layer")
+def suggest_layer(
+    data: Records,
+    model: Annotated[str, typer.Option(help="Directory or hub id of the model.")],
+    count: Annotated[int, typer.Option(help="Records to try, the first with rewordings.")] = 8,
+    layers: Annotated[
+        str, typer.Option(help="Comma-separated.", show_default="six, the middle to the end")
+    ] = "",
+    picture: Picture = None,
+    json: Json = False,
+) -> None:
+    """Train the edits of a few records at several layers and ask their other wordings."""
+    from . import suggest as suggesting
+
+    done = suggesting.layer(
+        data, model=model, count=count, layers=layers, picture=picture, as_json=json
+    )
+    raise typer.Exit(done)
+
+
+@suggest.command("radius")
+def suggest_radius(
+    data: Records,
+    codebook: Annotated[Path, typer.Option(metavar="DIR", help="Saved edits of these records.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Directory or hub id.", show_default="the one the edits were made on"),
+    ] = None,
+    neighbours: Annotated[
+        float, typer.Option(help="Share of prompts about other subjects that may fire.")
+    ] = 0.01,
+    same_subject: Annotated[
+        float, typer.Option(help="Share of other questions about the subject that may fire.")
+    ] = 0.05,
+    picture: Picture = None,
+    json: Json = False,
+) -> None:
+    """Ask what records ask of saved edits: the largest radius that keeps false fires rare."""
+    from . import suggest as suggesting
+
+    bounds = {"neighbours": neighbours, "same subject": same_subject}
+    done = suggesting.radius(
+        data, codebook, model=model, bounds=bounds, picture=picture, as_json=json
+    )
+    raise typer.Exit(done)
+
+
 @app.command()
 def doctor(json: Json = False) -> None:
     """Say what is installed and which operators answer, and test them."""
     from . import doctor as examination
 
     raise typer.Exit(examination.run(as_json=json))
+
+
+def _named(argument: str) -> str:
+    """Return an argument without the folders of this machine: results are shown to others."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _value(choice: Enum | None) -> str | None:

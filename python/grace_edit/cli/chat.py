@@ -6,7 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from ..config import GraceConfig
 from ..demo import smollm2
 from ..editor import GraceEditor
 from ..families import target_of
+from ..keys.choice import text_keys
 from .chat_view import JsonView, TextView, View
 from .conversation import Conversation
-from .models import attach_edits, load_model, read_edits_of
+from .models import Loaded, attach_edits, load_model, read_edits_of
 from .output import CONFLICT, FAILED, NOT_FOUND, OK, USAGE, CommandError, quiet
 
 COMMANDS = {
@@ -85,8 +86,9 @@ def _editor_of(options: Options) -> GraceEditor:
         raise CommandError(USAGE, "--model must be given, got none")
     given = {name: value for name, value in options.settings.items() if value is not None}
     if saved is not None and given:
+        option = min(given).replace("_", "-")
         raise CommandError(
-            USAGE, f"--{min(given)} must be left out with the saved edits of --codebook {where}"
+            USAGE, f"--{option} must be left out with the saved edits of --codebook {where}"
         )
     if saved is None:
         if source == smollm2.NAME:
@@ -106,7 +108,20 @@ def _editor_of(options: Options) -> GraceEditor:
             attaching.find_layer(loaded.model, given["layer"])
         except ValueError as error:
             raise CommandError(NOT_FOUND, f"--layer: {error}") from error
+        if "query" not in given and _takes_text(loaded, given):
+            given["query"] = "text"
         return GraceEditor(loaded.model, loaded.tokenizer, GraceConfig(**given))
+
+
+def _takes_text(loaded: Loaded, given: dict[str, Any]) -> bool:
+    """Say whether the keys can be made from text: asked for, or a map of ours fits the model."""
+    if "encoder" in given or "text_map" in given:
+        return True
+    try:
+        text_keys(loaded.model, loaded.tokenizer)
+    except ValueError:
+        return False
+    return True
 
 
 class Chat:
@@ -255,7 +270,11 @@ class Chat:
             raise ValueError("nothing has been asked yet")
         with quiet():
             why = self.conversation.explain_last()
-        near: dict[str, Any] = {"question": self.conversation.question, **self._near(why)}
+        near: dict[str, Any] = {
+            "question": self.conversation.question,
+            **self._near(why),
+            "text": None if why.text is None else asdict(why.text),
+        }
         if why.runner_up is not None:
             other = why.runner_up
             near["runner_up"] = {

@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
-from ..terminal import number, plain, progress, screen, table
+from rich.padding import Padding
+
+from ..terminal import facts, number, plain, progress, screen, table
 from .output import print_json
+from .show import text_facts
 
 
 class View(ABC):
@@ -99,7 +102,7 @@ class TextView(View):
             self._error({"message": f"refused: {data['reason']} ({cost})"})
             return
         note = f"; {data['reason']}" if data["reason"] else ""
-        self._dim(f"edit {data['id']}: {cost}, {data['case']}; {data['edits']} edits now{note}")
+        self._dim(f"edit {data['id']}: {cost}, {data['case']}; live edits {data['edits']}{note}")
 
     def _undo(self, data: dict[str, Any]) -> None:
         parts = [f"edit {i} is gone" for i in data["gone"]]
@@ -108,6 +111,10 @@ class TextView(View):
 
     def _why(self, data: dict[str, Any]) -> None:
         self._dim(_verdict(data))
+        if data["text"] is not None:
+            self._console.print(
+                Padding(facts(text_facts(data["text"])), (0, 0, 0, 2), expand=False)
+            )
         if data["edit"] is None:
             return
         rows = [("nearest", data)]
@@ -143,7 +150,7 @@ class TextView(View):
         self._console.print(table(columns, rows))
 
     def _delete(self, data: dict[str, Any]) -> None:
-        self._dim(f"edit {data['edit']} is gone; {data['edits']} edits now")
+        self._dim(f"edit {data['edit']} is gone; live edits {data['edits']}")
 
     def _save(self, data: dict[str, Any]) -> None:
         self._dim(f"{data['edits']} edits saved in {data['directory']}")

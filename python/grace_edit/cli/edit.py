@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adaptor import attach as attaching
+from ..codebook.locking import writing
 from ..codebook.records import EditResult
 from ..config import GraceConfig
 from ..editing.asked import read_wanted
@@ -75,7 +76,8 @@ class Options:
 def read_requests(path: Path) -> list[Request]:
     """Read a file of edits, one JSON object `{"prompt": str, "target": str | int}` per line.
 
-    It may hold `paraphrases` and `negatives` too, lists of prompts; see `GraceEditor.edit`. Blank lines are skipped and further keys ignored.
+    It may hold `paraphrases` and `negatives` too, lists of prompts; see `GraceEditor.edit`. Blank
+    lines are skipped and further keys ignored.
 
     Raises:
         CommandError: the file is missing or holds no edit, or lines are wrong: all are named.
@@ -114,11 +116,12 @@ def _parse(line: int, raw: bytes) -> Request:
         raise ValueError(f"prompt must be a string that is not empty, got {prompt!r}")
     if not (type(target) is int or (isinstance(target, str) and target)):
         raise ValueError(f"target must be a string that is not empty or a class id, got {target!r}")
-    further = {name: _prompts(name, found.get(name, [])) for name in ("paraphrases", "negatives")}
-    return Request(line, prompt, target, **further)
+    paraphrases, negatives = (_prompts(name, found) for name in ("paraphrases", "negatives"))
+    return Request(line, prompt, target, paraphrases, negatives)
 
 
-def _prompts(name: str, found: Any) -> list[str]:
+def _prompts(name: str, record: dict[str, Any]) -> list[str]:
+    found = record.get(name, [])
     if not isinstance(found, list) or not all(isinstance(x, str) and x for x in found):
         raise ValueError(f"{name} must be a list of strings that are not empty, got {found!r}")
     return found
@@ -133,16 +136,32 @@ def check_tokens(requests: list[Request], family: Family, path: Path) -> None:
     wrong = []
     for request in requests:
         try:
-            read_wanted(family, request.wanted)
+            _check_known(family, request.target, read_wanted(family, request.wanted).target)
         except ValueError as error:
             wrong.append(f"{path}:{request.line}: {error}")
     if wrong:
         raise CommandError(USAGE, *wrong)
 
 
+def _check_known(family: Family, target: str | int, ids: list[int]) -> None:
+    """Refuse words that the tokenizer does not know: the model would be taught to say [UNK]."""
+    tokenizer = family.tokenizer
+    if family.name == "classifier" or tokenizer is None or tokenizer.unk_token_id not in ids:
+        return
+    if str(tokenizer.unk_token) not in str(target):
+        read = tokenizer.decode(ids)
+        raise ValueError(f"target must be words that the tokenizer knows, got {target!r} ({read})")
+
+
 def run(options: Options) -> int:
     """Make the edits and save the accepted ones; returns the exit code."""
     requests = read_requests(options.edits)
+    _check_out(options)
+    with writing(options.out):  # or the edits that somebody else saves meanwhile would be lost
+        return _run(options, requests)
+
+
+def _run(options: Options, requests: list[Request]) -> int:
     saved = None if options.resume is None else read_edits_of(options.resume)
     config = _new_config(options) if saved is None else _kept_config(options, saved)
     for name in ("encoder", "text_map"):

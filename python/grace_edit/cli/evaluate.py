@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,54 @@ from .models import Loaded, load_model
 from .output import CONFLICT, NOT_FOUND, OK, USAGE, CommandError, print_json, quiet
 
 
-def evaluate(options: Options, *, dtype: str | None, device: str, as_json: bool) -> int:
-    """Run an evaluation, from wherever an earlier one in the same directory was stopped."""
-    model = options.model or _model_of(options.setting)
-    loaded = load_model(model, task="auto", dtype=dtype, device=device)
-    results = _done(lambda: run_evaluation(options, (loaded.model, loaded.tokenizer)))
+def evaluate(
+    options: Options,
+    *,
+    parts: str,
+    beside: Sequence[str],
+    dtype: str | None,
+    device: str,
+    as_json: bool,
+) -> int:
+    """Run an evaluation, from wherever an earlier one in the same directory was stopped.
+
+    Args:
+        options: `data` may be a folder, which is then studied.
+        parts: of a study, separated by commas; empty: all.
+        beside: encoders whose scope a study measures too.
+    """
+    options = replace(options, model=options.model or _model_of(options.setting))
+    folder = Path(options.data).expanduser()
+    if not folder.is_dir() and (parts or beside):
+        raise CommandError(USAGE, "--parts and --beside must be left out: DATA is not a directory")
+    assert options.model is not None
+    loaded = load_model(options.model, task="auto", dtype=dtype, device=device)
+    pair = (loaded.model, loaded.tokenizer)
+    if folder.is_dir():
+        results = expected(lambda: _study(folder, options, pair, parts, beside))
+    else:
+        results = expected(lambda: run_evaluation(options, pair))
     if as_json:
         print_json(results)
+    elif folder.is_dir():
+        cells = ("part", "name", "value", "count", "reach")
+        rows = [[row[cell] for cell in cells] for row in results["rows"]]
+        screen().print(table(cells, [[*r[:2], number(r[2]), *r[3:]] for r in rows]))
+        screen().print(f"{plain(options.out)}: study.json, study.csv, study.png")
     else:
         _show(results, loaded, options.out)
     return OK
+
+
+def _study(
+    folder: Path, options: Options, pair: tuple[Any, Any], parts: str, beside: Sequence[str]
+) -> dict[str, Any]:
+    from ..evaluation.study import PARTS, Sizes, study
+
+    chosen = tuple(name.strip() for name in parts.split(",") if name.strip()) or PARTS
+    sizes = Sizes() if options.edits is None else Sizes(edits=options.edits)
+    options = replace(options, edits=None)
+    return study(folder, options.out, pair, options, parts=chosen, encoders=beside, sizes=sizes)
 
 
 def _model_of(setting: str | None) -> str:
@@ -43,7 +82,7 @@ def _model_of(setting: str | None) -> str:
     return SETTINGS[setting].model
 
 
-def _done(work: Any) -> Any:
+def expected(work: Any) -> Any:
     """Return what `work` gives, its errors as those of a command."""
     try:
         with quiet():
@@ -90,7 +129,7 @@ def tune(
     as_json: bool,
 ) -> int:
     """Learn a text map from records and save it."""
-    from ..evaluation.tuning import tune as learn
+    from ..evaluation.mapping import learn_map
 
     if encoder == "tokens" and model is None:
         raise CommandError(
@@ -103,14 +142,13 @@ def tune(
     loaded = None
     if model is not None:
         loaded = load_model(model, task="auto", dtype=dtype, device=device)
-    found = _done(
-        lambda: learn(
+    found = expected(
+        lambda: learn_map(
             data,
             out,
             model=loaded and loaded.model,
             tokenizer=loaded and loaded.tokenizer,
             encoder=encoder,
-            progress=progress_wanted(),
         )
     )
     if as_json:

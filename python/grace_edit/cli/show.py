@@ -45,7 +45,8 @@ def explain(directory: Path, prompt: str, *, model: str | None, device: str, as_
             unedited = editor.answer(prompt, length)
     nearest = None
     if found.edit_id is not None:
-        near = {"edit_id": found.edit_id, "slot": found.slot, "distance": found.distance}
+        place = {"edit_id": found.edit_id, "key": found.key, "slot": found.slot}
+        near = {**place, "distance": found.distance}
         nearest = _entry(saved, words, {**near, "radius": found.radius, "label": found.label})
     runner_up = None if found.runner_up is None else _entry(saved, words, found.runner_up)
     data = {
@@ -73,10 +74,11 @@ def _room_for_answer(family: Family, prompt: str) -> int:
 
 
 def _entry(saved: SavedEdits, words: Words, near: dict[str, Any]) -> dict[str, Any]:
-    radius = near["radius"]
+    radius, book, id = near["radius"], saved.codebook, near["edit_id"]
+    keys = [book.edit(id), *book.parts(id)]
     return {
         **near,
-        "edit_prompt": words.prompt(saved.codebook.edit(near["edit_id"]).prompt),
+        "edit_prompt": words.prompt(keys[near["key"]].prompt),
         "d_over_eps": near["distance"] / radius if radius > 0 else None,
     }
 
@@ -100,7 +102,7 @@ def _show_answer(data: dict[str, Any]) -> None:
         )
     )
     if data["text"] is not None:
-        console.print(facts(_text_facts(data["text"])))
+        console.print(facts(text_facts(data["text"])))
     if nearest is None:
         return
     columns = ("", "edit", "its prompt", "its target", "distance", "radius", "d/eps")
@@ -108,7 +110,8 @@ def _show_answer(data: dict[str, Any]) -> None:
     console.print(table(columns, (_cells(name, near) for name, near in rows if near is not None)))
 
 
-def _text_facts(text: dict[str, Any]) -> dict[str, Any]:
+def text_facts(text: dict[str, Any]) -> dict[str, Any]:
+    """Return what the keys saw in two texts (`TextReason` as a dict), by name, for a person."""
     told: dict[str, Any] = {"asked with": text["span"], "about": ", ".join(text["subject"]) or "–"}
     if text["edit_span"] is None:
         return told
@@ -142,6 +145,7 @@ def codebook(directory: Path, *, as_json: bool) -> int:
                     "case": edit.result.case,
                     "slot": edit.slot,
                     "radius": float(book.radii[edit.slot]),
+                    "keys": 1 + len(book.parts(edit.id)),
                     "fragile": edit.result.fragile,
                 }
             )

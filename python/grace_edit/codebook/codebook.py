@@ -63,6 +63,8 @@ class Codebook:
         value_dtype: of values; None means `dtype`.
         drift: how far the query of one prompt moves between batches.
         max_radius: to which an entry may grow; None means 3 * radius.
+        autocast: the dtype of `torch.autocast` under which queries move by no more than `drift`
+            too; None: there it may be more.
         device: where the tensors are. Stored queries stay on the host.
 
     Raises:
@@ -81,9 +83,10 @@ class Codebook:
         value_dtype: torch.dtype | None = None,
         drift: float = 0.0,
         max_radius: float | None = None,
+        autocast: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        settings = Settings.checked(policy, radius, drift, max_radius)
+        settings = Settings.checked(policy, radius, drift, max_radius, autocast)
         sizes = (key_dim, value_dim, capacity)
         self.storage = Storage(*sizes, dtype, value_dtype or dtype, device, settings)
 
@@ -132,6 +135,20 @@ class Codebook:
         self.storage.slots.frozen = value
 
     @property
+    def undo_limit(self) -> int:
+        """How many steps of undo are kept, the latest; 100 unless set. Older ones are let go.
+
+        A step holds what the change overwrote: a few vectors for an edit, and for a delete whatever
+        its replay moved, which may be most of the codebook.
+        """
+        return self.storage.journal.limit
+
+    @undo_limit.setter
+    def undo_limit(self, steps: int) -> None:
+        with self.lock:
+            self.storage.journal.limit = steps
+
+    @property
     def lock(self) -> RLock:
         """Held while slots change; to be held while they are read in another thread.
 
@@ -158,6 +175,11 @@ class Codebook:
     def drift(self) -> float:
         """How far the query of one prompt moves between batches."""
         return self.storage.settings.drift
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The dtype of `torch.autocast` that `drift` allows for; None: of none."""
+        return self.storage.settings.autocast
 
     @property
     def max_radius(self) -> float:
@@ -427,7 +449,7 @@ class Codebook:
             replay.delete(storage, id, purge)
 
     def undo(self) -> None:
-        """Take the last operation or transaction back, to the bit; may be called again and again.
+        """Take the last operation or transaction back, to the bit; up to `undo_limit` times.
 
         Only `version` goes up instead, and the ids that were given out stay used.
 
@@ -524,6 +546,7 @@ class Codebook:
             new.next_id = max(new.next_id, old.next_id)
             new.version = old.version + 1
             new.journal.forget(reason)
+            new.journal.limit = old.journal.limit
             new.lock, new.changing = old.lock, old.changing  # others are waiting for these
             self.storage = new
 

@@ -12,6 +12,9 @@ from typing import Any, Protocol
 
 from .records import UndoError
 
+UNDO_LIMIT = 100
+"""Steps of undo that a new codebook keeps."""
+
 
 class Part(Protocol):
     """A part of the storage whose changes can be taken back."""
@@ -33,6 +36,8 @@ class Journal:
         self._open: list[_Step] = []
         self._steps: list[_Step] = []
         self._beginning = "the codebook was made"
+        self._limit = UNDO_LIMIT
+        self._dropped = False
 
     @property
     def is_open(self) -> bool:
@@ -43,6 +48,23 @@ class Journal:
     def steps(self) -> int:
         """How many times `undo` may be called."""
         return len(self._steps)
+
+    @property
+    def limit(self) -> int:
+        """How many steps are kept at most, the latest."""
+        return self._limit
+
+    @limit.setter
+    def limit(self, steps: int) -> None:
+        if type(steps) is not int or steps < 0:
+            raise ValueError(f"undo_limit must be a whole number of at least 0, got {steps!r}")
+        self._limit = steps
+        self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        if len(self._steps) > self._limit:
+            del self._steps[: len(self._steps) - self._limit]
+            self._dropped = True
 
     def note(self, part: Part, table: str, key: Any = None) -> None:
         """Keep what a place holds; to be called before it changes, within a transaction."""
@@ -65,6 +87,7 @@ class Journal:
                 self._open[-1].setdefault(place, old)
         elif step:
             self._steps.append(step)
+            self._drop_oldest()
 
     def roll_back(self) -> None:
         """Close the innermost transaction and take back what was changed in it."""
@@ -74,6 +97,10 @@ class Journal:
         """Raise UndoError unless there is something to undo and no transaction is open."""
         if self._open:
             raise UndoError("cannot undo inside a transaction: end it first")
+        if not self._steps and self._dropped:
+            raise UndoError(
+                f"cannot undo: only the last {self._limit} steps were kept (undo_limit)"
+            )
         if not self._steps:
             raise UndoError(f"cannot undo: nothing has changed since {self._beginning}")
 
@@ -92,7 +119,7 @@ class Journal:
             event: what the error says then, after "nothing has changed since".
         """
         self._steps.clear()
-        self._beginning = event
+        self._beginning, self._dropped = event, False
 
 
 def _put_back(step: _Step) -> None:

@@ -69,7 +69,8 @@ def _replay(storage: Storage) -> None:
     """
     slots = storage.slots
     edits = (edit for edit in storage.edit_records.values() if edit is not None)
-    made = [edit for edit in edits if edit.state != "deleted" and edit.query_index >= 0]
+    imported = len(storage.imported.labels)
+    made = [edit for edit in edits if edit.state != "deleted" and edit.id >= imported]
     made.sort(key=lambda edit: edit.id)
     layout = _clear(storage)
     for edit in made:
@@ -113,7 +114,14 @@ def _clear(storage: Storage) -> dict[int | bytes, int]:
 
 def _restore_import(storage: Storage, id: int) -> None:
     """Make an imported edit live in its own slot again, with the value that answers it now."""
-    edit = replace(storage.edit(id), state="live", slot=id, superseded_by=None)
+    edit = storage.edit(id)
+    if storage.entry(id) is None:
+        storage.slots.extend(id + 1)
+        storage.slots.take(id)
+    if edit.query_index >= 0:  # its slot was freed, and perhaps used by another
+        storage.slots.write_key(id, storage.query_of(edit))
+        storage.queries.erase(edit.query_index)
+    edit = replace(edit, state="live", slot=id, superseded_by=None, query_index=-1)
     entry = Entry(edit.label, edit.value_id, id, (id,))
     storage.put_entry(id, entry, storage.value_of(edit))
     storage.put_edit(edit)

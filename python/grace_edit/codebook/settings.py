@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from . import policy as rules
 from .records import Label
 
@@ -13,17 +15,23 @@ from .records import Label
 class Settings:
     """Policy, radius of a new entry, drift of queries, and the radius an entry may grow to.
 
-    The three numbers are fp32. See `Codebook` for what they mean.
+    The three numbers are fp32. `autocast` is that for which the drift holds too. See `Codebook`.
     """
 
     policy: str
     radius: float
     drift: float
     max_radius: float
+    autocast: torch.dtype | None = None
 
     @classmethod
     def checked(
-        cls, policy: str, radius: float, drift: float, max_radius: float | None
+        cls,
+        policy: str,
+        radius: float,
+        drift: float,
+        max_radius: float | None,
+        autocast: torch.dtype | None = None,
     ) -> Settings:
         """Check the arguments of `Codebook` and round them to fp32.
 
@@ -40,7 +48,7 @@ class Settings:
             raise ValueError(f"policy must be one of {', '.join(rules.POLICIES)}, got {policy}")
         radius = rules.fp32(radius)
         largest = rules.fp32(3.0 * radius if max_radius is None else max_radius)
-        return cls(policy, radius, rules.fp32(drift), largest)
+        return cls(policy, radius, rules.fp32(drift), largest, autocast)
 
     @property
     def paper(self) -> bool:

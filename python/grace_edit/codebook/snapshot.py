@@ -26,7 +26,10 @@ _FLOATS = ("distance", "radius_before", "radius_after", "loss_start", "loss_end"
 def settings_of(storage: Storage) -> dict[str, Any]:
     """Return what is to be known of a codebook before its tensors are read."""
     slots, settings = storage.slots, storage.settings
+    autocast = settings.autocast
     return {
+        # Where there is none, files are as those of the first release.
+        **({} if autocast is None else {"autocast": str(autocast).removeprefix("torch.")}),
         "key_dim": slots.keys.shape[1],
         "value_dim": slots.values.shape[1],
         "dtype": str(slots.keys.dtype).removeprefix("torch."),

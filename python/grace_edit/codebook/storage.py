@@ -333,6 +333,10 @@ class Storage:
 
     def free(self, slot: int) -> None:
         """Take the entry out of a slot for good: it holds zeros then."""
+        if self.is_imported(slot) and self.edit(slot).query_index < 0:
+            # This key is the only place of the query of an edit that may come back.
+            index = self.queries.add(self.slots.keys[slot], slot)
+            self.put_edit(replace(self.edit(slot), query_index=index))
         self.retire_value(slot)
         self.vacate(slot)
         self.slots.clear(slot)

@@ -9,10 +9,14 @@ and further ones that the caller names, such as the map of text keys. The config
 the others, so the state it describes is either there as a whole or refused. Each file is first
 written under its name + ".new" and fsynced; then they are renamed, the configuration last. What an
 interruption between the renames leaves is completed on reading.
+
+One writes at a time, see `locking`. Readers wait for nobody: one that finds files which do not
+agree, and which somebody has renamed meanwhile, reads again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -26,6 +30,7 @@ from safetensors.torch import save as render_tensors
 
 from . import snapshot
 from .codebook import Codebook
+from .locking import LOCK, writing
 
 FORMAT = 2
 """The highest that is read; what an older release reads right is written as 1."""
@@ -34,6 +39,7 @@ CONFIG = "grace_config.json"
 TENSORS = "codebook.safetensors"
 EDITS = "edits.jsonl"
 _NEW = ".new"
+_READINGS = 1000  # of files that somebody renames each time
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float16, torch.bfloat16)}
 _DTYPES["float64"] = torch.float64
 
@@ -51,7 +57,8 @@ def save(
     """Write a codebook with its whole history, and the caller's `config`, to a directory.
 
     An earlier save there is replaced. If that is interrupted, `load` finds the old state or the new
-    one. Steps of undo are not saved.
+    one. Another save to the same directory, in whatever process, is waited for; see `writing`.
+    Steps of undo are not saved.
 
     Args:
         codebook: outside a transaction; one that another thread has opened is waited for.
@@ -61,12 +68,20 @@ def save(
 
     Raises:
         TypeError, ValueError: `config` is not JSON. Nothing is written.
+        TimeoutError: another process has been writing there for too long.
         OSError: as the file system says.
     """
-    with codebook.changing() as storage:
+    with codebook.changing() as storage:  # before anybody's lock is waited for
         if storage.journal.is_open:
             raise ValueError("cannot save inside a transaction: end it first")
-        directory = Path(directory)
+    with writing(directory):
+        _save(codebook, Path(directory), config, beside)
+
+
+def _save(
+    codebook: Codebook, directory: Path, config: dict[str, Any], beside: dict[str, bytes] | None
+) -> None:
+    with codebook.changing() as storage:
         tensors, records = snapshot.content_of(storage)
         settings, number = snapshot.settings_of(storage), snapshot.format_of(storage)
         files = {TENSORS: render_tensors(tensors), EDITS: records.encode(), **(beside or {})}
@@ -79,7 +94,6 @@ def save(
     described["checksum"] = _checksum(described)
     files[CONFIG] = _render(described)
 
-    directory.mkdir(parents=True, exist_ok=True)
     if (directory / (CONFIG + _NEW)).exists():
         _complete(directory)
     for name, content in files.items():
@@ -178,6 +192,33 @@ def _sync(directory: Path) -> None:
 
 def _read(directory: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Return the configuration and the contents it vouches for."""
+    unchanged = 0
+    for _ in range(_READINGS):
+        before = _places(directory)
+        try:
+            return _read_once(directory)
+        except StoreError as error:
+            failed = error
+        unchanged = unchanged + 1 if _places(directory) == before else 0
+        if unchanged == 2:  # clocks are coarse: once may be chance
+            break
+    raise failed
+
+
+def _places(directory: Path) -> dict[str, tuple[int, int, int]]:
+    """Return what tells whether a file was replaced or written, by name."""
+    found = {}
+    with contextlib.suppress(OSError), os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.name.startswith(LOCK):
+                continue
+            with contextlib.suppress(OSError):
+                at = entry.stat()
+                found[entry.name] = (at.st_ino, at.st_mtime_ns, at.st_size)
+    return found
+
+
+def _read_once(directory: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
     try:
         described = _read_config(directory / CONFIG)
         return described, _read_files(directory, described)
@@ -235,7 +276,7 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def _empty(settings: dict[str, Any]) -> Codebook:
-    maximum = settings["max_radius"]
+    maximum, autocast = settings["max_radius"], settings.get("autocast")
     book = Codebook(
         settings["key_dim"],
         settings["value_dim"],
@@ -246,6 +287,7 @@ def _empty(settings: dict[str, Any]) -> Codebook:
         value_dtype=_DTYPES[settings["value_dtype"]],
         drift=settings["drift"],
         max_radius=math.inf if maximum is None else maximum,
+        autocast=None if autocast is None else _DTYPES[autocast],
     )
     if not 0 <= settings["rows"] <= settings["capacity"]:
         raise ValueError(f"rows must lie in [0, {settings['capacity']}], got {settings['rows']}")

@@ -15,7 +15,7 @@ from ..editor import GraceEditor
 from .data import read_table
 from .smollm2 import LAYER
 
-CONFIG = GraceConfig(layer=LAYER, margin=5.0)
+CONFIG = GraceConfig(layer=LAYER, query="text")
 LENGTH = 10
 """Tokens of an answer."""
 BATCH = 32

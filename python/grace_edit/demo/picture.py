@@ -34,15 +34,15 @@ COLUMNS = {
 def draw(result: dict[str, Any], path: Path) -> Path:
     """Draw the figures of a run to a PNG and return its path."""
     figure = Figure(figsize=(12, 14), layout="constrained")
-    grid = figure.add_gridspec(3, 2, height_ratios=(1, 1, 1.25))
-    axes = [[figure.add_subplot(grid[row, column]) for column in (0, 1)] for row in (0, 1)]
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1.5, 1))
+    axes = upper.subplots(2, 2)
     rows = result["topics"]["rows"]
     main = next(row for row in reversed(rows) if row["method"] == "GRACE")
-    _stream(axes[0][0], main)
-    _ratios(axes[0][1], main)
-    _methods(axes[1][0], rows, result["topics"]["trr_before"])
-    _distances(axes[1][1], result["corrections"]["rows"])
-    _answers(figure.add_subplot(grid[2, :]), result["corrections"]["rows"])
+    _stream(axes[0, 0], main)
+    _ratios(axes[0, 1], main)
+    _methods(axes[1, 0], rows, result["topics"]["trr_before"])
+    _distances(axes[1, 1], result["corrections"]["rows"])
+    _answers(lower.subplots(), result["corrections"]["rows"])
     figure.suptitle("GRACE edits of a sentence classifier (1) and of SmolLM2-135M-Instruct (2)")
     figure.savefig(path, dpi=120)
     return path

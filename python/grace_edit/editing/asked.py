@@ -11,7 +11,7 @@ from torch import Tensor
 
 from grace_kernels import nearest
 
-from ..adaptor.adaptor import check_fits
+from ..adaptor.precision import check_fits
 from ..codebook.codebook import Codebook
 from ..codebook.policy import fp32
 from ..families import Family
@@ -84,7 +84,8 @@ def read_wanted(family: Family, edit: Any) -> Wanted:
 
 
 def _prompts(fields: Mapping[str, Any], name: str) -> list[Any]:
-    given = fields.get(name) or ()
+    given = fields.get(name)
+    given = () if given is None else given
     if isinstance(given, str) or not isinstance(given, Sequence):
         raise ValueError(f"{name} must be a list of prompts, got {given!r}")
     return list(given)
@@ -103,18 +104,20 @@ def find_keys(family: Family, book: Codebook, wanted: Wanted) -> tuple[list[Key]
     output: Tensor | None = None
     for prompt in (wanted.prompt, *wanted.paraphrases):
         seen = family.capture([prompt])
-        check_fits(book, seen.queries, seen.outputs)
-        query = _checked(family, seen.queries)[0]
+        of_layer = family.adaptor.text is None
+        check_fits(book, seen.queries if of_layer else None, seen.outputs, editing=True)
+        query = _checked(family, seen.queries)[0].to(book.keys.dtype)  # another under autocast
         output = seen.outputs[0] if output is None else output
         if all(_distance(query, key.query) > 0.0 for key in keys):
             keys.append(Key(prompt, query))
     assert output is not None
     if not wanted.negatives:
         return keys, output
-    rows = [_rows(family, negative) for negative in wanted.negatives]
+    rows = [_rows(family, book, negative) for negative in wanted.negatives]
     queries = [key.query for key in keys]
     return [
-        Key(key.prompt, key.query, _radius(key.query, queries, rows, book.radius)) for key in keys
+        Key(key.prompt, key.query, radius_outside(key.query, queries, rows, book.radius))
+        for key in keys
     ], output
 
 
@@ -126,10 +129,11 @@ def _checked(family: Family, queries: Tensor) -> Tensor:
     return queries
 
 
-def _rows(family: Family, prompt: list[int]) -> Tensor:
+def _rows(family: Family, book: Codebook, prompt: list[int]) -> Tensor:
     """Return all the queries `[S, D]` that a prompt asks with."""
     text = family.adaptor.text
-    return _checked(family, family.capture([prompt]).queries if text is None else text.rows(prompt))
+    rows = family.capture([prompt]).queries if text is None else text.rows(prompt)
+    return _checked(family, rows).to(book.keys.dtype)
 
 
 def _distance(query: Tensor, keys: Tensor) -> float:
@@ -139,7 +143,9 @@ def _distance(query: Tensor, keys: Tensor) -> float:
     return float(nearest(query[None], keys, radii)[1])
 
 
-def _radius(query: Tensor, own: list[Tensor], negatives: list[Tensor], radius: float) -> float:
+def radius_outside(
+    query: Tensor, own: list[Tensor], negatives: list[Tensor], radius: float
+) -> float:
     """Return the radius of a key: `radius`, or less so that every negative is outside.
 
     It then ends half way between the nearest negative and the farthest of the edit's own prompts

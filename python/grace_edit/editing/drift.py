@@ -6,6 +6,7 @@ import torch
 
 import grace_kernels
 
+from ..adaptor.precision import autocast_of, own_dtype, without_autocast
 from ..adaptor.state import Captured
 from ..families import Family
 
@@ -26,6 +27,7 @@ def measure_drift(family: Family, seed: int) -> tuple[float, Captured]:
 
     δ is the largest canonical distance between a probe's query computed alone and in one padded
     batch of eight (padded on the right, and on the left where the family generates that way).
+    Inside `torch.autocast` also that between the query inside and the one outside.
 
     Args:
         family: of the attached model.
@@ -33,12 +35,16 @@ def measure_drift(family: Family, seed: int) -> tuple[float, Captured]:
     """
     probes = probes_of(family, seed)
     alone = [family.capture([ids]) for ids in probes]
+    dtype = own_dtype(family.model.get_submodule(family.layer), alone[0].queries)
+    others = [family.capture(probes, left=left).queries for left in {False, family.pads_left}]
+    if autocast_of(family.device) is not None:
+        with without_autocast():
+            others += [torch.cat([family.capture([ids]).queries for ids in probes])]
     drift = 0.0
-    for left in {False, family.pads_left}:
-        batch = family.capture(probes, left=left)
-        for one, padded in zip(alone, batch.queries, strict=True):
-            radii = torch.zeros(1, device=padded.device)
-            _, distance = grace_kernels.nearest(one.queries, padded[None], radii)
+    for other in others:
+        for one, moved in zip(alone, other.to(dtype), strict=True):
+            radii = torch.zeros(1, device=moved.device)
+            _, distance = grace_kernels.nearest(one.queries.to(dtype), moved[None], radii)
             drift = max(drift, float(distance))
     return drift, alone[0]
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..adaptor.adaptor import check_fits
+from ..adaptor.precision import check_fits
 from ..adaptor.text_queries import TextQueries
 from ..families import Family, target_of
 
@@ -74,11 +74,12 @@ def explain(family: Family, prompt: list[int]) -> Explanation:
         return _explain_text(family, family.adaptor.text, prompt)
     seen = family.capture([prompt])
     check_fits(book, seen.queries, seen.outputs)
+    queries = seen.queries.to(book.keys.dtype)  # under autocast another one
     with book.lock:  # all of it says the same of the same entries
-        found = [_entry(family, slot, d) for slot, d in book.nearest_two(seen.queries[0])]
+        found = [_entry(family, slot, d) for slot, d in book.nearest_two(queries[0])]
         if not found:
             return Explanation(False, None, -1, float("inf"), float("nan"), "", None)
-        hit = int(book.lookup(seen.queries)[0]) >= 0
+        hit = int(book.lookup(queries)[0]) >= 0
     return Explanation(hit, **found[0], runner_up=found[1] if len(found) > 1 else None)
 
 
@@ -91,11 +92,12 @@ def _explain_text(family: Family, text: TextQueries, prompt: list[int]) -> Expla
         slots = list(dict.fromkeys(slot for _, slot in sorted(near, key=lambda pair: pair[0])))
         nearest = {slot: min(d for d, s in near if s == slot) for slot in slots}
         found = [_entry(family, slot, nearest[slot]) for slot in slots[:2]]
+        other = book.edit_of_slot(found[0]["slot"]).prompt if found else None
     if not found:
         first = text.keys.read(text.text(prompt))[0]
         reason = TextReason(first.span, first.subject_words)
         return Explanation(False, None, -1, float("inf"), float("nan"), "", None, reason)
-    reason = _reason(text, prompt, book.edit_of_slot(found[0]["slot"]).prompt)
+    reason = _reason(text, prompt, other)
     return Explanation(hit, **found[0], runner_up=found[1] if len(found) > 1 else None, text=reason)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adaptor.precision import autocast_of, own_dtype
 from ..codebook.codebook import Codebook
 from ..codebook.records import Edit, EditResult, Proposal
 from ..config import GraceConfig
@@ -49,16 +50,20 @@ class EditMaker:
             drift, seen = 0.0, family.capture(probes_of(family, config.seed)[:1])
             if policy == "default":
                 policy = "nearest"  # keys made from text: their balls overlap, the nearest is right
+        layer = family.model.get_submodule(family.layer)
+        value_dtype = own_dtype(layer, seen.outputs)
+        of_layer = family.adaptor.text is None
         return Codebook(
             seen.queries.shape[-1],
             seen.outputs.shape[-1],
             radius=config.radius,
             policy=policy,
             capacity=capacity,
-            dtype=seen.queries.dtype,
-            value_dtype=seen.outputs.dtype,
+            dtype=own_dtype(layer, seen.queries) if of_layer else seen.queries.dtype,
+            value_dtype=value_dtype,
             drift=drift if config.drift is None else config.drift,
             max_radius=config.max_radius,
+            autocast=autocast_of(seen.outputs.device) if of_layer else None,
             device=seen.outputs.device,
         )
 
@@ -113,6 +118,8 @@ class EditMaker:
         kept = [self._produce([prompt], target, fit.value) for prompt in prompts]
         names = ["the prompt", *(f"paraphrases[{i}]" for i in range(len(prompts) - 1))]
         failed = [name for name, works in zip(names, kept, strict=True) if not works]
+        if not failed:
+            return fit.reason
         return f"{fit.reason}; with the value that all share {', '.join(failed)} missed it"
 
     @property

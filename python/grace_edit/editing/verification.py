@@ -10,7 +10,7 @@ from torch import Tensor
 
 import grace_kernels
 
-from ..adaptor.adaptor import check_fits
+from ..adaptor.precision import check_fits
 from ..codebook.codebook import Codebook
 from ..codebook.records import Edit
 from ..families import Family, target_of
@@ -40,11 +40,11 @@ def find_misfires(family: Family, edits: Sequence[Edit], progress: bool) -> list
     """Return the edits that miss, per mode; every edit must have a stored prompt."""
     if family.adaptor.text is not None:
         return _unanswered(family, edits)
-    missing = []
+    missing, book = [], family.adaptor.codebook
     pieces = [edits[i : i + MOST_ROWS] for i in range(0, len(edits), MOST_ROWS)]
     for piece in bar(pieces, "verifying", progress):
-        for mode, queries in _in_modes(family, [list(e.prompt or ()) for e in piece]):
-            book = family.adaptor.codebook
+        for mode, seen in _in_modes(family, [list(e.prompt or ()) for e in piece]):
+            queries = seen.to(book.keys.dtype)  # under autocast another one
             ask = lambda q=queries: book.lookup(q)[0]  # noqa: E731
             missing += _misses(book, piece, mode, queries, ask)
     return missing

@@ -3,9 +3,8 @@
 In `finetuning`, on the weights of one layer: `ft` trains each edit until its target leads, `ewc`
 does so held near the weights that earlier edits need, `replay` rehearses the last edits now and
 then.
-Here: `defer` trains a gate and a linear map beside the layer, `memory` stores targets under the
-layer's input and says the nearest within the radius, `rag` stores facts as sentences and pastes the
-one retrieved before the prompt.
+Here: `defer` trains a gate and a linear map beside the layer, `memory` stores targets under GRACE's
+keys and says the nearest within the radius, `rag` pastes the fact it finds before the prompt.
 
 The layer is that of GRACE in the same run. Settings are those published with GRACE where it has
 them; they were chosen there for other models.
@@ -16,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -182,30 +181,37 @@ class Memory(_Switched):
         self.editor = GraceEditor(asked.model, asked.tokenizer, config)
         self.stored = self.editor.codebook.keys[:0].clone()
 
-    def _query(self, prompt: str) -> Tensor:
-        return self.editor.queries([self.asked.for_editor(prompt)]).detach()
+    def _queries(self, prompt: str) -> Tensor:
+        """Return `[S, D]`: one row, or one per span of the text; a key is the first."""
+        asked = self.asked.for_editor(prompt)
+        text = self.editor.adaptor.text
+        if text is None:
+            return self.editor.queries([asked]).detach()
+        return text.rows(self.editor.family.encode(asked)).to(self.stored.device)
 
     def edit(self, record: EditRecord) -> Made:
-        fact = (record.prompt, record.target)
-        self.stored = torch.cat([self.stored, self._query(record.prompt).to(self.stored.dtype)])
-        self.facts.append(fact)
+        key = self._queries(record.prompt)[:1]
+        self.stored = torch.cat([self.stored, key.to(self.stored.dtype)])
+        self.facts.append((record.prompt, record.target))
         return Made(True, edit=len(self.facts) - 1)
 
-    def _nearest(self, prompt: str) -> tuple[int, float]:
+    def nearest(self, prompt: str) -> tuple[int, float]:
+        """Return the number of the fact whose prompt is nearest, and how far it is."""
         radii = torch.zeros(len(self.facts), device=self.stored.device)
-        index, distance = grace_kernels.nearest(self._query(prompt), self.stored, radii)
-        return int(index), float(distance)
+        indices, distances = grace_kernels.nearest(self._queries(prompt), self.stored, radii)
+        row = int(distances.argmin())
+        return int(indices[row]), float(distances[row])
 
     def _found(self, prompt: str) -> Target | None:
         if not self.enabled or not self.facts:
             return None
-        index, distance = self._nearest(prompt)
+        index, distance = self.nearest(prompt)
         return self.facts[index][1] if distance <= self.radius else None
 
     def look(self, prompt: str) -> Look | None:
         if not self.facts:
             return Look(False, edits=())
-        index, distance = self._nearest(prompt)
+        index, distance = self.nearest(prompt)
         label = self.asked.label(self.facts[index][1])
         return Look(distance <= self.radius, label, (index,), distance, self.radius)
 
@@ -243,51 +249,41 @@ _WORD = re.compile(r"\w+")
 _LAST = re.compile(r"(?<=[.!?\n])\s+")
 
 
-Encoder = Callable[[list[str]], Tensor]
-"""Texts to vectors, `list[str] -> [B, D]`."""
-
-
 class Retrieval(_Switched):
-    """RAG: the fact whose prompt is most like the question's last sentence is pasted before it.
+    """RAG: the fact that the question is about is pasted before it.
 
-    They are compared by the cosine of their embeddings or, without an encoder, of their words,
-    weighted by rarity among the facts (words of no fact do not count). A fact below `threshold` is
-    not pasted. Words alone are a weak retriever: give the encoder that GRACE's keys come from.
+    It is found by `memory`, by the keys that GRACE has. Without one it is the fact whose prompt is
+    most like the question's last sentence, by the cosine of their words, weighted by rarity among
+    the facts (words of no fact do not count): a weak retriever.
 
     Args:
-        threshold: least cosine, 0 to 1.
-        encoder: of sentences.
+        threshold: least cosine, 0 to 1, of a fact that is pasted.
+        memory: of this method alone.
 
     Raises:
         ValueError: the model is a classifier, which reads no facts.
     """
 
     def __init__(
-        self, asked: AskedModel, *, threshold: float = 0.5, encoder: Encoder | None = None
+        self, asked: AskedModel, *, threshold: float = 0.5, memory: Memory | None = None
     ) -> None:
         super().__init__(asked, "rag")
         if asked.family == CLASSIFIER:
             raise ValueError("rag must be run on a language model, got a classifier")
-        self.threshold, self.encoder = threshold, encoder
+        self.threshold, self.memory = threshold, memory
         self.facts: list[Fact] = []
-        self.vectors: list[Tensor] = []
         self.words: list[Counter[str]] = []
         self.documents: Counter[str] = Counter()
 
     def _add(self, fact: Fact) -> None:
         self.facts.append(fact)
-        if self.encoder is not None:
-            self.vectors.append(self._embedded(fact[0]))
-            return
         found = _words(fact[0])
         self.words.append(found)
         self.documents.update(found.keys())
 
-    def _embedded(self, text: str) -> Tensor:
-        assert self.encoder is not None
-        return torch.nn.functional.normalize(self.encoder([text])[0].detach().float(), dim=0)
-
     def edit(self, record: EditRecord) -> Made:
+        if self.memory is not None:
+            self.memory.edit(record)
         self._add((record.prompt, record.target))
         return Made(True, edit=len(self.facts) - 1)
 
@@ -299,17 +295,14 @@ class Retrieval(_Switched):
             if word in self.documents
         }
 
-    def _likenesses(self, text: str) -> list[float]:
-        if self.encoder is not None:
-            found: list[float] = (torch.stack(self.vectors) @ self._embedded(text)).tolist()
-            return found
-        asked = self._weigh(_words(text))
-        return [_cosine(asked, self._weigh(words)) for words in self.words]
-
     def _found(self, prompt: str) -> int | None:
         if not self.facts:
             return None
-        likenesses = self._likenesses(_LAST.split(prompt.strip())[-1])
+        if self.memory is not None:
+            index, distance = self.memory.nearest(prompt)
+            return index if distance <= self.memory.radius else None
+        asked = self._weigh(_words(_LAST.split(prompt.strip())[-1]))
+        likenesses = [_cosine(asked, self._weigh(words)) for words in self.words]
         best = max(range(len(likenesses)), key=likenesses.__getitem__)
         return best if likenesses[best] >= self.threshold else None
 
@@ -336,15 +329,20 @@ class Retrieval(_Switched):
         return len(self.facts)
 
     def save(self, directory: Path) -> None:
+        if self.memory is not None:
+            self.memory.save(directory)
         write_facts(directory, self.facts)
 
     def restore(self, directory: Path) -> None:
-        self.facts, self.words, self.vectors, self.documents = [], [], [], Counter()
+        if self.memory is not None:
+            self.memory.restore(directory)
+        self.facts, self.words, self.documents = [], [], Counter()
         for fact in read_facts(directory):
             self._add(fact)
 
     def close(self) -> None:
-        """Nothing was changed."""
+        if self.memory is not None:
+            self.memory.close()
 
 
 def _words(text: str) -> Counter[str]:

@@ -198,13 +198,13 @@ class _Evaluation:
             "model": self.name,
             "config": _told(config),
             "settings": settings,
-            "text map": _digest_of(config.text_map),
+            "text map": digest_of(config.text_map),
             "seed": self.options.seed,
             "protocol": self.protocol.to_dict(),
             "records": _digest([asdict(replace(record, source="")) for record in records]),
             "upstream": _digest([asdict(question) for question in self.upstream]),
         }
-        _same_run(directory, identity)
+        same_run(directory, identity)
         make: Callable[[], Method] = lambda: self._method(name, config, settings)  # noqa: E731
         return run_stream(
             make,
@@ -232,7 +232,8 @@ class _Evaluation:
         if name == "memory":
             return Memory(asked, config)
         if name == "rag":
-            return Retrieval(asked, **settings)
+            by_text = Memory(asked, config) if config.query == "text" else None
+            return Retrieval(asked, memory=by_text, **settings)
         return Grace(asked, config, name=name)
 
     def _sweep(self) -> tuple[list[Figure], list[dict[str, Any]]]:
@@ -374,8 +375,8 @@ def _told(config: GraceConfig) -> dict[str, Any]:
     return fields
 
 
-def _digest_of(directory: Any) -> str | None:
-    """Return a hash of the files of a directory, None for what is none."""
+def digest_of(directory: Any) -> str | None:
+    """Return a hash of the files in a directory; None for what is no directory."""
     if directory is None or not Path(str(directory)).is_dir():
         return None
     files = sorted(path for path in Path(str(directory)).iterdir() if path.is_file())
@@ -383,8 +384,16 @@ def _digest_of(directory: Any) -> str | None:
     return _digest(hashes)
 
 
-def _same_run(directory: Path, identity: dict[str, Any]) -> None:
-    """Refuse to go on with a run of something else."""
+def same_run(directory: Path, identity: dict[str, Any]) -> None:
+    """Refuse to go on with a run of something else.
+
+    Args:
+        directory: of the run, made if it is not there.
+        identity: what the run is of, as JSON can hold it.
+
+    Raises:
+        OtherRunError: the directory holds a run of something else.
+    """
     path = directory / _IDENTITY
     if not path.exists():
         directory.mkdir(parents=True, exist_ok=True)

@@ -69,7 +69,7 @@ def grace_f1(produced: Sequence[int], wanted: Sequence[int], pad_id: int | None)
     anything but a comparison with published numbers.
 
     Args:
-        produced: what the model generated, start token included.
+        produced: what the model generated (T5's start token is padding, which is left out).
         wanted: the target's ids.
         pad_id: left out of `produced` where that is longer than one token.
     """
@@ -125,19 +125,6 @@ def mean(scores: Iterable[float | bool | None]) -> float | None:
     """Return the mean of the scores that are there (not None, not NaN), None if none is."""
     found = [float(score) for score in scores if score is not None and score == score]
     return math.fsum(found) / len(found) if found else None
-
-
-def unchanged(before: Sequence[str], after: Sequence[str]) -> float | None:
-    """Locality, answers: the share that are the same text as those of the unedited model."""
-    return mean(b == a for b, a in zip(before, after, strict=True))
-
-
-def fire_rate(fired: Iterable[bool | None]) -> float | None:
-    """Share of prompts that an edit answered.
-
-    Over prompts that one should answer this is the hit rate, over others the false-fire rate.
-    """
-    return mean(fired)
 
 
 def edits_per_key(edits: int, keys: int) -> float | None:

@@ -149,7 +149,10 @@ def _counterfact(fields: Fields, _: str) -> EditRecord:
     follows: tuple[Question, ...] = ()
     if fields.has("unrelated_relation"):
         asked = fields.inside("unrelated_relation")
-        other = _question(asked.text("question"), asked.optional("object"))
+        other = tuple(
+            replace(question, group=asked.optional("relation_id"))
+            for question in _question(asked.text("question"), asked.optional("object"))
+        )
     if fields.has("portability"):
         asked = fields.inside("portability")
         follows = _question(asked.text("New Question"), asked.text("New Answer"))

@@ -57,9 +57,7 @@ class Keyring:
     def ask(self, prompt: str) -> Asked:
         """Say which edit a prompt would ask."""
         began = time.perf_counter()
-        index, distance = grace_kernels.nearest(
-            self._keys.keys(prompt), self._stored, self._radii
-        )
+        index, distance = grace_kernels.nearest(self._keys.keys(prompt), self._stored, self._radii)
         row = int(distance.argmin())
         found = Asked(int(index[row]), float(distance[row]) <= self._keys.radius)
         self.seconds += time.perf_counter() - began

@@ -1,7 +1,7 @@
-"""The paper's three settings as plain data, for people who have the models.
+"""Settings as plain data: the paper's three, for people who have the models, and a small model's.
 
-Names, layers, radii and the published figures are those of Hartvigsen et al., "Aging with GRACE"
-(NeurIPS 2023) and of the code published with it.
+The paper's names, layers, radii and figures are those of Hartvigsen et al., "Aging with GRACE"
+(NeurIPS 2023), and of the code published with it.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ class Setting:
 
     Args:
         name: what `grace eval` calls it.
-        model: hub id of the model that the paper edits.
+        model: what `--model` takes; a hub id for those that the paper edits.
         kind: of the data.
-        data: where the paper's stream comes from.
+        data: where the stream comes from.
         upstream: what TRR is measured on.
-        config: of the editor, the paper's: layer, radius, query, replace, policy, recipe.
+        config: of the editor: layer, radius, query, replace, policy, recipe.
         score: what ES, ERR, TRR and ARR average.
         zsre_target: what a zsRE record edits towards.
         only_errors: edit only what the model answers wrong.
         every: measure every so many edits.
-        published: the paper's figures at the end of its stream.
+        published: the paper's figures at the end of its stream; none for a setting of ours.
         differs: what is not the same here as in the published code.
     """
 
@@ -91,6 +91,16 @@ SETTINGS = {
             "whole texts upstream; here the sentence's own tokens, and the second half of a text "
             "behind its first, where the edit is asked",
         ),
+        Setting(
+            name="smollm2-counterfact",
+            model="smollm2",
+            kind="counterfact",
+            data="counterfact.jsonl, or a folder of published files (docs/generality.md)",
+            upstream="unrelated questions of zsRE",
+            config={"layer": "model.layers.24.mlp", "query": "text"},
+            score="exact",
+            only_errors=False,
+        ),
     )
 }
-"""The paper's settings by name. T5's and BERT's tokens before the query are replaced, as there."""
+"""Settings by name. T5's and BERT's tokens before the query are replaced, as published."""

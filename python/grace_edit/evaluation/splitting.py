@@ -15,6 +15,9 @@ from typing import Any
 
 from .journal import write_whole
 from .loading import DataError, NoDataError
+from .records import EditRecord
+from .schemas import parse_all
+from .tuning import facts_of
 
 Raw = dict[str, Any]
 
@@ -35,8 +38,8 @@ class Split:
     Args:
         edits: CounterFact's nested records, one a prompt.
         train: records of other subjects.
-        unseen: pairs of relations and a folder: of `train`, what does not ask for these relations.
-            Each relation of the edits is in one of them.
+        unseen: pairs of relations and a folder: of `train`, what does not ask for these relations,
+            neither as an edit nor beside one. Each relation of the edits is in one of them.
         unrelated: questions that have nothing to do with the edits, with answers; None: none.
         counts: how many of what there are.
     """
@@ -69,24 +72,27 @@ def split(data: Path, out: Path, *, edits: int, seed: int = 0) -> Split:
     if nested is None:
         raise NoDataError(f"{data / NESTED}: no such file")
     chosen, rest = _chosen(nested, edits, seed)
-    if not chosen or not rest:
-        raise DataError(f"{data / NESTED}: must hold more than {edits} subjects")
+    if len(chosen) < edits or not rest:
+        raise DataError(
+            f"{data / NESTED}: must hold subjects for {edits} edits and others to learn from, got "
+            f"{len(chosen)} and {len(rest)} records"
+        )
     names = {_subject(raw) for raw in chosen}
-    own, dropped = _without(chosen, names)
+    edited, dropped = _without(chosen, names)
     flat = [raw for raw in _read(data / FLAT) or () if _subject(raw) not in names]
     rest, _ = _without(rest, names)
     flat, _ = _without(flat, names)
-    halves = _halves(own, seed)
+    halves = _halves(edited, seed)
     out.mkdir(parents=True, exist_ok=True)
-    _write(out / "edits.jsonl", own)
+    _write(out / "edits.jsonl", edited)
     _write_folder(out / "train", rest, flat)
     relation = _relations(nested)
     unseen = []
     for number, half in enumerate(halves):
-        kept = [
+        own, other = (
             [raw for raw in part if relation(raw) not in (*half, "")] for part in (rest, flat)
-        ]
-        _write_folder(out / f"unseen-{number + 1}", *kept)
+        )
+        _write_folder(out / f"unseen-{number + 1}", [_not_asking(raw, half) for raw in own], other)
         unseen.append((tuple(half), out / f"unseen-{number + 1}"))
     questions = _unrelated(data)
     if questions:
@@ -97,8 +103,8 @@ def split(data: Path, out: Path, *, edits: int, seed: int = 0) -> Split:
         unseen=tuple(unseen),
         unrelated=out / "unrelated.jsonl" if questions else None,
         counts={
-            "edits": len(own),
-            "edits with a question about another relation": sum(map(_asks_other, own)),
+            "edits": len(edited),
+            "edits with a question about another relation": sum(map(_asks_other, edited)),
             "neighbours of edits that name an edited subject, left out": dropped,
             "records learned from": len(rest) + len(flat),
             "unrelated questions": len(questions),
@@ -164,7 +170,7 @@ def _chosen(nested: list[Raw], edits: int, seed: int) -> tuple[list[Raw], list[R
 
 
 def _without(records: list[Raw], names: set[str]) -> tuple[list[Raw], int]:
-    """Return the records without the neighbours that name one of `names`, and how many those are."""
+    """Return the records without neighbours that name one of `names`; also how many those are."""
     dropped = 0
 
     def free(prompt: str) -> bool:
@@ -183,6 +189,17 @@ def _without(records: list[Raw], names: set[str]) -> tuple[list[Raw], int]:
             changed["locality_prompt"] = ""
         kept.append(changed)
     return kept, dropped
+
+
+def _not_asking(raw: Raw, relations: list[str]) -> Raw:
+    """Return a record without its question about another relation, if that is one of these."""
+    if not _asks_other(raw):
+        return raw
+    ((_, record),) = parse_all([("", raw)], "counterfact", "alt")
+    facts = facts_of([record]) if isinstance(record, EditRecord) else []
+    if not any(name in relations for fact in facts for name in fact.other_relations):
+        return raw
+    return {name: value for name, value in raw.items() if name != "unrelated_relation"}
 
 
 def _relations(nested: list[Raw]) -> Callable[[Raw], str]:

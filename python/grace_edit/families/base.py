@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from ..adaptor.adaptor import GraceAdaptor
 from ..adaptor.forwards import plan_prompts
 from ..adaptor.positions import QueryPlan
 from ..adaptor.state import Captured
+from .ids import is_chat, token_ids
 
 MOST_ROWS = 32
 """Prompts run in one forward at most, which bounds the memory of `verify` and `rekey`."""
@@ -186,8 +188,20 @@ class Family(ABC):
         """Return what the model answers now: `length` new tokens, or the class."""
 
     def encode(self, prompt: Any) -> list[int]:
-        """Return the token ids of a prompt: text (needs the tokenizer) or ids."""
-        ids = self._ids(prompt, "prompt", special=True)
+        """Return the token ids of a prompt.
+
+        Args:
+            prompt: text; chat messages (`[{"role": ..., "content": ...}]`), which the tokenizer's
+                template ends with the beginning of an answer; or ids in any form that `token_ids`
+                reads. Text and messages need the tokenizer.
+
+        Raises:
+            ValueError: it is something else, empty, too long, or not of this vocabulary.
+        """
+        whole = self._text_of(prompt)
+        ids = self._ids(
+            prompt if whole is None else whole[0], "prompt", special=whole is None or whole[1]
+        )
         if not ids:
             raise ValueError("prompt must have at least one token, got none")
         if len(ids) > self.longest:
@@ -202,6 +216,43 @@ class Family(ABC):
         """Return the token ids of an edit's prompt and of its target."""
         ids = self.encode(prompt)
         return ids, self.encode_target(target, ids)
+
+    def _text_of(self, prompt: Any) -> tuple[str, bool] | None:
+        """Return the text of a prompt and whether special tokens go round it; None: it is ids."""
+        if isinstance(prompt, str):
+            return prompt, True
+        if not is_chat(prompt):
+            return None
+        if getattr(self.tokenizer, "chat_template", None) is None:
+            raise ValueError(
+                "prompt must be text or token ids where the tokenizer has no chat template, got "
+                "chat messages"
+            )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(prompt), tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # templates raise what they like
+            raise ValueError(f"prompt must suit the tokenizer's chat template: {error}") from error
+        return str(text), False
+
+    def check_end(self, target: list[int]) -> None:
+        """Refuse a target that generation cannot produce, as it would stop before its end.
+
+        Raises:
+            ValueError: an end token stands before the last place; it is named.
+        """
+        generation = getattr(self.model, "generation_config", None)
+        ends = getattr(generation, "eos_token_id", None)
+        ends = getattr(self.config, "eos_token_id", None) if ends is None else ends
+        ends = set(np.atleast_1d(ends).tolist()) if ends is not None else set()
+        for place, token in enumerate(target[:-1]):
+            if token in ends:
+                name = "" if self.tokenizer is None else f" {self.tokenizer.decode([token])!r}"
+                raise ValueError(
+                    f"target must not hold an end token before its last place, as generation stops "
+                    f"there, got token {token}{name} at place {place + 1} of {len(target)}"
+                )
 
     def encode_target(self, target: Any, prompt: list[int]) -> list[int]:
         """Return a target's own token ids (a class id for a classifier)."""
@@ -231,14 +282,19 @@ class Family(ABC):
                     f"got the string {text!r}"
                 )
             text = list(self.tokenizer(text, add_special_tokens=special).input_ids)
-        ids = text.tolist() if isinstance(text, Tensor) else text
-        if not isinstance(ids, (list, tuple)) or not all(type(i) is int for i in ids):
-            raise ValueError(f"{name} must be a string or a list of token ids, got {text!r}")
+        if is_chat(text):
+            raise ValueError(f"{name} must be a string or a list of token ids, got chat messages")
+        try:
+            ids = token_ids(text)
+        except ValueError as error:
+            raise ValueError(
+                f"{name} must be a string or a list of token ids, got {error}"
+            ) from None
         size = getattr(self.config, "vocab_size", None)
         for i in ids:
             if i < 0 or (size is not None and i >= size):
                 raise ValueError(f"{name} must hold token ids below {size}, got {i}")
-        return list(ids)
+        return ids
 
     def _special(self, name: str) -> int | None:
         found = getattr(self.tokenizer, name, None)

@@ -33,12 +33,14 @@ class CausalFamily(Family):
 
     def encode_edit(self, prompt: Any, target: Any) -> tuple[list[int], list[int]]:
         ids, own = super().encode_edit(prompt, target)
-        if isinstance(prompt, str) and isinstance(target, str):
+        text = self._text_of(prompt)
+        if text is not None and isinstance(target, str):
             # Some tokenizers begin any text with a word mark; what follows the prompt in the whole
             # text is what the model is to say.
-            whole = self._ids(prompt + target, "target", special=True)
+            whole = self._ids(text[0] + target, "target", special=text[1])
             if whole[: len(ids)] == ids and len(whole) > len(ids):
                 own = whole[len(ids) :]
+        self.check_end(own)
         if len(ids) + len(own) > self.longest:
             raise ValueError(
                 f"prompt and target must have at most {self.longest} tokens together, got "

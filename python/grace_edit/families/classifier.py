@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Family, no_family, output_projection
+from .ids import described, token_ids, whole_number
 
 
 class ClassifierFamily(Family):
@@ -45,12 +47,13 @@ class ClassifierFamily(Family):
             if target not in names:
                 raise ValueError(f"target must be one of {sorted(names)}, got {target!r}")
             return [int(names[target])]
-        if isinstance(target, (list, tuple)) and len(target) == 1:
-            target = target[0]
         count = getattr(self.config, "num_labels", None)
-        if type(target) is not int or not 0 <= target < (count or target + 1):
-            raise ValueError(f"target must be a class id below {count}, got {target!r}")
-        return [target]
+        number = whole_number(target)
+        with contextlib.suppress(ValueError):
+            ids = [number] if number is not None else token_ids(target)
+            if len(ids) == 1 and 0 <= ids[0] < (count or ids[0] + 1):
+                return ids
+        raise ValueError(f"target must be a class id below {count}, got {described(target)}")
 
     @classmethod
     def text_of(cls, target: Sequence[int], tokenizer: Any, config: Any) -> str:

@@ -39,7 +39,9 @@ class Seq2SeqFamily(Family):
 
     def encode_target(self, target: Any, prompt: list[int]) -> list[int]:
         # With the end-of-sequence token the family closes a text with, so that decoding stops.
-        return self._ids(target, "target", special=True)
+        ids = self._ids(target, "target", special=True)
+        self.check_end(ids)
+        return ids
 
     def run_prompts(self, batch: dict[str, Tensor]) -> Any:
         model: Any = self.model

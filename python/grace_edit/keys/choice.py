@@ -1,91 +1,80 @@
-"""Choosing the parts of text keys: the dense part and the map that was trained for it."""
+"""Keys for a model: which dense part, and which learned map fits it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
-
 from .dense import SentenceEncoder, TokenTable, load_encoder
-from .text_map import SETTINGS, TextKeys, TextMap
+from .text_map import TextKeys, TextMap
 
 TOKENS = "tokens"
+"""The encoder that is none: the model's own input embeddings."""
 MAPS = Path(__file__).parent / "maps"
-"""Where the maps lie that come with the package, a directory each."""
+"""The maps that come with the package, a directory each."""
 
 
 def text_keys(
-    model: nn.Module,
+    model: Any,
     tokenizer: Any,
     encoder: str | Callable[[list[str]], Any] = TOKENS,
     text_map: str | Path | TextMap | None = None,
 ) -> TextKeys:
-    """Return what makes the keys of a model's prompts.
+    """Make the keys of prompts for a model.
 
     Args:
-        model: the edited model, whose input embeddings `"tokens"` reads.
+        model: a transformers model; only `get_input_embeddings()` is used, and only for `"tokens"`.
         tokenizer: of the model.
-        encoder: `"tokens"`, the path or id of a sentence encoder, or a callable that takes a list
-            of B texts and returns `[B, E]`.
-        text_map: a map or its directory; None: the one that comes with the package for this
-            dense part.
+        encoder: `"tokens"`, the path or id of a sentence encoder, or a callable that takes B texts
+            and returns `[B, E]`.
+        text_map: a map or its directory; None: the one that comes with the package and fits.
 
     Raises:
-        ValueError: there is no map for it, the map is of another dense part, or the model has no
-            input embeddings or no tokenizer.
+        ValueError: no map that comes with the package fits, or the given one does not.
+        FileNotFoundError: there is no map in that directory.
     """
-    if tokenizer is None:
-        raise ValueError('tokenizer must be given for query="text", got None')
-    sentences = None
-    if encoder != TOKENS:
-        sentences = load_encoder(encoder) if isinstance(encoder, str) else SentenceEncoder(encoder)
-    if text_map is None:
-        for shipped in _shipped():
-            if shipped.dense.kind == (TOKENS if sentences is None else sentences.kind):
-                keys = _fitting(shipped, model, tokenizer, sentences)
-                if keys is not None and keys.dense.fingerprint() == shipped.dense.fingerprint:
-                    return keys
+    maps = shipped_maps() if text_map is None else [_loaded(text_map)]
+    if encoder == TOKENS:
+        return _first_that_fits(maps, _of_tokens(model, tokenizer), text_map)
+    dense = load_encoder(encoder) if isinstance(encoder, str) else SentenceEncoder(encoder)
+    return _first_that_fits(maps, lambda _: dense, text_map)
+
+
+def shipped_maps() -> list[TextMap]:
+    """Return the maps that come with the package."""
+    return [TextMap.load(directory) for directory in sorted(MAPS.glob("*")) if directory.is_dir()]
+
+
+def _of_tokens(model: Any, tokenizer: Any) -> Callable[[TextMap], TokenTable]:
+    weight = model.get_input_embeddings().weight
+    return lambda text_map: TokenTable(weight, tokenizer, text_map.centre, text_map.dense.unit)
+
+
+def _first_that_fits(
+    maps: list[TextMap],
+    dense_for: Callable[[TextMap], TokenTable | SentenceEncoder],
+    given: str | Path | TextMap | None,
+) -> TextKeys:
+    for text_map in maps:
+        try:
+            dense = dense_for(text_map)
+            made = TextKeys(text_map, dense)
+        except ValueError:  # of another width or kind
+            continue
+        if text_map.fits(dense):
+            return made
+    known = ", ".join(sorted(f"{one.dense.name} ({one.dense.kind})" for one in maps))
+    if given is None:
         raise ValueError(
-            "text_map must be given: no map that comes with this package is of "
-            f"{'the embeddings of this model' if sentences is None else sentences.reference}; "
-            "make one with grace tune"
+            f"text_map must be given, since none that comes with the package fits this model or "
+            f"encoder (they are for {known}); `grace tune` learns one in minutes"
         )
-    if not isinstance(text_map, TextMap):
-        text_map = TextMap.load(text_map)
-    keys = _fitting(text_map, model, tokenizer, sentences)
-    if keys is None:
-        wanted = text_map.dense
-        raise ValueError(
-            f"text_map must be of this dense part, got one of {wanted.kind} {wanted.name!r}, "
-            f"width {wanted.width}"
-        )
-    return keys
+    raise ValueError(
+        f"text_map must be learned for this model or encoder, got one for {known}; `grace tune` "
+        f"learns one in minutes"
+    )
 
 
-def _fitting(
-    text_map: TextMap, model: nn.Module, tokenizer: Any, sentences: SentenceEncoder | None
-) -> TextKeys | None:
-    if sentences is not None:
-        return TextKeys(text_map, sentences) if text_map.dense.kind == sentences.kind else None
-    weight = _embeddings(model)
-    if text_map.dense.kind != TOKENS or weight.shape[1] != text_map.dense.width:
-        return None
-    return TextKeys(text_map, TokenTable(weight, tokenizer, text_map.centre, text_map.dense.unit))
-
-
-def _embeddings(model: nn.Module) -> Tensor:
-    found: Any = getattr(model, "get_input_embeddings", lambda: None)()
-    weight = getattr(found, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2:
-        raise ValueError(
-            'model must have input embeddings for encoder="tokens", got none; name an encoder'
-        )
-    return weight
-
-
-def _shipped() -> Iterator[TextMap]:
-    for directory in sorted(MAPS.glob("*")):
-        if (directory / SETTINGS).is_file():
-            yield TextMap.load(directory)
+def _loaded(text_map: str | Path | TextMap) -> TextMap:
+    return text_map if isinstance(text_map, TextMap) else TextMap.load(text_map)

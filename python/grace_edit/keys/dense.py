@@ -48,26 +48,46 @@ class TokenTable:
         self.centre = np.asarray(centre, dtype=np.int64)
         self._weight = weight
         self._tokenizer = tokenizer
-        self._before = _ids(tokenizer, "a")
+        self._before = _ids(tokenizer, ["a"])[0]
+
+    def words(self, texts: Sequence[str]) -> np.ndarray:
+        """Return `[len(texts), E]` float64 integers, rows of length about `ONE`.
+
+        A row of 0 for a word without tokens. A row does not depend on what stands beside it.
+        """
+        ids = [row[:_TOKENS_PER_WORD] for row in self.ids(texts)]
+        flat = [one for row in ids for one in row]
+        rows = _on_grid(
+            self._weight[torch.tensor(flat, device=self._weight.device).long()], self.unit
+        )
+        ends = np.cumsum([len(row) for row in ids], dtype=np.int64)
+        sums = np.concatenate([np.zeros((1, self.width)), (rows - self.centre).cumsum(axis=0)])
+        return _unit_length(sums[ends] - sums[ends - [len(row) for row in ids]])
 
     def word(self, text: str) -> np.ndarray:
-        """Return `[E]` float64 integers of length about `ONE`, 0 for a word without tokens."""
-        ids = self.ids(text)[:_TOKENS_PER_WORD]
-        if not ids:
-            return np.zeros(self.width)
-        rows = _on_grid(self._weight[torch.tensor(ids, device=self._weight.device)], self.unit)
-        total = (rows - self.centre).sum(axis=0).astype(np.float64)
-        return _unit_length(total)
+        """Return `[E]`, the row of one word."""
+        return self.words([text])[0]
 
-    def ids(self, text: str) -> list[int]:
-        """Return the tokens of a word that stands within a text."""
-        both = _ids(self._tokenizer, "a " + text)
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of words that stand within a text."""
         n = len(self._before)
-        return both[n:] if both[:n] == self._before else _ids(self._tokenizer, text)
+        found = _ids(self._tokenizer, ["a " + text for text in texts])
+        return [
+            both[n:] if both[:n] == self._before else _ids(self._tokenizer, [text])[0]
+            for both, text in zip(found, texts, strict=True)
+        ]
+
+    def probe(self) -> np.ndarray:
+        """Return the vectors of a few words, `[16, E]` int16, by which a map knows its dense part.
+
+        They say whether tokenizer and embeddings are those a map was learned for, or a finetuned
+        child's, whatever tokens were added behind.
+        """
+        return self.words(_PROBE_WORDS).astype(np.int16)
 
     def fingerprint(self) -> str:
-        """Return a hash of the shape and of up to 64 rows, the same for every dtype of the model."""
-        rows = torch.linspace(0, len(self._weight) - 1, min(64, len(self._weight))).long()
+        """Return a hash of the shape and of up to 1024 rows, the same for every dtype."""
+        rows = torch.linspace(0, len(self._weight) - 1, min(1024, len(self._weight))).long()
         numbers = _on_grid(self._weight[rows.to(self._weight.device)], self.unit)
         return _digest(list(self._weight.shape), self.unit, numbers.astype("<i4").tobytes())
 
@@ -86,6 +106,12 @@ def centre_of(weight: Tensor) -> tuple[np.ndarray, float]:
     for rows in weight.split(1 << 14):
         total += _on_grid(rows, unit).sum(axis=0)
     return np.rint(total / len(weight)).astype(np.int64), unit
+
+
+def token_table(model: Any, tokenizer: Any) -> TokenTable:
+    """Return the token table of a transformers model, for learning a map for it."""
+    weight = model.get_input_embeddings().weight.detach()
+    return TokenTable(weight, tokenizer, *centre_of(weight))
 
 
 class SentenceEncoder:
@@ -128,13 +154,30 @@ class SentenceEncoder:
             self._met.move_to_end(text)
         return met
 
+    def probe(self) -> np.ndarray:
+        """Return the vectors of a few sentences, `[P, E]` int16, by which a map knows it."""
+        return np.stack([self.sentence(text) for text in _PROBES]).astype(np.int16)
+
     def fingerprint(self) -> str:
-        """Return a hash of what it makes of three sentences, rounded to 1/64 of their length."""
-        rows = [self.sentence(text) for text in _PROBES]
-        return _digest([len(rows[0])], 0.0, np.rint(np.stack(rows) / 64).astype("<i4").tobytes())
+        """Return a hash of what it makes of a few sentences, rounded to 1/64 of their length."""
+        numbers = np.rint(self.probe() / 64)
+        return _digest(list(numbers.shape), 0.0, numbers.astype("<i4").tobytes())
 
 
 _PROBES = ("The capital of something is", "Who wrote something?", "something was born in")
+_PROBE_WORDS = (
+    *("the", "capital", "wrote", "born", "language", "something", "located", "played"),
+    *(
+        "Amsterdam",
+        "Elizabeth",
+        "1984",
+        "headquarters",
+        "religion",
+        "instrument",
+        "Kyrgyzstan",
+        "?",
+    ),
+)
 
 
 def load_encoder(name: str) -> SentenceEncoder:
@@ -157,8 +200,8 @@ def load_encoder(name: str) -> SentenceEncoder:
     return SentenceEncoder(encode, name)
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    return [list(row) for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
 def _on_grid(rows: Tensor, unit: float) -> np.ndarray:
@@ -166,11 +209,11 @@ def _on_grid(rows: Tensor, unit: float) -> np.ndarray:
     return np.rint(rounded / unit).clip(-_ROW_LIMIT, _ROW_LIMIT).astype(np.int64)
 
 
-def _unit_length(numbers: np.ndarray) -> np.ndarray:
+def _unit_length(rows: np.ndarray) -> np.ndarray:
     # The norm of integers below 2^19 is exact before its root; root, division and rounding are
     # IEEE's, one number at a time. (An encoder's numbers are no integers: its bits are its own.)
-    norm = np.sqrt(np.dot(numbers, numbers))
-    return np.rint(numbers * ONE / norm) if norm > 0 else np.zeros_like(numbers)
+    norm = np.sqrt(np.square(rows).sum(axis=-1, keepdims=True))
+    return np.rint(rows * ONE / np.where(norm > 0, norm, 1.0))
 
 
 def _digest(shape: list[int], unit: float, data: bytes) -> str:

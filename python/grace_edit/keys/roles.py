@@ -8,6 +8,7 @@ that a weight has the same bits everywhere.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,8 +22,11 @@ FULL = 256
 """A weight of one."""
 
 _FUNCTION_WORDS = frozenset(
-    "a an and are as at be been by did do does for from had has have her his how in is it its not "
-    "of on or that the their these this those to was were what when where which who with".split()
+    re.findall(
+        r"\w+",
+        "a an and are as at be been by did do does for from had has have her his how in is it its "
+        "not of on or that the their these this those to was were what when where which who with",
+    )
 )
 
 PROPERTIES = (

@@ -2,21 +2,25 @@
 
 Text before the last sentence is context ("It rained. The capital of Australia is"): an edit is
 about the question, so the context is left out of the key. Where a sentence begins is not always
-plain ("… said Mr. Smith works in", "Edward J. King speaks"), so a prompt has one span or two: the
-last sentence as a careful reader cuts it, and as a hasty one does, where they differ. Both ask, and
-the nearest row of a prompt decides.
+plain ("… said Mr. Smith works in", "Edward J. King speaks"), so a prompt has more than one span
+where the last sentence as a careful reader cuts it is not that of a hasty one, or where it follows
+a label without a sentence's end ("Category:Cities in Norway The capital of Latvia is"). All of them
+ask, and the nearest row of a prompt decides.
 """
 
 from __future__ import annotations
 
 import re
 
+_WORD = re.compile(r"\w+")
 _ABBREVIATIONS = frozenset(
-    "adm bros capt cmdr co col corp dr fr ft gen gov hon inc jr lt ltd maj messrs mr mrs ms mt no "
-    "pl prof rep rev sen sgt sr st vol vs".split()
+    _WORD.findall(
+        "adm bros capt cmdr co col corp dr fr ft gen gov hon inc jr lt ltd maj messrs mr mrs ms mt "
+        "no pl prof rep rev sen sgt sr st vol vs"
+    )
 )
 _POINTING_BACK = frozenset(
-    "he her his i it its she that their there these they this those we you your".split()
+    _WORD.findall("he her his i it its she that their there these they this those we you your")
 )
 _LONGEST_BACK_REFERENCE = 5
 """Words of a last sentence like "They play as", which says nothing without the one before it."""
@@ -24,7 +28,10 @@ _LONGEST_BACK_REFERENCE = 5
 _END = re.compile(
     r"(?P<mark>[.!?…]+)[\"'”’)\]]*(?P<space>\s+)|(?P<line>\s*\n\s*)|(?P<full>[。！？])"
 )
-_WORD = re.compile(r"\w+")
+_LABEL = re.compile(r"[^\W\d_]:(?=[^\W\d_])")
+"""A colon within what looks like one word: markup that a sentence was pasted behind."""
+_WORD_START = re.compile(r"(?<!\S)[\"'“‘(]?([^\W\d_])")
+_AFTER_LABEL = 6
 
 
 def last_sentence(text: str, *, careful: bool = True) -> str:
@@ -51,11 +58,19 @@ def last_sentence(text: str, *, careful: bool = True) -> str:
 
 
 def spans(text: str) -> list[str]:
-    """Return the spans of a prompt that ask: the careful last sentence, then the hasty one if
-    it is another. At least one, at most two."""
+    """Return the spans of a prompt that ask, none twice.
+
+    The careful last sentence, then the hasty one if it is another; behind a label ("Category:Cities
+    in Norway The capital of Latvia is") also what begins with each of the last 6 capitals. So one
+    span as a rule, 8 at most.
+    """
     careful = last_sentence(text)
     hasty = last_sentence(careful, careful=False)
-    return [careful] if hasty == careful else [careful, hasty]
+    labels = list(_LABEL.finditer(hasty))
+    words = _WORD_START.finditer(hasty, labels[-1].end()) if labels else ()
+    starts = [word.start() for word in words if word[1].isupper()]
+    behind = [hasty[start:] for start in starts[-_AFTER_LABEL:]]
+    return list(dict.fromkeys([careful, hasty, *behind]))
 
 
 def _ends(text: str, careful: bool) -> list[int]:

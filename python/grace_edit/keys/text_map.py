@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load as parse_arrays
 from safetensors.numpy import save as render_arrays
 from torch import Tensor
@@ -47,6 +48,8 @@ _CACHED = 1 << 15
 _W_BITS = 13
 """W is stored in multiples of 2^-13."""
 _MEANING_BITS = 20
+_NEAR = 0.95
+"""Cosine to the probes from which on a dense part is the one a map was learned for."""
 SOMETHING = "something"
 """What an encoder reads in place of the subject."""
 
@@ -82,6 +85,7 @@ class TextMap:
         meaning_weights: `[2, 16]` int16, 0..1023, the same in the meaning part.
         matrix: `[M, E]` int16, W in multiples of 2^-13.
         centre: `[E]` int32, of a token table; empty for an encoder.
+        probe: `[P, E]` int16, vectors of the dense part, `dense.probe()`.
         lexical_width: L.
         lexical_floor: added to the sum of the squares of a span's lexical weights (in their unit,
             1/128, times 1/256) before the lexical part is divided by its root: a span of few words
@@ -98,6 +102,7 @@ class TextMap:
     meaning_weights: np.ndarray
     matrix: np.ndarray
     centre: np.ndarray
+    probe: np.ndarray
     lexical_width: int
     lexical_floor: int
     meaning_length: float
@@ -113,7 +118,7 @@ class TextMap:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return what is stored in `text_map.safetensors`."""
-        return {
+        arrays = {
             "roles.hidden": self.roles.hidden,
             "roles.output": self.roles.output,
             "common.hashes": self.common.hashes,
@@ -122,7 +127,10 @@ class TextMap:
             "meaning_weights": self.meaning_weights.astype(np.int16),
             "matrix": self.matrix.astype(np.int16),
             "centre": self.centre.astype(np.int32),
+            "probe": self.probe.astype(np.int16),
         }
+        # safetensors writes memory as it lies, whatever the strides.
+        return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
 
     def settings(self) -> dict[str, Any]:
         """Return what is stored in `text_map.json`."""
@@ -153,6 +161,19 @@ class TextMap:
             ).encode()
         )
         return numbers.hexdigest()[:16]
+
+    def fits(self, dense: TokenTable | SentenceEncoder) -> bool:
+        """Say whether a dense part is the one this map was learned for, or a close child of it.
+
+        Another dtype, a finetuned child and added tokens fit; another model or tokenizer does not.
+        """
+        if dense.kind != self.dense.kind:
+            return False
+        mine, its = self.probe.astype(np.float64), dense.probe().astype(np.float64)
+        if mine.shape != its.shape:
+            return False
+        lengths = np.linalg.norm(mine, axis=1) * np.linalg.norm(its, axis=1)
+        return bool(((mine * its).sum(axis=1) >= _NEAR * lengths).all())
 
     def save(self, directory: str | Path) -> None:
         """Write the map to a directory, which is made if it is not there."""
@@ -185,13 +206,17 @@ class TextMap:
         Raises:
             ValueError: it is damaged or of a newer format.
         """
-        settings = json.loads(files[SETTINGS])
+        try:
+            settings = json.loads(files[SETTINGS])
+            arrays = parse_arrays(files[MAP])
+        except (ValueError, SafetensorError) as error:
+            raise ValueError(f"{directory}: the text map is damaged: {error}") from None
         if settings.get("format") != FORMAT:
             raise ValueError(
                 f"{Path(directory) / SETTINGS}: format must be {FORMAT}, got "
                 f"{settings.get('format')}"
             )
-        return cls.from_parts(parse_arrays(files[MAP]), settings)
+        return cls.from_parts(arrays, settings)
 
     @classmethod
     def from_parts(cls, arrays: dict[str, np.ndarray], settings: dict[str, Any]) -> TextMap:
@@ -208,6 +233,7 @@ class TextMap:
                 meaning_weights=arrays["meaning_weights"],
                 matrix=arrays["matrix"],
                 centre=arrays["centre"],
+                probe=arrays["probe"],
                 lexical_width=int(settings["lexical_width"]),
                 lexical_floor=int(settings["lexical_floor"]),
                 meaning_length=float(settings["meaning_length"]),
@@ -218,6 +244,8 @@ class TextMap:
             )
         except KeyError as error:
             raise ValueError(f"the text map has no {error}") from None
+        except TypeError as error:
+            raise ValueError(f"the text map is damaged: {error}") from None
         made._check()
         return made
 
@@ -353,7 +381,7 @@ class TextKeys:
         return hashlib.sha256(both.encode()).hexdigest()[:16]
 
     def _look(self, span: str) -> _Sentence:
-        words = [self._known(word) for word in words_of(span)[-MOST_WORDS:]]
+        words = self._known(words_of(span)[-MOST_WORDS:])
         first: dict[str, int] = {}
         for i, one in enumerate(words):
             first.setdefault(one.folded, i)
@@ -386,22 +414,27 @@ class TextKeys:
         ]
         return np.concatenate(both).astype(np.float32)
 
-    def _known(self, text: str) -> _Known:
-        known = self._words.get(text)
-        if known is None:
-            meaning = np.zeros(0)
-            if isinstance(self.dense, TokenTable):
-                meaning = np.rint(self._matrix @ self.dense.word(text) / (1 << _W_BITS))
-            known = _Known(
-                describe(text, self.map.common),
-                folded(text),
-                meaning,
-                signs(text, self.map.lexical_width),
-            )
-            self._words[text] = known
-            if len(self._words) > _CACHED:
-                self._words.popitem(last=False)
-        return known
+    def _known(self, texts: Sequence[str]) -> list[_Known]:
+        found = [self._words.get(text) for text in texts]
+        new = list(dict.fromkeys(t for t, one in zip(texts, found, strict=True) if one is None))
+        if new:
+            met = self._meet(new)
+            found = [one or met[text] for text, one in zip(texts, found, strict=True)]
+        return [one for one in found if one is not None]
+
+    def _meet(self, texts: list[str]) -> dict[str, _Known]:
+        meaning = np.zeros((len(texts), 0))
+        if isinstance(self.dense, TokenTable):
+            meaning = np.rint(self.dense.words(texts) @ self._matrix.T / (1 << _W_BITS))
+        drawn = signs(texts, self.map.lexical_width)
+        met = {
+            text: _Known(describe(text, self.map.common), folded(text), meaning[i], drawn[i])
+            for i, text in enumerate(texts)
+        }
+        self._words.update(met)
+        while len(self._words) > _CACHED:
+            self._words.popitem(last=False)
+        return met
 
 
 @dataclass(frozen=True)

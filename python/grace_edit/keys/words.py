@@ -40,8 +40,8 @@ def stable_hash(word: str) -> int:
     return zlib.crc32(folded(word).encode("utf-8", "surrogatepass"))
 
 
-def signs(word: str, width: int) -> np.ndarray:
-    """Return `[width]` float64 of ±1, pseudo-random but the same for a folded word everywhere.
+def signs(words: Sequence[str], width: int) -> np.ndarray:
+    """Return `[len(words), width]` float64 of ±1, pseudo-random but the same for a folded word.
 
     Two different words agree in half of the places, so their product is near 0. One place per word,
     as in a plain hashed bag of words, makes two words the same word once in 2 `width` pairs: among
@@ -49,9 +49,10 @@ def signs(word: str, width: int) -> np.ndarray:
 
     Bits come from a 64-bit mix (splitmix64) of the word's hash and the place.
     """
-    seed = np.uint64(stable_hash(word)) << np.uint64(32)
+    seed = np.array([stable_hash(word) for word in words], dtype=np.uint64) << np.uint64(32)
     with np.errstate(over="ignore"):
-        z = (seed + np.arange(1, width + 1, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+        place = np.arange(1, width + 1, dtype=np.uint64)
+        z = (seed[:, None] + place) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z = z ^ (z >> np.uint64(31))
