@@ -166,28 +166,28 @@ def test_other_forwards_are_whole_meanwhile(edited, inside):
     editor = edited("gpt2")
     other = run_of(20, 4)
     plain = logits_of(editor.model, other)
+    values = values_of(editor, 2)
     seen = []
 
     def ask():
         with torch.no_grad():
             seen.append(editor.model(input_ids=torch.tensor([other])).logits[0])
 
-    def ask_in_a_thread(*_):
+    def ask_in_a_thread():
         thread = threading.Thread(target=ask)
         thread.start()
         thread.join()
 
+    def once(*_):
+        handle.remove()
+        ask_in_a_thread()
+
     with CutForward(editor.family) as cut:
-        logits_and_slopes(editor, cut, values_of(editor, 2))
+        logits_and_slopes(editor, cut, values)
         if inside:
-            handle = editor.model.transformer.h[0].register_forward_hook(ask_in_a_thread)
-            original, calls = editor.model.transformer.wte, []
-            handle.remove()
-            handle = original.register_forward_hook(
-                lambda *_: None if calls else (calls.append(1), ask_in_a_thread())[0]
-            )
-            logits_and_slopes(editor, cut, values_of(editor, 1))
-            handle.remove()
+            # Just before the cut forward is given the first thing that was kept.
+            handle = editor.model.transformer.wte.register_forward_pre_hook(once)
+            logits_and_slopes(editor, cut, values[:1])
         else:
             ask()
             ask_in_a_thread()
