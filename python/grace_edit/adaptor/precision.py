@@ -17,11 +17,15 @@ from torch import Tensor, nn
 
 from ..codebook.codebook import Codebook
 
+_KINDS = ("cpu", "cuda", "xpu", "mps", "hpu")  # of devices that have an autocast, as torch has it
+
 
 def autocast_of(device: torch.device) -> torch.dtype | None:
     """Return the dtype that `torch.autocast` computes in on a device now; None: it is off."""
     kind = device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    if kind not in _KINDS or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 @contextmanager
