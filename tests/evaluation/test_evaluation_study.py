@@ -126,7 +126,7 @@ def run(folder: Path, small: tuple[Any, Any], learned: list[str]) -> Callable[..
     """Run the study into a directory."""
 
     def go(out: Path, parts: tuple[str, ...] = PARTS, **changes: Any) -> dict[str, Any]:
-        options = Options(data="", out=out, model="tiny", layer="transformer.h.1.mlp", query="text")
+        options = Options(data="", out=out, model="tiny", layer="transformer.h.1.mlp")
         options = replace(options, config={"max_steps": 60}, draw=False, **changes)
         return study(folder, out, small, options, parts=parts, sizes=SIZES)
 
@@ -203,6 +203,8 @@ def test_a_directory_of_another_study_and_an_unknown_part_are_refused(
         run(tmp_path, (), seed=1)
     with pytest.raises(EvaluationError, match="parts must be of edits, scope"):
         run(tmp_path, ("songs",))
+    with pytest.raises(EvaluationError, match="query must be text for a study, got last"):
+        run(tmp_path, (), query="last")
 
 
 def test_the_nearest_key_decides_and_only_within_its_radius(small: tuple[Any, Any]) -> None:
