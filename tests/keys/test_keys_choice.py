@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from grace_edit.keys.choice import MAPS, shipped_maps, text_keys
-from grace_edit.keys.text_map import TextKeys
+from grace_edit.keys.text_keys import TextKeys
 from keys_lab import Trigrams, embeddings, made_map, model, table
 
 

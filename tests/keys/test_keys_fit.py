@@ -17,7 +17,8 @@ from grace_edit.keys.augment import (
 )
 from grace_edit.keys.fit import fit, measure, split
 from grace_edit.keys.learning import Recipe, foreign_neighbours
-from grace_edit.keys.text_map import TextKeys, TextMap
+from grace_edit.keys.text_keys import TextKeys
+from grace_edit.keys.text_map import TextMap
 from keys_lab import COMMON, made_map, small_world, table
 
 RECIPE = Recipe(meaning_width=16, lexical_width=64, steps=80, lr=2e-2, role_steps=100)

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from grace_edit.keys.dense import SentenceEncoder, TokenTable, centre_of
-from grace_edit.keys.text_map import MAP, SETTINGS, TextKeys, TextMap
+from grace_edit.keys.text_keys import TextKeys
+from grace_edit.keys.text_map import MAP, SETTINGS, TextMap
 from keys_lab import WIDTH, Trigrams, embeddings, made_map, table
 
 PROMPTS = (

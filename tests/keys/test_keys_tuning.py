@@ -11,7 +11,8 @@ from grace_edit.evaluation.loading import DataError, load
 from grace_edit.evaluation.tuning import facts_of, measured_on, tune
 from grace_edit.keys.augment import Fact
 from grace_edit.keys.learning import Recipe
-from grace_edit.keys.text_map import TextKeys, TextMap
+from grace_edit.keys.text_keys import TextKeys
+from grace_edit.keys.text_map import TextMap
 from keys_lab import small_world, table
 
 RECIPE = Recipe(meaning_width=16, lexical_width=64, steps=40, lr=2e-2, role_steps=100)

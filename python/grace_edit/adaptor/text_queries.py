@@ -20,7 +20,7 @@ from grace_kernels import nearest
 
 from ..codebook.codebook import Codebook
 from ..keys.prompts import TAIL, PromptReader
-from ..keys.text_map import TextKeys
+from ..keys.text_keys import TextKeys
 from .positions import Latched
 from .precision import without_autocast
 

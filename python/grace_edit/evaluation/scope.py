@@ -14,7 +14,7 @@ import torch
 
 import grace_kernels
 
-from ..keys.text_map import TextKeys
+from ..keys.text_keys import TextKeys
 
 
 @dataclass(frozen=True)

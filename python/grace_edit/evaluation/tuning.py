@@ -15,7 +15,7 @@ from ..keys.choice import shipped_maps
 from ..keys.dense import SentenceEncoder, TokenTable
 from ..keys.fit import fit, measure, nearest
 from ..keys.learning import Recipe
-from ..keys.text_map import TextKeys
+from ..keys.text_keys import TextKeys
 from .loading import load
 from .records import EditRecord
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from .dense import SentenceEncoder, TokenTable, load_encoder
-from .text_map import TextKeys, TextMap
+from .text_keys import TextKeys
+from .text_map import TextMap
 
 TOKENS = "tokens"
 """The encoder that is none: the model's own input embeddings."""

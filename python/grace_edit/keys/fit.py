@@ -28,7 +28,8 @@ from .dense import SentenceEncoder, TokenTable
 from .learning import Recipe, fit_map, fit_roles, foreign_neighbours
 from .radii import suggest_radius
 from .roles import Roles
-from .text_map import TextKeys, TextMap
+from .text_keys import TextKeys
+from .text_map import TextMap
 from .words import CommonWords
 
 

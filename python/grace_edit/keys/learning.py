@@ -17,7 +17,8 @@ from .augment import Amounts, Fact, with_subject
 from .dense import ONE, SentenceEncoder, TokenTable
 from .roles import FEATURES, FULL, UNIT, Roles, describe, features
 from .spans import last_sentence
-from .text_map import MOST_WORDS, WEIGHT_LIMIT, DenseReference, TextMap, without_subject
+from .text_keys import MOST_WORDS, without_subject
+from .text_map import WEIGHT_LIMIT, DenseReference, TextMap
 from .words import RAREST, CommonWords, folded, signs, word_spans, words_of
 
 _FACTS = 512
