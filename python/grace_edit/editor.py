@@ -220,9 +220,10 @@ class GraceEditor:
             The new results, one per live edit.
 
         Raises:
-            ValueError: an edit has no stored prompt, the codebook is frozen, or a transaction is open.
-            RuntimeError: an edit's target cannot be reached on the model as it is now, or its query
-                has become that of another one.
+            ValueError: an edit has no stored prompt, the codebook is frozen, or a transaction is
+                open.
+            RuntimeError: an edit's target cannot be reached on the model as it is now, or its
+                query has become that of another one.
         """
         return rekeying.rekey(self.family, self.config, progress)
 

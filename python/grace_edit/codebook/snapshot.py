@@ -101,7 +101,7 @@ def _records(storage: Storage, rows: dict[int, int]) -> Iterator[dict[str, Any]]
             "slot": edit.slot,
             "value": edit.value_id,
             "verified": None if edit.verified is None else sorted(edit.verified),
-            "result": _result(edit.result),
+            **_result(edit.result),
             **_several(edit),
         }
     for slot, entry in sorted(storage.entry_records.items()):
@@ -119,9 +119,12 @@ def _records(storage: Storage, rows: dict[int, int]) -> Iterator[dict[str, Any]]
 
 def _result(result: EditResult) -> dict[str, Any]:
     fields = {name: _plain(item) for name, item in asdict(result).items()}
+    # An older release reads the file, and knows neither field of a result. It looks for no other
+    # field of an edit than its own.
+    probability = fields.pop("probability")
     if result.keys == 1:
-        del fields["keys"]  # an older release reads the file, and knows no such field
-    return fields
+        del fields["keys"]
+    return {"result": fields, **({} if probability is None else {"probability": probability})}
 
 
 def _several(edit: Edit) -> dict[str, Any]:
@@ -133,6 +136,11 @@ def _several(edit: Edit) -> dict[str, Any]:
 def _plain(item: Any) -> Any:
     """Return what JSON can hold: a number that is not finite becomes its name."""
     return str(item) if isinstance(item, float) and not math.isfinite(item) else item
+
+
+def _result_fields(record: dict[str, Any]) -> dict[str, Any]:
+    fields = {name: _number(name, item) for name, item in record["result"].items()}
+    return {"probability": record.get("probability"), **fields}
 
 
 def _number(name: str, item: Any) -> Any:
@@ -222,7 +230,7 @@ def _edit(record: dict[str, Any]) -> Edit:
         slot=record["slot"],
         value_id=record["value"],
         verified=None if record["verified"] is None else frozenset(record["verified"]),
-        result=EditResult(**{name: _number(name, x) for name, x in record["result"].items()}),
+        result=EditResult(**_result_fields(record)),
         state=record["state"],
         superseded_by=record["superseded_by"],
         part_of=record.get("part_of"),

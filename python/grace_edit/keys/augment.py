@@ -1,8 +1,8 @@
 """More to learn from: the wordings of facts, asked of other facts' subjects.
 
 Published facts have one form each: an edit's prompt, its rewordings and neighbours are sentences to
-be continued ("The mother tongue of Danielle Darrieux is"), what is asked about another relation of
-the subject is a question ("Where was Danielle Darrieux born?"). A map learned from these alone
+be continued ("The mother tongue of Marta Holm is"), what is asked about another relation of
+the subject is a question ("Where was Marta Holm born?"). A map learned from these alone
 learns to tell questions from sentences. So wordings are cut out of the facts where their subject
 stands, and are put together anew, so that each form stands on either side:
 
