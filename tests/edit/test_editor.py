@@ -12,9 +12,9 @@ import torch
 import transformers
 from grace_edit import CapacityError, GraceConfig, GraceEditor, UndoError
 from grace_edit.codebook import retention
-from grace_edit.editing import making, verification
+from grace_edit.editing import making
 from grace_edit.editing.training import Fit
-from grace_edit.families import family_of
+from grace_edit.families import base, family_of
 from tiny_models import book_of, generated, logits_of, run_of, same, state_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -402,7 +402,7 @@ def test_verify_finds_nothing_in_a_sound_codebook_and_an_entry_that_was_shrunk_b
 
 
 def test_verify_looks_at_more_edits_than_go_into_one_forward(edited, monkeypatch):
-    monkeypatch.setattr(verification, "MOST_ROWS", 2)
+    monkeypatch.setattr(base, "MOST_ROWS", 2)
     editor = edited("gpt2")
     for start in (0, 10, 20, 30, 40):
         assert editor.edit(run_of(start, 4), [40]).success
