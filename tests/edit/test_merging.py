@@ -8,7 +8,7 @@ import pytest
 import torch
 from codebook_streams import VALUE_DIM, Stream, bits, insert_several, state
 from grace_edit.codebook.codebook import Codebook
-from grace_edit.codebook.merging import Merged, MergeConflict, Prefer, diff, merge
+from grace_edit.codebook.merging import MergeConflict, Merged, Prefer, diff, merge
 from torch import Tensor
 
 

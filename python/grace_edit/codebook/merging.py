@@ -248,7 +248,9 @@ class _Merging:
     def take_lost(self) -> None:
         """Make what was left out for an edit that was superseded later."""
         others = {edit.id: edit for edit in _live(self.other.storage)}
-        while lost := [id for id, agreeing in self.merged.same.items() if not self._serve(agreeing)]:
+        while lost := [
+            id for id, agreeing in self.merged.same.items() if not self._serve(agreeing)
+        ]:
             for id in lost:
                 del self.merged.same[id]
                 self.take(others[id])
@@ -274,7 +276,8 @@ class _Merging:
         entry = storage.entry(slot)
         if entry is not None and distance == 0.0:
             met |= {entry.owner} if entry.label == key.label else set(entry.members)
-        same, against = set(), set()
+        same: set[int] = set()
+        against: set[int] = set()
         for id in met:
             found = storage.edit(id)
             (same if found.label == key.label else against).add(found.whole)
