@@ -53,7 +53,7 @@ def verify(
     device: Where = Device.cpu,
     json: Json = False,
 ) -> None:
-    """Check files and every promise of a codebook; with --model that every edit's prompt hits it."""
+    """Check files and every promise of a codebook, with --model that each prompt hits its edit."""
     from . import books
 
     raise typer.Exit(books.verify(directory, model=model, device=device.value, as_json=json))

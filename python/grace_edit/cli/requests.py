@@ -46,7 +46,7 @@ class Request:
 def read_requests(path: Path) -> list[Request]:
     """Read a file of edits, one JSON object `{"prompt": str, "target": str | int}` per line.
 
-    It may hold `paraphrases` and `negatives` too, lists of prompts; see `GraceEditor.edit`. Any text
+    It may hold `paraphrases` and `negatives` too, lists of prompts; see `GraceEditor.edit`. A text
     may be a list of token ids. Blank lines are skipped and further keys ignored.
 
     Raises:
