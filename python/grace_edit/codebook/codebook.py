@@ -20,7 +20,7 @@ from torch import Tensor
 
 from grace_kernels import Sketch
 
-from . import audit, importing, planning, replay, retention
+from . import audit, importing, past, planning, replay, retention
 from . import policy as rules
 from .records import Edit, EditResult, Label, Proposal
 from .retention import Answers
@@ -138,8 +138,8 @@ class Codebook:
     def undo_limit(self) -> int:
         """How many steps of undo are kept, the latest; 100 unless set. Older ones are let go.
 
-        A step holds what the change overwrote: a few vectors for an edit, and for a delete whatever
-        its replay moved, which may be most of the codebook.
+        A step holds what the change left different: a few vectors for an edit, and for a delete
+        what its replay ended with another content of.
         """
         return self.storage.journal.limit
 
@@ -147,6 +147,24 @@ class Codebook:
     def undo_limit(self, steps: int) -> None:
         with self.lock:
             self.storage.journal.limit = steps
+
+    @property
+    def history_limit(self) -> int | None:
+        """How many deleted and superseded edits are kept, the latest by id; None: all.
+
+        What is beyond it is forgotten at the end of every change, see `compact`; undoing the change
+        brings that back too. None unless set, and not saved.
+        """
+        return self.storage.history_limit
+
+    @history_limit.setter
+    def history_limit(self, edits: int | None) -> None:
+        if edits is not None and (type(edits) is not int or edits < 0):
+            raise ValueError(
+                f"history_limit must be None or a whole number of at least 0, got {edits!r}"
+            )
+        with self.lock:
+            self.storage.history_limit = edits
 
     @property
     def lock(self) -> RLock:
@@ -203,7 +221,7 @@ class Codebook:
 
     @property
     def history(self) -> list[Edit]:
-        """Every edit that was not purged, superseded and deleted ones included, by id."""
+        """Every edit that was not purged or forgotten, superseded and deleted ones included, by id."""
         return [edit for edit in self.storage.history() if edit.part_of is None]
 
     @property
@@ -448,6 +466,32 @@ class Codebook:
         with self.changing() as storage, storage.lock:
             replay.delete(storage, id, purge)
 
+    def compact(self, keep: int = 0) -> int:
+        """Forget deleted and superseded edits, with all that only they need, and the undo.
+
+        A forgotten edit is gone as if purged: its record, query and value. One that was superseded
+        does not come back when the edit that superseded it is deleted, and `history` does not name
+        it. What is served does not change. By the default policy a later `delete` takes the
+        decisions again without the forgotten edits, so an entry that one of them had made smaller
+        or larger has then the radius that it would have had without it.
+
+        Memory of stored queries and retired values is given back. The capacity stays, as compiled
+        models and captured graphs hold the tensors.
+
+        Args:
+            keep: how many of these edits stay, the latest by id.
+
+        Returns:
+            How many edits were forgotten.
+
+        Raises:
+            ValueError: `keep` is negative, or a transaction is open.
+        """
+        if type(keep) is not int or keep < 0:
+            raise ValueError(f"keep must be a whole number of at least 0, got {keep!r}")
+        with self.changing() as storage, storage.lock:
+            return past.compact(storage, keep)
+
     def undo(self) -> None:
         """Take the last operation or transaction back, to the bit; up to `undo_limit` times.
 
@@ -546,7 +590,7 @@ class Codebook:
             new.next_id = max(new.next_id, old.next_id)
             new.version = old.version + 1
             new.journal.forget(reason)
-            new.journal.limit = old.journal.limit
+            new.journal.limit, new.history_limit = old.journal.limit, old.history_limit
             new.lock, new.changing = old.lock, old.changing  # others are waiting for these
             self.storage = new
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from . import planning, retention
+from . import past, planning, retention
 from .records import Edit, Entry, Proposal
 from .storage import Storage
 from .tensors import digest
@@ -44,7 +44,7 @@ def delete(storage: Storage, id: int, purge: bool) -> None:
         if purge:
             for each in storage.group(id):
                 storage.purge(each)
-        storage.end_change()
+        past.end_change(storage)
 
 
 def _stands_alone(storage: Storage, edit: Edit) -> bool:

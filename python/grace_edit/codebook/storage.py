@@ -30,6 +30,7 @@ class _Absent:
 
 
 _NUMBERS = ("live_edits", "purged")
+_LABELS = 1024  # numbered before any is dropped
 
 
 @dataclass
@@ -62,6 +63,8 @@ class Storage:
         retired_values: `[V]` on the host by value id: values that the history needs and no slot
             holds.
         by_prompt, by_query: ids of live edits that were not imported, by prompt and by `digest`.
+        past: the ids of whole edits that are not live and not forgotten, as keys.
+        history_limit: how many of these are kept, None: all; see `past.forget`.
         live_edits: how many there are, parts not counted.
         purged: whether an edit was purged within the open transaction.
         next_id, next_value_id: never go down; neither is used twice.
@@ -90,11 +93,15 @@ class Storage:
         self.retired_values: dict[int, Tensor] = {}
         self.by_prompt: dict[Label, int] = {}
         self.by_query: dict[bytes, int] = {}
+        self.past: dict[int, bool] = {}
+        self.history_limit: int | None = None
         self.live_edits = 0
         self.purged = False
         self.next_id = 0
         self.next_value_id = 0
-        self._label_numbers: dict[Label | float, int] = {}  # never taken back either
+        self._label_numbers: dict[Label | float, int] = {}
+        self._next_label = 0  # never taken back either
+        self._most_labels = _LABELS  # before those that nothing holds are dropped
         self._changed = False  # version went up within the open transaction
 
     def __getstate__(self) -> dict[str, Any]:
@@ -157,6 +164,7 @@ class Storage:
     def end_change(self) -> None:
         """Do what ends every change: drop values nobody needs, count it, maintain the sketch."""
         self._drop_values()
+        self._drop_labels()
         self.version += 1
         self._changed = True
         self.slots.maintain_sketch()
@@ -193,6 +201,8 @@ class Storage:
         count = len(imported.labels)
         self.live_edits = count - sum(id < count for id in edits)
         for edit in edits.values():
+            if edit is not None and not edit.live and edit.part_of is None:
+                self.past[edit.id] = True
             if edit is None or not edit.live:
                 continue
             self.live_edits += edit.part_of is None
@@ -314,6 +324,11 @@ class Storage:
     def put_edit(self, edit: Edit) -> None:
         """Make or change the record of an edit."""
         self._put("edit_records", edit.id, edit)
+        if edit.part_of is None and edit.live == (edit.id in self.past):
+            if edit.live:
+                self._drop("past", edit.id)
+            else:
+                self._put("past", edit.id, True)
 
     def make_live(self, edit: Edit, query: Tensor, slot: int, distance: float) -> None:
         """Let an edit be live, with this stored query and what answers it."""
@@ -376,10 +391,20 @@ class Storage:
         gone = sum(id < imported and not self.is_imported(id) for id in self.edit_records)
         self._put_number("live_edits", imported - gone)
 
+    def erase(self, edit: Edit) -> None:
+        """Erase the record of an edit that is not live, and its query."""
+        if edit.query_index >= 0:
+            self.queries.erase(edit.query_index)
+        if edit.id in self.past:
+            self._drop("past", edit.id)
+        if edit.id < len(self.imported.labels):
+            self._put("edit_records", edit.id, None)  # or it would be as imported
+        else:
+            self._drop("edit_records", edit.id)
+
     def purge(self, edit: Edit) -> None:
         """Erase a deleted edit and its query; the end of the transaction ends the undo there."""
-        self.queries.erase(edit.query_index)
-        self._put("edit_records", edit.id, None)
+        self.erase(edit)
         self._put_number("purged", True)
 
     def _put_number(self, name: str, number: int) -> None:
@@ -415,10 +440,22 @@ class Storage:
                 self._drop("retired_values", id)
 
     def label_number(self, label: Label) -> int:
-        """Return the number that stands for a label on the device; labels keep theirs."""
-        return self._label_numbers.setdefault(
-            self.settings.label_key(label), len(self._label_numbers)
-        )
+        """Return the number that stands for a label on the device while a slot holds it."""
+        key = self.settings.label_key(label)
+        number = self._label_numbers.get(key)
+        if number is None:
+            number = self._label_numbers[key] = self._next_label
+            self._next_label += 1
+        return number
+
+    def _drop_labels(self) -> None:
+        """Let labels that no slot holds, and none will by undoing, lose their numbers."""
+        if len(self._label_numbers) < self._most_labels:
+            return
+        held = set(self.slots.label_ids[: self.slots.in_use].tolist())
+        held.update(self.journal.noted("label_ids"))
+        self._label_numbers = {x: n for x, n in self._label_numbers.items() if n in held}
+        self._most_labels = max(_LABELS, 2 * len(self._label_numbers))
 
     def distance_to_other_label(
         self, query: Tensor, label: Label, radii: Tensor | None = None
