@@ -159,19 +159,19 @@ def test_an_undo_step_of_a_delete_holds_what_it_left_different() -> None:
     places = []
     for _ in range(3):
         book.delete(book.ids[20])
-        places.append(len(book.storage.journal._steps[-1]))  # noqa: SLF001
+        places.append(len(book.storage.journal._steps[-1]))
     assert max(places) < 25  # of some four hundred that the replay writes
 
 
 def test_labels_that_nothing_holds_lose_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     book = Codebook(2, 2)
     monkeypatch.setattr("grace_edit.codebook.storage._LABELS", 16)
-    book.storage._most_labels = 16  # noqa: SLF001
+    book.storage._most_labels = 16
     book.undo_limit = 4
     for number in range(200):
         book.insert(vec(0, 0), [number], value(number), prompt=[1])
         book.insert(vec(9, number % 3), [number % 5], value(number))
-    assert len(book.storage._label_numbers) <= 32  # noqa: SLF001
+    assert len(book.storage._label_numbers) <= 32
     book.check()
     for _ in range(4):
         book.undo()

@@ -113,6 +113,7 @@ class TextQueries:
         with book.lock:
             slots = dict(zip(rows, _decide(book, [*rows.values()]), strict=True)) if rows else {}
             index = torch.tensor([slots.get(ids, -1) for ids in known], device=book.device)
+            book.count_answers(index)
             answered = Latched(index, book.values[index.clamp(min=0)])
         with self._lock:
             self.requests += len(prompts)

@@ -27,6 +27,8 @@ from .retention import Answers
 from .settings import Settings
 from .storage import Storage
 
+_MOST_HIT = 5  # named in `describe_hits`
+
 
 class Codebook:
     """Keys, values and radii with the edits they answer for.
@@ -221,7 +223,7 @@ class Codebook:
 
     @property
     def history(self) -> list[Edit]:
-        """Every edit that was not purged or forgotten, superseded and deleted ones included, by id."""
+        """Every edit that was not purged or forgotten, whatever its state, by id."""
         return [edit for edit in self.storage.history() if edit.part_of is None]
 
     @property
@@ -235,6 +237,63 @@ class Codebook:
         with self.lock:
             entries = map(self.storage.entry, range(self.storage.slots.in_use))
             return [None if entry is None else entry.label for entry in entries]
+
+    @property
+    def count_hits(self) -> bool:
+        """Whether it is counted how often each entry answers; False unless set.
+
+        Counted where a request is answered: once per prompt, not per generated token; not in
+        compiled models and captured graphs. On a GPU nothing waits for it. What was counted is
+        saved with the codebook and lost when this is set to False. It is no part of `undo`.
+        """
+        return self.storage.hits.on
+
+    @count_hits.setter
+    def count_hits(self, on: bool) -> None:
+        with self.lock:
+            if on and not self.count_hits:
+                self.storage.hits.start()
+            elif not on:
+                self.storage.hits.stop()
+
+    @property
+    def hits(self) -> dict[int, int] | None:
+        """How often each live edit's entries answered, by id ascending; None: not counted.
+
+        Edits that share an entry share its hits. Waits for the device.
+        """
+        with self.lock:
+            storage = self.storage
+            storage.gather_hits()
+            if storage.hits.gathered is None:
+                return None
+            found = {}
+            for id in storage.live_ids():
+                entries = (storage.live_entry(edit.slot) for edit in storage.group(id))
+                owners = {storage.edit(entry.owner).whole for entry in entries}
+                found[id] = sum(storage.hits.gathered.get(owner, 0) for owner in owners)
+            return found
+
+    def describe_hits(self) -> dict[str, Any] | None:
+        """Return `hits` in short: `never` used, how many edits; `most` used, `[id, hits]` of five.
+
+        `total`: answers of live entries. None: not counted.
+        """
+        hits = self.hits
+        if hits is None:
+            return None
+        with self.lock:
+            owners = {self.edit(x.owner).whole for x in self.storage.live_entries()}
+            gathered = self.storage.hits.gathered or {}
+            total = sum(gathered.get(owner, 0) for owner in owners)
+        most = sorted(hits.items(), key=lambda item: (-item[1], item[0]))[:_MOST_HIT]
+        never = sum(count == 0 for count in hits.values())
+        return {"total": total, "never": never, "most": [[id, n] for id, n in most if n]}
+
+    def count_answers(self, index: Tensor) -> None:
+        """Count answers `index [B]` (-1: a miss), if hits are counted; `lock` must be held."""
+        if self.storage.hits.on:
+            self.storage.hits.count(index, self.capacity)
 
     def edit(self, id: int) -> Edit:
         """Return the edit of the history with this id.
@@ -384,6 +443,7 @@ class Codebook:
             elif proposal.slot < 0 or proposal.case == "update":
                 raise ValueError(f"value must be a tensor for the case {proposal.case}, got None")
             with storage.lock, storage.transaction():
+                storage.gather_hits()
                 return retention.commit(storage, proposal, value, answers)
 
     @contextmanager
@@ -557,6 +617,7 @@ class Codebook:
         Stored queries stay on the host. Dtypes never change.
         """
         with self.changing() as storage, storage.lock:
+            storage.gather_hits()
             storage.slots.move_to(device)
         return self
 
@@ -590,6 +651,9 @@ class Codebook:
             new.next_id = max(new.next_id, old.next_id)
             new.version = old.version + 1
             new.journal.forget(reason)
+            if old.hits.on:
+                old.gather_hits()
+                new.hits.start(old.hits.gathered)
             new.journal.limit, new.history_limit = old.journal.limit, old.history_limit
             new.lock, new.changing = old.lock, old.changing  # others are waiting for these
             self.storage = new

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .hits import Hits
 from .journal import Journal
 from .queries import Queries
 from .records import Edit, EditResult, Entry, Label
@@ -52,7 +53,7 @@ class Storage:
     taken, `changing` is taken first.
 
     Attributes:
-        settings, slots, queries, imported, journal: see their classes.
+        settings, slots, queries, imported, journal, hits: see their classes.
         lock: held while slots change; must be held while they are read in another thread.
         changing: held by the thread that changes the codebook, from the first look on which its
             decision rests to the end of its transaction. Those who only read never take it.
@@ -85,6 +86,7 @@ class Storage:
         self.slots = Slots(key_dim, value_dim, capacity, dtype, value_dtype, device, self.journal)
         self.queries = Queries(key_dim, dtype, self.journal)
         self.imported = Imported()
+        self.hits = Hits()
         self.lock = threading.RLock()
         self.changing = threading.RLock()
         self.version = 0
@@ -148,6 +150,7 @@ class Storage:
                 self.slots.tell_sketch()
         except BaseException:
             with self.lock:
+                self.gather_hits()
                 self.journal.roll_back()
                 if not self.journal.is_open:
                     if self._changed:  # somebody may have seen a version in between
@@ -184,9 +187,21 @@ class Storage:
         if capacity is not None and not self.slots.frozen:
             self.slots.warn_of_new_memory(capacity)
         with self.lock:
+            self.gather_hits()
             self.journal.undo()
             self.version += 1
             self.slots.maintain_sketch()
+
+    def gather_hits(self) -> None:
+        """Note what the entries answered so far with their edits, before a slot changes hands."""
+        self.hits.gather(self._owner_of)
+
+    def _owner_of(self, slot: int) -> int | None:
+        entry = self.entry(slot)
+        if entry is None:
+            return None
+        edit = self.edit_records.get(entry.owner)  # none: an imported one, or about to be made
+        return entry.owner if edit is None else edit.whole
 
     def fill(
         self,
@@ -228,6 +243,11 @@ class Storage:
         entry = self.entry(slot)
         assert entry is not None, slot
         return entry
+
+    def live_entries(self) -> list[Entry]:
+        """Return the entries of all live slots."""
+        each = map(self.entry, range(self.slots.in_use))
+        return [entry for entry in each if entry is not None]
 
     def is_imported(self, slot: int) -> bool:
         """Say whether a slot belongs to an imported edit that was not deleted."""
@@ -397,6 +417,8 @@ class Storage:
             self.queries.erase(edit.query_index)
         if edit.id in self.past:
             self._drop("past", edit.id)
+        if self.hits.gathered is not None:
+            self.hits.gathered.pop(edit.id, None)
         if edit.id < len(self.imported.labels):
             self._put("edit_records", edit.id, None)  # or it would be as imported
         else:
