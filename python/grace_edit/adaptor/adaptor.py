@@ -203,6 +203,8 @@ class GraceAdaptor:
             # The layer may hand its input on (Dropout in eval mode, Identity).
             rows = rows.clone() if alias else rows
             index, _ = grace_kernels.adapt_(rows, queries, *tensors, book.count, sketch=book.sketch)
+        if not torch.compiler.is_compiling():
+            book.count_answers(index)
         generation = self.generation
         if plan.latch and generation is not None and generation.latched is not None:
             generation.latched.index.copy_(index)
