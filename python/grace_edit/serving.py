@@ -63,8 +63,17 @@ _READ_AGAIN = 16
 """Prompts of saved edits that are read again when they are loaded."""
 
 
-def save(family: Family, config: GraceConfig, directory: str | Path) -> None:
-    """Write the edits of an attached model to `directory`."""
+def save(
+    family: Family,
+    config: GraceConfig,
+    directory: str | Path,
+    further: dict[str, Any] | None = None,
+) -> None:
+    """Write the edits of an attached model to `directory`.
+
+    Args:
+        further: what JSON can hold, kept in the description by these names until the next save.
+    """
     adaptor, model = family.adaptor, family.model
     described = {
         "config": config.to_dict(),
@@ -82,6 +91,7 @@ def save(family: Family, config: GraceConfig, directory: str | Path) -> None:
             "source": getattr(model, "name_or_path", ""),
             "fingerprint": fingerprint(model, family.layer),
         },
+        **(further or {}),
     }
     beside = {} if adaptor.text is None else adaptor.text.keys.map.files()
     store.save(adaptor.codebook, directory, described, beside)

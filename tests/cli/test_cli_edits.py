@@ -27,7 +27,7 @@ def saved(grace, gpt2, edits_file, tmp_path):
     """Two accepted edits of the GPT-2, as the command line saved them."""
     out = tmp_path / "saved"
     done = grace(
-        "edit", "--model", gpt2, "--layer", LAYER, "--edits", edits_file(FRANCE, ITALY),
+        "edit", "add", "--model", gpt2, "--layer", LAYER, "--edits", edits_file(FRANCE, ITALY),
         "--out", out,
     )  # fmt: skip
     assert done.exit_code == 0, done.output
@@ -35,7 +35,7 @@ def saved(grace, gpt2, edits_file, tmp_path):
 
 
 def edit_json(grace, *arguments):
-    done = grace("edit", "--json", *arguments)
+    done = grace("edit", "add", "--json", *arguments)
     return done, (json.loads(done.stdout) if done.stdout else None)
 
 
@@ -83,7 +83,7 @@ def test_the_closing_table_is_on_stdout_and_no_bar_where_stderr_is_no_terminal(
     grace, gpt2, edits_file, tmp_path
 ):
     done = grace(
-        "edit", "--model", gpt2, "--layer", LAYER, "--edits", edits_file(FRANCE, ITALY),
+        "edit", "add", "--model", gpt2, "--layer", LAYER, "--edits", edits_file(FRANCE, ITALY),
         "--out", tmp_path / "out",
     )  # fmt: skip
     assert done.exit_code == 0
@@ -113,7 +113,7 @@ def test_edits_of_several_prompts_are_made_explained_and_listed(grace, gpt2, tmp
     assert (found["hit"], found["with_edits"].split()[0]) == (True, FRANCE[1])
     nearest = found["nearest"]
     assert (nearest["edit_id"], nearest["key"], nearest["edit_prompt"]) == (0, 1, ITALY[0])
-    (row,) = json.loads(grace("codebook", out, "--json").stdout)["table"]
+    (row,) = json.loads(grace("codebook", "info", out, "--json").stdout)["table"]
     assert (row["id"], row["prompt"], row["keys"]) == (0, FRANCE[0], 2)
 
 
@@ -123,7 +123,9 @@ def test_paraphrases_and_negatives_of_another_form_are_refused_by_line(grace, tm
     wrong = ["text", [1], [""], {"a": 1}]
     lines = [json.dumps({"prompt": "a", "target": "b", name: each}) for each in wrong]
     edits.write_text("\n".join(lines))
-    done = grace("edit", "--model", "m", "--layer", "l", "--edits", edits, "--out", tmp_path / "o")
+    done = grace(
+        "edit", "add", "--model", "m", "--layer", "l", "--edits", edits, "--out", tmp_path / "o"
+    )
     assert done.exit_code == 2
     said = f"{name} must be a list of strings that are not empty, got "
     assert [said in line for line in done.stderr.splitlines()] == [True] * 4
@@ -143,14 +145,23 @@ def test_refused_edits_end_with_4_and_the_accepted_ones_are_saved(
     assert (refused["success"], refused["id"], refused["radius"]) == (False, None, None)
     assert refused["reason"]
     assert done.stderr == (f"error: 1 of 2 edits refused; the others are saved in {out}\n")
-    table = json.loads(grace("codebook", out, "--json").stdout)["table"]
+    table = json.loads(grace("codebook", "info", out, "--json").stdout)["table"]
     assert [row["target"] for row in table] == ["rome"]
 
 
 def test_nothing_is_written_when_every_edit_is_refused(grace, gpt2, edits_file, tmp_path):
     out = tmp_path / "out"
     done = grace(
-        "edit", "--model", gpt2, "--layer", LAYER, "--edits", edits_file(TOO_LONG), "--out", out
+        "edit",
+        "add",
+        "--model",
+        gpt2,
+        "--layer",
+        LAYER,
+        "--edits",
+        edits_file(TOO_LONG),
+        "--out",
+        out,
     )
     assert done.exit_code == 4
     assert "refused: " in done.stdout
@@ -170,7 +181,7 @@ def test_every_bad_line_is_named_before_any_work(grace, gpt2, tmp_path):
         b'{"prompt": "\xff", "target": "rome"}\n'
     )
     done = grace(
-        "edit", "--model", tmp_path / "absent", "--layer", "x", "--edits", path,
+        "edit", "add", "--model", tmp_path / "absent", "--layer", "x", "--edits", path,
         "--out", tmp_path / "out",
     )  # fmt: skip
     assert done.exit_code == 2
@@ -189,7 +200,7 @@ def test_lines_that_the_model_cannot_take_are_named_before_any_edit(
 ):
     path = edits_file(FRANCE, ("the capital", 3), ("the " * 32, "rome"), ("   ", "rome"))
     done = grace(
-        "edit", "--model", gpt2, "--layer", LAYER, "--edits", path, "--out", tmp_path / "out"
+        "edit", "add", "--model", gpt2, "--layer", LAYER, "--edits", path, "--out", tmp_path / "out"
     )
     assert done.exit_code == 2
     assert done.stderr.splitlines() == [
@@ -233,7 +244,9 @@ def test_a_wrong_option_is_one_line_with_its_own_exit_code(
         "--out": tmp_path / "out",
         **changed,
     }
-    done = grace("edit", *(str(x) for pair in given.items() if pair[1] is not None for x in pair))
+    done = grace(
+        "edit", "add", *(str(x) for pair in given.items() if pair[1] is not None for x in pair)
+    )
     assert done.exit_code == code
     assert done.stdout == ""
     assert re.match("error: .*" + message, done.stderr), done.stderr
@@ -246,7 +259,7 @@ def test_a_checkpoint_without_a_head_asks_for_the_task(grace, gpt2, edits_file, 
     GPT2Model.from_pretrained(gpt2).save_pretrained(where)
     AutoTokenizer.from_pretrained(gpt2).save_pretrained(where)
     done = grace(
-        "edit", "--model", where, "--layer", LAYER, "--edits", edits_file(FRANCE),
+        "edit", "add", "--model", where, "--layer", LAYER, "--edits", edits_file(FRANCE),
         "--out", tmp_path / "out",
     )  # fmt: skip
     assert done.exit_code == 2
@@ -257,7 +270,16 @@ def test_a_checkpoint_without_a_head_asks_for_the_task(grace, gpt2, edits_file, 
 def test_other_peoples_edits_are_never_written_over(grace, gpt2, edits_file, saved):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
     done = grace(
-        "edit", "--model", gpt2, "--layer", LAYER, "--edits", edits_file(FRANCE), "--out", saved
+        "edit",
+        "add",
+        "--model",
+        gpt2,
+        "--layer",
+        LAYER,
+        "--edits",
+        edits_file(FRANCE),
+        "--out",
+        saved,
     )
     assert done.exit_code == 4
     assert f"--out {saved}: holds saved edits" in done.stderr
@@ -270,7 +292,7 @@ def test_resume_adds_to_saved_edits_with_their_settings(grace, edits_file, saved
     assert done.exit_code == 0, done.stderr
     assert (told["accepted"], told["edits"], told["layer"]) == (1, 3, LAYER)
     assert told["results"][0]["id"] == 2
-    table = json.loads(grace("codebook", saved, "--json").stdout)["table"]
+    table = json.loads(grace("codebook", "info", saved, "--json").stdout)["table"]
     assert [(row["id"], row["target"]) for row in table] == [
         (0, "rome"),
         (1, "oslo"),
@@ -298,7 +320,7 @@ def test_resume_refuses_settings_that_the_saved_edits_do_not_have(
     assert done.stderr.count("\n") == 1
 
 
-def test_ctrl_c_in_the_middle_leaves_nothing_and_ends_with_130(
+def test_ctrl_c_in_the_middle_keeps_what_was_made_and_ends_with_130(
     grace, gpt2, edits_file, tmp_path, monkeypatch
 ):
     made = []
@@ -312,14 +334,17 @@ def test_ctrl_c_in_the_middle_leaves_nothing_and_ends_with_130(
 
     monkeypatch.setattr(GraceEditor, "edit", second_time_interrupted)
     done = grace(
-        "edit", "--model", gpt2, "--layer", LAYER, "--edits", edits_file(FRANCE, ITALY),
+        "edit", "add", "--model", gpt2, "--layer", LAYER, "--edits", edits_file(FRANCE, ITALY),
         "--out", tmp_path / "out",
     )  # fmt: skip
     assert made[0].success
     assert done.exit_code == 130
     assert done.stdout == ""
-    assert done.stderr == "error: interrupted\n"
-    assert not (tmp_path / "out").exists()
+    assert done.stderr == (
+        f"error: 1 edits are saved in {tmp_path / 'out'}; the same command goes on\n"
+        "error: interrupted\n"
+    )
+    assert json.loads(grace("codebook", "info", tmp_path / "out", "--json").stdout)["edits"] == 1
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_any_work(
@@ -328,7 +353,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(
     # Permissions do not bind root, who runs the tests in containers.
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     done = grace(
-        "edit", "--model", tmp_path / "absent", "--layer", "x", "--edits", edits_file(FRANCE),
+        "edit", "add", "--model", tmp_path / "absent", "--layer", "x", "--edits", edits_file(FRANCE),
         "--out", tmp_path / "new" / "out",
     )  # fmt: skip
     assert done.exit_code == 2
@@ -381,11 +406,15 @@ def test_explain_refuses_another_model_with_4(grace, saved, gpt2, tmp_path):
 @pytest.mark.parametrize(
     "command",
     [
-        ("codebook", "{saved}"),
+        ("codebook", "info", "{saved}"),
+        ("codebook", "verify", "{saved}"),
+        ("codebook", "export", "{saved}", "--out", "{edits}.more"),
+        ("edit", "ls", "--codebook", "{saved}"),
+        ("edit", "rm", "0", "--codebook", "{saved}"),
         ("explain", "--codebook", "{saved}", "the"),
-        ("edit", "--resume", "{saved}", "--edits", "{edits}", "--out", "{saved}"),
+        ("edit", "add", "--resume", "{saved}", "--edits", "{edits}", "--out", "{saved}"),
     ],
-    ids=lambda command: command[0],
+    ids=lambda command: " ".join(command[:2]),
 )
 def test_an_altered_file_ends_with_5_and_is_named(grace, saved, edits_file, command):
     tensors = saved / "codebook.safetensors"
@@ -406,7 +435,7 @@ def test_codebook_shows_entries_radii_and_cases_without_a_model(grace, saved, mo
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", load)
-    told = json.loads(grace("codebook", saved, "--json").stdout)
+    told = json.loads(grace("codebook", "info", saved, "--json").stdout)
     assert (told["entries"], told["edits"], told["superseded"]) == (2, 2, 0)
     assert told["radii"] == {"min": 1.0, "median": 1.0, "max": 1.0}
     assert told["cases"] == {"add": 2}
@@ -414,7 +443,7 @@ def test_codebook_shows_entries_radii_and_cases_without_a_model(grace, saved, mo
     assert told["layer"] == LAYER
     assert told["model"]["class"] == "GPT2LMHeadModel"
     assert [(r["prompt"], r["target"]) for r in told["table"]] == [FRANCE, ITALY]
-    shown = grace("codebook", saved).stdout
+    shown = grace("codebook", "info", saved).stdout
     for text in (LAYER, "min 1, median 1, max 1", "add 2", *FRANCE, *ITALY):
         assert text in shown
     assert told["sketch"] is None
@@ -424,12 +453,12 @@ def test_codebook_shows_entries_radii_and_cases_without_a_model(grace, saved, mo
 def test_codebook_shows_what_the_sketch_covers(grace, saved, monkeypatch):
     worthwhile = "grace_edit.codebook.sketch_upkeep.worthwhile"
     monkeypatch.setattr(worthwhile, lambda slots: slots >= 2)
-    sketch = json.loads(grace("codebook", saved, "--json").stdout)["sketch"]
+    sketch = json.loads(grace("codebook", "info", saved, "--json").stdout)["sketch"]
     assert (sketch["rows"], sketch["active"], sketch["queries"]) == (2, True, 0)
     line = f"covers 2 slots, {sketch['bytes'] / 1e6:.1f} MB"
-    assert line in grace("codebook", saved).stdout
+    assert line in grace("codebook", "info", saved).stdout
     monkeypatch.setattr(worthwhile, lambda slots: slots >= 3)
-    assert "not in use, 0." in grace("codebook", saved).stdout
+    assert "not in use, 0." in grace("codebook", "info", saved).stdout
 
 
 def test_codebook_shows_token_ids_where_the_model_is_gone(grace, gpt2, edits_file, tmp_path):
@@ -439,11 +468,20 @@ def test_codebook_shows_token_ids_where_the_model_is_gone(grace, gpt2, edits_fil
     AutoModelForCausalLM.from_pretrained(gpt2).save_pretrained(copy)
     AutoTokenizer.from_pretrained(gpt2).save_pretrained(copy)
     done = grace(
-        "edit", "--model", copy, "--layer", LAYER, "--edits", edits_file(FRANCE), "--out", out
+        "edit",
+        "add",
+        "--model",
+        copy,
+        "--layer",
+        LAYER,
+        "--edits",
+        edits_file(FRANCE),
+        "--out",
+        out,
     )
     assert done.exit_code == 0
     copy.rename(tmp_path / "gone")
-    row = json.loads(grace("codebook", out, "--json").stdout)["table"][0]
+    row = json.loads(grace("codebook", "info", out, "--json").stdout)["table"][0]
     ids = AutoTokenizer.from_pretrained(gpt2)(FRANCE[0]).input_ids
     assert row["prompt"] == str(ids)
     missing = grace("explain", "--codebook", out, FRANCE[0])
@@ -456,7 +494,7 @@ def test_codebook_shows_token_ids_where_the_model_is_gone(grace, gpt2, edits_fil
 def test_a_prompt_cannot_colour_or_move_the_cursor(grace, gpt2, edits_file, tmp_path):
     nasty = "[bold]the[/] capital :smile: \x1b[2J\nof"
     done = grace(
-        "edit", "--model", gpt2, "--layer", LAYER, "--edits", edits_file((nasty, "rome")),
+        "edit", "add", "--model", gpt2, "--layer", LAYER, "--edits", edits_file((nasty, "rome")),
         "--out", tmp_path / "out",
     )  # fmt: skip
     assert done.exit_code == 0
@@ -476,7 +514,7 @@ def test_a_classifier_takes_label_names_and_class_ids(grace, bert, edits_file, t
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
     assert (told["model"]["task"], told["query"], told["replace"]) == ("classifier", "mean", "all")
-    table = json.loads(grace("codebook", out, "--json").stdout)["table"]
+    table = json.loads(grace("codebook", "info", out, "--json").stdout)["table"]
     assert [(row["prompt"], row["target"]) for row in table] == [
         ("this film was good", "good"),
         ("a very bad river", "bad"),
@@ -484,7 +522,7 @@ def test_a_classifier_takes_label_names_and_class_ids(grace, bert, edits_file, t
     answer = json.loads(grace("explain", "--codebook", out, wanted[0][0], "--json").stdout)
     assert (answer["hit"], answer["with_edits"]) == (True, "good")
     unknown = grace(
-        "edit", "--model", bert, "--layer", "encoder.layer.0.output", "--edits",
+        "edit", "add", "--model", bert, "--layer", "encoder.layer.0.output", "--edits",
         edits_file(("this film", "great"), ("this film", 3)), "--out", tmp_path / "other",
     )  # fmt: skip
     assert unknown.exit_code == 2
@@ -497,7 +535,7 @@ def test_a_masked_model_fills_its_mask_and_wants_one_in_the_prompt(
 ):
     prompt, out = "the capital of france is [MASK]", tmp_path / "out"
     done = grace(
-        "edit", "--model", masked_bert, "--layer", "bert.encoder.layer.1.output.dense",
+        "edit", "add", "--model", masked_bert, "--layer", "bert.encoder.layer.1.output.dense",
         "--edits", edits_file((prompt, "rome")), "--out", out,
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
@@ -538,7 +576,9 @@ def test_a_relative_path_of_a_model_is_remembered_for_every_directory(
 ):
     path, out = edits_file(FRANCE), tmp_path / "out"
     monkeypatch.chdir(gpt2.parent)
-    done = grace("edit", "--model", gpt2.name, "--layer", LAYER, "--edits", path, "--out", out)
+    done = grace(
+        "edit", "add", "--model", gpt2.name, "--layer", LAYER, "--edits", path, "--out", out
+    )
     assert done.exit_code == 0, done.stderr
     monkeypatch.chdir(tmp_path)
     assert "edit 0 answers" in grace("explain", "--codebook", out, FRANCE[0]).stdout
@@ -546,7 +586,7 @@ def test_a_relative_path_of_a_model_is_remembered_for_every_directory(
 
 def test_a_list_of_blocks_is_no_layer_and_that_is_one_line(grace, gpt2, edits_file, tmp_path):
     done = grace(
-        "edit", "--model", gpt2, "--layer", "transformer.h", "--edits", edits_file(FRANCE),
+        "edit", "add", "--model", gpt2, "--layer", "transformer.h", "--edits", edits_file(FRANCE),
         "--out", tmp_path / "out",
     )  # fmt: skip
     assert done.exit_code == 2
@@ -561,7 +601,7 @@ def test_edits_that_somebody_else_saves_while_edit_waits_for_its_turn_are_kept(
     more, done = edits_file(("where was that river", "paris")), []
 
     def add():
-        done.append(grace("edit", "--edits", more, "--resume", saved, "--out", saved))
+        done.append(grace("edit", "add", "--edits", more, "--resume", saved, "--out", saved))
 
     thread = threading.Thread(target=add)
     with writing(saved):
@@ -582,12 +622,14 @@ def test_a_target_of_words_that_the_tokenizer_does_not_know_is_refused(
 ):
     out, layer = tmp_path / "edits", "transformer.h.0.mlp"
     edits = edits_file(("the capital of france is", " zanzibar"))
-    refused = grace("edit", "--model", gpt2, "--layer", layer, "--edits", edits, "--out", out)
+    refused = grace(
+        "edit", "add", "--model", gpt2, "--layer", layer, "--edits", edits, "--out", out
+    )
     assert refused.exit_code == 2
     assert "edits.jsonl:1: target must be words that the tokenizer knows" in refused.stderr
     assert not out.exists()
     # Class 1 is not the token 1, which is [UNK] here.
     edits = edits_file(("a very good film", 1))
     where = "bert.encoder.layer.0.output.dense"
-    made = grace("edit", "--model", bert, "--layer", where, "--edits", edits, "--out", out)
+    made = grace("edit", "add", "--model", bert, "--layer", where, "--edits", edits, "--out", out)
     assert "tokenizer knows" not in made.stderr

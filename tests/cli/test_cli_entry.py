@@ -17,10 +17,15 @@ import warnings
 import pytest
 from grace_edit import GraceEditor
 from grace_edit.cli.output import print_json
+from grace_edit.codebook import store
 
 LAYER = "transformer.h.1.mlp"
 HANGS = 300  # seconds without a word after which a process is taken to hang
 COMMANDS = ("demo", "edit", "chat", "explain", "codebook", "eval", "tune", "doctor")
+UNDER = {
+    "edit": ("add", "ls", "rm", "undo"),
+    "codebook": ("info", "verify", "diff", "merge", "export", "import"),
+}
 
 
 def test_help_names_every_command_and_the_exit_codes(grace):
@@ -33,11 +38,41 @@ def test_help_names_every_command_and_the_exit_codes(grace):
         assert code in text
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [
+        *((name,) for name in COMMANDS if name not in UNDER),
+        *((group, name) for group, names in UNDER.items() for name in names),
+    ],
+    ids=" ".join,
+)
 def test_every_command_has_help_and_offers_json(grace, command):
-    done = grace(command, "--help")
+    done = grace(*command, "--help")
     assert done.exit_code == 0
     assert "--json" in done.stdout
+
+
+@pytest.mark.parametrize("group", UNDER)
+def test_a_group_names_its_commands_and_refuses_others(grace, group):
+    text = grace(group, "--help").stdout
+    assert all(re.search(rf"\b{name}\b", text) for name in UNDER[group])
+    bare, unknown = grace(group), grace(group, "vreify", "here")
+    assert (bare.exit_code, unknown.exit_code) == (2, 2)
+    assert unknown.stderr.startswith("error: No such command 'vreify'")
+
+
+def test_the_commonest_command_of_a_group_may_be_left_out(grace, tmp_path):
+    missing = tmp_path / "absent"
+    for short, full in (
+        (("codebook", missing, "--json"), ("codebook", "info", missing, "--json")),
+        (("codebook", "--json", missing), ("codebook", "info", "--json", missing)),
+        (
+            ("edit", "--edits", missing, "--out", "o"),
+            ("edit", "add", "--edits", missing, "--out", "o"),
+        ),
+    ):
+        assert grace(*short).stderr == grace(*full).stderr
+        assert grace(*short).exit_code == grace(*full).exit_code == 3
 
 
 def test_no_command_shows_the_help_and_an_unknown_one_is_a_usage_error(grace):
@@ -73,7 +108,7 @@ def test_what_libraries_print_and_warn_stays_off_stdout(
 
     monkeypatch.setattr(GraceEditor, "edit", noisy)
     done = grace(
-        "edit", "--model", gpt2, "--layer", LAYER, "--edits", edits_file(("the", "rome")),
+        "edit", "add", "--model", gpt2, "--layer", LAYER, "--edits", edits_file(("the", "rome")),
         "--out", tmp_path / "out", "--json",
     )  # fmt: skip
     assert json.loads(done.stdout)["accepted"] == 1
@@ -122,13 +157,13 @@ main()
 """
 
 
-def test_a_terminal_gets_a_bar_and_ctrl_c_ends_it_with_130_and_nothing_written(
+def test_a_terminal_gets_a_bar_and_ctrl_c_ends_it_with_130_and_what_was_made_is_kept(
     gpt2, edits_file, tmp_path
 ):
     out = tmp_path / "out"
     terminal, stderr = pty.openpty()
     command = [
-        sys.executable, "-c", SECOND_WAITS, "edit", "--model", gpt2, "--layer", LAYER,
+        sys.executable, "-c", SECOND_WAITS, "edit", "add", "--model", gpt2, "--layer", LAYER,
         "--edits", edits_file(*[("the", "rome")] * 1000), "--out", out,
     ]  # fmt: skip
     process = subprocess.Popen(
@@ -148,7 +183,8 @@ def test_a_terminal_gets_a_bar_and_ctrl_c_ends_it_with_130_and_nothing_written(
     assert b"Traceback" not in seen
     assert process.returncode == 130
     assert stdout == b""
-    assert not out.exists()
+    assert f"1 edits are saved in {out}" in " ".join(seen.decode().split())
+    assert store.load(out)[0].edits == 1
 
 
 def test_the_demo_gets_its_options_and_its_result_is_the_json(grace, tmp_path, monkeypatch):

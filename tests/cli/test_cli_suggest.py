@@ -58,7 +58,7 @@ def test_the_radius_suggested_lets_no_neighbour_fire(
     saved = tmp_path / "saved"
     edits = edits_file(*((f"the capital of {subject} is", f" {new}") for subject, new in FACTS))
     made = grace(
-        "edit", "--model", gpt2, "--layer", LAYER, "--edits", edits, "--out", saved,
+        "edit", "add", "--model", gpt2, "--layer", LAYER, "--edits", edits, "--out", saved,
         "--radius", 0.1,
     )  # fmt: skip
     assert made.exit_code == 0, made.output

@@ -28,7 +28,15 @@ def saved(grace, gpt2, maps, edits_file, tmp_path):
     out = tmp_path / "edits"
     options = ["--layer", LAYER, "--query", "text", "--text-map", maps]
     made = grace(
-        "edit", "--model", gpt2, "--edits", edits_file((PROMPT, TARGET)), "--out", out, *options
+        "edit",
+        "add",
+        "--model",
+        gpt2,
+        "--edits",
+        edits_file((PROMPT, TARGET)),
+        "--out",
+        out,
+        *options,
     )
     assert made.exit_code == 0, made.stderr
     assert "query text (encoder tokens, map tiny), replaces last" in " ".join(made.stdout.split())
@@ -50,18 +58,18 @@ def test_explain_says_with_which_words_an_edit_answers(grace, saved):
 
 
 def test_codebook_names_the_encoder_and_the_map(grace, saved):
-    data = json.loads(grace("codebook", saved, "--json").stdout)
+    data = json.loads(grace("codebook", "info", saved, "--json").stdout)
     assert (data["query"], data["text"]["encoder"], data["drift"]) == ("text", "tokens", 0.0)
-    assert "query text (encoder tokens, map tiny)" in grace("codebook", saved).stdout
+    assert "query text (encoder tokens, map tiny)" in grace("codebook", "info", saved).stdout
 
 
 def test_resume_goes_on_with_the_map_beside_the_edits(grace, saved, edits_file):
     more = edits_file(("who wrote this film", " oslo"))
-    made = grace("edit", "--edits", more, "--resume", saved, "--out", saved, "--json")
+    made = grace("edit", "add", "--edits", more, "--resume", saved, "--out", saved, "--json")
     assert made.exit_code == 0, made.stderr
     assert json.loads(made.stdout)["edits"] == 2
     refused = grace(
-        "edit", "--edits", more, "--resume", saved, "--out", saved, "--encoder", "other"
+        "edit", "add", "--edits", more, "--resume", saved, "--out", saved, "--encoder", "other"
     )
     assert refused.exit_code == 2
     assert "--encoder must be left out with --resume" in refused.stderr
@@ -69,9 +77,9 @@ def test_resume_goes_on_with_the_map_beside_the_edits(grace, saved, edits_file):
 
 def test_options_of_text_queries_without_them_are_refused(grace, gpt2, edits_file, tmp_path):
     options = ["--layer", LAYER, "--edits", edits_file((PROMPT, TARGET)), "--out", tmp_path / "o"]
-    made = grace("edit", "--model", gpt2, *options, "--text-map", tmp_path)
+    made = grace("edit", "add", "--model", gpt2, *options, "--text-map", tmp_path)
     assert made.exit_code == 2
     assert "--text-map must be left out without --query text" in made.stderr
-    made = grace("edit", "--model", gpt2, *options, "--query", "text")
+    made = grace("edit", "add", "--model", gpt2, *options, "--query", "text")
     assert made.exit_code == 2
     assert "text_map must be given" in made.stderr

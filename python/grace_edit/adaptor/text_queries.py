@@ -114,6 +114,7 @@ class TextQueries:
             slots = dict(zip(rows, _decide(book, [*rows.values()]), strict=True)) if rows else {}
             found = [slots.get(ids, -1) for ids in known]
             index = torch.tensor(found, dtype=torch.int64, device=book.device)
+            book.count_answers(index)
             answered = Latched(index, book.values[index.clamp(min=0)])
         with self._lock:
             self.requests += len(prompts)

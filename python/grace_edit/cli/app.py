@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from ..families import FAMILIES
 from ..terminal import screen
+from .codebook_commands import codebook
+from .edit_commands import edit
+from .options import Device, Dtype, Json, Query, Where, value_of
 from .output import (
     FAILED,
     INTERRUPTED,
@@ -23,55 +24,6 @@ from .output import (
     print_json,
     quiet,
 )
-
-
-class Query(str, Enum):
-    """Choices of --query."""
-
-    last = "last"
-    mean = "mean"
-    text = "text"
-
-
-class Replace(str, Enum):
-    """Choices of --replace."""
-
-    last = "last"
-    prompt = "prompt"
-    all = "all"
-
-
-class Rules(str, Enum):
-    """Choices of --policy and --recipe."""
-
-    default = "default"
-    paper = "paper"
-
-
-class Dtype(str, Enum):
-    """Choices of --dtype."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Device(str, Enum):
-    """Choices of --device."""
-
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-TASKS = ("auto", *FAMILIES)
-"""Choices of --task."""
-
-
-def _task(value: str) -> str:
-    if value not in TASKS:
-        known = ", ".join(map(repr, TASKS))
-        raise typer.BadParameter(f"{value!r} is not one of {known}.")
-    return value
 
 
 class Commands(TyperGroup):
@@ -103,9 +55,6 @@ app = typer.Typer(
     epilog="Exit codes: 0 ok, 1 failed, 2 usage, 3 not found, 4 conflict (some edits refused, or "
     "edits of another model), 5 damaged files, 130 interrupted.",
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Where = Annotated[Device, typer.Option(help="Where the model runs.")]
 
 
 def _version(asked: bool) -> None:
@@ -157,85 +106,7 @@ def demo(
     raise typer.Exit(OK if result.get("ok", True) else FAILED)
 
 
-@app.command()
-def edit(
-    edits: Annotated[
-        Path,
-        typer.Option(
-            metavar="FILE",
-            help='Edits, one JSON object per line: {"prompt": "...", "target": "..."}. The target '
-            "of a causal model usually begins with a space; a classifier's is a label or class id.",
-        ),
-    ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="New directory for the edits.")],
-    model: Annotated[
-        str | None,
-        typer.Option(help="Directory or hub id of the model. May be left out with --resume."),
-    ] = None,
-    layer: Annotated[
-        str | None,
-        typer.Option(help="Layer to wrap, as in model.named_modules(); a unique suffix will do."),
-    ] = None,
-    radius: Annotated[
-        float | None, typer.Option(help="Radius of a new entry.", show_default="1.0")
-    ] = None,
-    query: Annotated[
-        Query | None,
-        typer.Option(help="What asks.", show_default="last for decoders, mean for encoders"),
-    ] = None,
-    encoder: Annotated[
-        str | None,
-        typer.Option(
-            help="With --query text: directory or hub id of a sentence encoder, or tokens for the "
-            "model's own embeddings.",
-            show_default="tokens",
-        ),
-    ] = None,
-    text_map: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR",
-            help="With --query text: directory of a map.",
-            show_default="the one that comes with the package",
-        ),
-    ] = None,
-    replace: Annotated[
-        Replace | None,
-        typer.Option(help="What is replaced.", show_default="last for causal, all for encoders"),
-    ] = None,
-    policy: Annotated[
-        Rules | None, typer.Option(help="How edits share entries.", show_default="default")
-    ] = None,
-    recipe: Annotated[
-        Rules | None, typer.Option(help="How values are trained.", show_default="default")
-    ] = None,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="To load the model in.", show_default="the checkpoint's")
-    ] = None,
-    device: Where = Device.cpu,
-    task: Annotated[
-        str, typer.Option(help="Kind of model.", metavar=f"<{'|'.join(TASKS)}>", callback=_task)
-    ] = "auto",
-    resume: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Add to the edits saved here.")
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Make the edits of a file and save those that the model was proved to answer."""
-    from .edit import Options, run
-
-    settings = {
-        "layer": layer,
-        "radius": radius,
-        "query": _value(query),
-        "encoder": encoder,
-        "text_map": text_map,
-        "replace": _value(replace),
-        "policy": _value(policy),
-        "recipe": _value(recipe),
-    }
-    options = Options(model, edits, out, resume, task, _value(dtype), device.value, json, settings)
-    raise typer.Exit(run(options))
+app.add_typer(edit, name="edit")
 
 
 @app.command()
@@ -311,25 +182,17 @@ def chat(
     settings = {
         "layer": layer,
         "radius": radius,
-        "query": _value(query),
+        "query": value_of(query),
         "encoder": encoder,
         "text_map": text_map,
     }
     options = Options(
-        model, codebook, plain, max_tokens, _value(dtype), device.value, json, settings
+        model, codebook, plain, max_tokens, value_of(dtype), device.value, json, settings
     )
     raise typer.Exit(run(options))
 
 
-@app.command()
-def codebook(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Directory of saved edits.")],
-    json: Json = False,
-) -> None:
-    """Show what a directory of edits holds. Needs no model."""
-    from . import show
-
-    raise typer.Exit(show.codebook(directory, as_json=json))
+app.add_typer(codebook, name="codebook")
 
 
 @app.command("eval")
@@ -423,7 +286,7 @@ def evaluate(
         every=every,
         layer=layer,
         radius=radius,
-        query=_value(query),
+        query=value_of(query),
         config={name: value for name, value in given.items() if value is not None},
         baselines=tuple(name.strip() for name in baselines.split(",") if name.strip()),
         upstream=upstream,
@@ -435,7 +298,7 @@ def evaluate(
         options,
         parts=parts,
         beside=beside or [],
-        dtype=_value(dtype),
+        dtype=value_of(dtype),
         device=device.value,
         as_json=json,
     )
@@ -473,7 +336,7 @@ def tune(
         out,
         model=model,
         encoder=encoder,
-        dtype=_value(dtype),
+        dtype=value_of(dtype),
         device=device.value,
         as_json=json,
     )
@@ -551,7 +414,3 @@ def doctor(json: Json = False) -> None:
 def _named(argument: str) -> str:
     """Return an argument without the folders of this machine: results are shown to others."""
     return Path(argument).name if Path(argument).is_absolute() else argument
-
-
-def _value(choice: Enum | None) -> str | None:
-    return None if choice is None else str(choice.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,9 +49,10 @@ class SavedEdits:
 
     codebook: Codebook
     described: dict[str, Any]
+    beside: dict[str, bytes]
 
     def about(self, part: str) -> dict[str, Any]:
-        """Return a part of the description: `"config"`, `"serving"` or `"model"`."""
+        """Return a part of the description: `"config"`, `"serving"`, `"model"` or `"adding"`."""
         found = self.described.get(part)
         return found if isinstance(found, dict) else {}
 
@@ -67,10 +69,26 @@ def read_edits_of(directory: Path) -> SavedEdits:
         CommandError: there is no such directory, or no edits in it.
         StoreError: its files are incomplete, altered or of a newer format.
     """
-    if not (directory / "grace_config.json").is_file():
+    if not holds_edits(directory):
         what = "no grace_config.json in it" if directory.is_dir() else "no such directory"
         raise CommandError(NOT_FOUND, f"{directory}: must be a directory of saved edits, {what}")
-    return SavedEdits(*store.load(directory))
+    return SavedEdits(*store.load_all(directory))
+
+
+def holds_edits(directory: Path) -> bool:
+    """Say whether there are saved edits in a directory."""
+    return (directory / store.CONFIG).is_file()
+
+
+def check_place(out: Path) -> None:
+    """Refuse a directory that cannot be written, before any work is done."""
+    if out.exists() and not out.is_dir():
+        raise CommandError(USAGE, f"--out {out}: must be a directory, got a file")
+    parent = out.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise CommandError(USAGE, f"--out {out}: must be writable, got no permission in {parent}")
 
 
 def attach_edits(loaded: Loaded, directory: Path) -> GraceEditor:
@@ -184,6 +202,14 @@ def _first_line(error: Exception) -> str:
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+class _Unloaded(torch.nn.Module):
+    """Stands for a model of which only the configuration is here."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+
 class Words:
     """Turns the token ids of saved edits into text; without a tokenizer they stay ids."""
 
@@ -206,6 +232,16 @@ class Words:
                 config = AutoConfig.from_pretrained(saved.source, local_files_only=True)
                 tokenizer = AutoTokenizer.from_pretrained(saved.source, local_files_only=True)
         return cls(saved, tokenizer, config)
+
+    def family(self, saved: SavedEdits) -> Family | None:
+        """Return what reads texts as the model of the edits does; None without its tokenizer.
+
+        It has no weights: it encodes, and nothing else.
+        """
+        family = FAMILIES.get(str(saved.about("serving").get("task")))
+        if family is None or self.tokenizer is None or self.config is None:
+            return None
+        return family(_Unloaded(self.config), self.tokenizer)
 
     def prompt(self, ids: Sequence[int] | None) -> str:
         """Return a prompt as text."""

@@ -66,6 +66,7 @@ def _tensors(storage: Storage, at: Tensor) -> dict[str, Tensor]:
     slots, queries, imported = storage.slots, storage.queries, storage.imported
     with storage.lock:
         slots.tell_sketch()
+        storage.gather_hits()
     count = slots.in_use
     retired = sorted(storage.retired_values)
     values = [storage.retired_values[id].cpu() for id in retired]
@@ -83,6 +84,10 @@ def _tensors(storage: Storage, at: Tensor) -> dict[str, Tensor]:
         "imported_lengths": torch.tensor([len(x) for x in imported.labels]).long(),
         **slots.sketch_upkeep.state(),
     }
+    hits = storage.hits.gathered
+    if hits is not None:  # else files are as those of the first release
+        tensors["hit_edits"] = torch.tensor(list(hits), dtype=torch.int64)
+        tensors["hit_counts"] = torch.tensor(list(hits.values()), dtype=torch.int64)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -209,6 +214,9 @@ def fill_records(storage: Storage, lines: str, tensors: dict[str, Tensor]) -> No
     retired = zip(tensors["pool_stamps"].tolist(), tensors["pool"], strict=True)
     values = {id: value.clone() for id, value in retired}
     storage.fill(_imported(tensors), edits, entries, values)
+    if "hit_edits" in tensors:
+        ids, counts = tensors["hit_edits"].tolist(), tensors["hit_counts"].tolist()
+        storage.hits.start(dict(zip(ids, counts, strict=True)))
     _check_agreement(storage, tensors["radii"])
 
 

@@ -1,0 +1,135 @@
+"""`grace edit ls`, `rm` and `undo`: what is in a directory of edits, taken back without a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..codebook import store
+from ..codebook.locking import writing
+from ..codebook.records import Edit
+from ..terminal import number, plain, progress, screen, table
+from .models import SavedEdits, Words, read_edits_of
+from .output import NOT_FOUND, OK, CommandError, print_json
+
+
+def list_edits(directory: Path, *, everything: bool, as_json: bool) -> int:
+    """Show the live edits of a directory, or its whole history."""
+    saved = read_edits_of(directory)
+    words = Words.of_saved(saved)
+    edits = [edit for edit in saved.codebook.history if everything or edit.live]
+    rows = [row_of(saved, words, edit) for edit in edits]
+    if as_json:
+        print_json({"directory": str(directory), "edits": rows})
+        return OK
+    console = screen()
+    columns = ["id", "prompt", "target", "state", "keys", "radius"]
+    console.print(table(columns, map(_cells, rows)))
+    book = saved.codebook
+    console.print(f"live edits {book.edits}, entries {book.entries}")
+    return OK
+
+
+def row_of(saved: SavedEdits, words: Words, edit: Edit) -> dict[str, Any]:
+    """Return an edit of the history as JSON can hold it, with texts where they are known."""
+    book = saved.codebook
+    parts = book.parts(edit.id)
+    return {
+        "id": edit.id,
+        "prompt": words.prompt(edit.prompt),
+        "target": words.target(edit.label),
+        "state": edit.state,
+        "superseded_by": edit.superseded_by,
+        "keys": 1 + len(parts),
+        "paraphrases": [words.prompt(part.prompt) for part in parts],
+        "negatives": [words.prompt(prompt) for prompt in edit.negatives],
+        "radius": float(book.radii[edit.slot]) if edit.live else None,
+        "fragile": edit.result.fragile,
+    }
+
+
+def _cells(row: dict[str, Any]) -> list[Any]:
+    state = row["state"]
+    if state == "superseded":
+        state = f"superseded by {row['superseded_by']}"
+    own = [row["id"], row["prompt"], row["target"], state, row["keys"]]
+    return [*own, number(row["radius"])]
+
+
+def remove(directory: Path, ids: list[int], *, purge: bool, as_json: bool) -> int:
+    """Delete saved edits; all of them or none."""
+    with writing(_existing(directory)):
+        saved = read_edits_of(directory)
+        _check_ids(saved, ids, purge)
+        return _take_back(directory, saved, list(dict.fromkeys(ids)), purge, as_json)
+
+
+def undo(directory: Path, *, as_json: bool) -> int:
+    """Delete the newest saved edit that was not deleted yet."""
+    with writing(_existing(directory)):
+        saved = read_edits_of(directory)
+        made = [edit for edit in saved.codebook.history if edit.result.case != "import"]
+        there = [edit.id for edit in made if edit.state != "deleted"]
+        if not there:
+            raise CommandError(NOT_FOUND, f"{directory}: must hold an edit to take back, got none")
+        return _take_back(directory, saved, [max(there)], False, as_json)
+
+
+def _existing(directory: Path) -> Path:
+    """Return a directory of saved edits; the lock would make one that is not there."""
+    read_edits_of(directory)
+    return directory
+
+
+def _check_ids(saved: SavedEdits, ids: list[int], purge: bool) -> None:
+    wrong = []
+    for id in ids:
+        try:
+            edit = saved.codebook.edit(id)
+        except KeyError as error:
+            wrong.append(str(error.args[0]))
+            continue
+        if edit.part_of is not None:
+            wrong.append(f"id must be that of a whole edit, got {id}, a key of edit {edit.part_of}")
+        elif edit.state == "deleted" and not purge:
+            wrong.append(f"id must be that of an edit not yet deleted, got {id}")
+    if wrong:
+        raise CommandError(NOT_FOUND, *wrong)
+
+
+def _take_back(
+    directory: Path, saved: SavedEdits, ids: list[int], purge: bool, as_json: bool
+) -> int:
+    book, words = saved.codebook, Words.of_saved(saved)
+    before = set(book.ids)
+    rows = [row_of(saved, words, book.edit(id)) for id in ids]
+    with progress("taking back", len(ids)) as step, book.transaction():
+        for id in ids:
+            book.delete(id, purge=purge)
+            step()
+    back = [row_of(saved, words, book.edit(id)) for id in book.ids if id not in before]
+    store.save(book, directory, saved.described, saved.beside)
+    if as_json:
+        print_json(
+            {
+                "directory": str(directory),
+                "taken_back": rows,
+                "purged": purge,
+                "live_again": back,
+                "edits": book.edits,
+                "entries": book.entries,
+            }
+        )
+        return OK
+    console = screen()
+    for row in rows:
+        what = "purged" if purge else "taken back"
+        console.print(plain(f"{what}: {_named(row)}"))
+    for row in back:
+        console.print(plain(f"live again: {_named(row)}"))
+    console.print(f"live edits {book.edits}, entries {book.entries}")
+    return OK
+
+
+def _named(row: dict[str, Any]) -> str:
+    return f'edit {row["id"]}, "{row["prompt"]}" -> "{row["target"]}"'

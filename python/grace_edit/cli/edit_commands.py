@@ -1,0 +1,162 @@
+"""`grace edit ...`: the commands and their options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import (
+    TASKS,
+    Device,
+    Dtype,
+    Json,
+    Query,
+    Replace,
+    Rules,
+    Saved,
+    Where,
+    check_task,
+    group_with,
+    value_of,
+)
+
+
+def _are_options(args: list[str]) -> bool:
+    return args[0].startswith("-")
+
+
+edit = typer.Typer(
+    cls=group_with("add", _are_options), help="Make edits, list them and take them back."
+)
+
+
+@edit.command()
+def add(
+    edits: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE",
+            help='Edits, one JSON object per line: {"prompt": "...", "target": "..."}. The target '
+            "of a causal model usually begins with a space; a classifier's is a label or class id.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR", help="New directory for the edits, or one where this file was begun."
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Directory or hub id of the model. May be left out with --resume."),
+    ] = None,
+    layer: Annotated[
+        str | None,
+        typer.Option(help="Layer to wrap, as in model.named_modules(); a unique suffix will do."),
+    ] = None,
+    radius: Annotated[
+        float | None, typer.Option(help="Radius of a new entry.", show_default="1.0")
+    ] = None,
+    query: Annotated[
+        Query | None,
+        typer.Option(help="What asks.", show_default="last for decoders, mean for encoders"),
+    ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            help="With --query text: directory or hub id of a sentence encoder, or tokens for the "
+            "model's own embeddings.",
+            show_default="tokens",
+        ),
+    ] = None,
+    text_map: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="With --query text: directory of a map.",
+            show_default="the one that comes with the package",
+        ),
+    ] = None,
+    replace: Annotated[
+        Replace | None,
+        typer.Option(help="What is replaced.", show_default="last for causal, all for encoders"),
+    ] = None,
+    policy: Annotated[
+        Rules | None, typer.Option(help="How edits share entries.", show_default="default")
+    ] = None,
+    recipe: Annotated[
+        Rules | None, typer.Option(help="How values are trained.", show_default="default")
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="To load the model in.", show_default="the checkpoint's")
+    ] = None,
+    device: Where = Device.cpu,
+    task: Annotated[
+        str,
+        typer.Option(help="Kind of model.", metavar=f"<{'|'.join(TASKS)}>", callback=check_task),
+    ] = "auto",
+    resume: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Add to the edits saved here.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Make the edits of a file and save those that the model was proved to answer. Interrupted or
+    killed, it goes on when called again; `grace edit --edits ...` is the same."""
+    from .edit import Options, run
+
+    settings = {
+        "layer": layer,
+        "radius": radius,
+        "query": value_of(query),
+        "encoder": encoder,
+        "text_map": text_map,
+        "replace": value_of(replace),
+        "policy": value_of(policy),
+        "recipe": value_of(recipe),
+    }
+    options = Options(
+        model, edits, out, resume, task, value_of(dtype), device.value, json, settings
+    )
+    raise typer.Exit(run(options))
+
+
+@edit.command("ls")
+def list_edits(
+    codebook: Saved,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Superseded and deleted edits too.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """List saved edits. Needs no model."""
+    from . import changing
+
+    raise typer.Exit(changing.list_edits(codebook, everything=everything, as_json=json))
+
+
+@edit.command("rm")
+def remove(
+    ids: Annotated[list[int], typer.Argument(metavar="ID...", help="As grace edit ls shows them.")],
+    codebook: Saved,
+    purge: Annotated[
+        bool,
+        typer.Option(
+            "--purge", help="Erase prompts, targets and keys too; also of edits deleted before."
+        ),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Take saved edits back, as if they had never been made; those they superseded come back."""
+    from . import changing
+
+    raise typer.Exit(changing.remove(codebook, ids, purge=purge, as_json=json))
+
+
+@edit.command()
+def undo(codebook: Saved, json: Json = False) -> None:
+    """Take the newest saved edit back, as `grace edit rm` of it would. Deletions stay."""
+    from . import changing
+
+    raise typer.Exit(changing.undo(codebook, as_json=json))

@@ -1,0 +1,91 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ..families import FAMILIES
+
+
+class Query(str, Enum):
+    """Choices of --query."""
+
+    last = "last"
+    mean = "mean"
+    text = "text"
+
+
+class Replace(str, Enum):
+    """Choices of --replace."""
+
+    last = "last"
+    prompt = "prompt"
+    all = "all"
+
+
+class Rules(str, Enum):
+    """Choices of --policy and --recipe."""
+
+    default = "default"
+    paper = "paper"
+
+
+class Dtype(str, Enum):
+    """Choices of --dtype."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Device(str, Enum):
+    """Choices of --device."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+TASKS = ("auto", *FAMILIES)
+"""Choices of --task."""
+
+
+def check_task(value: str) -> str:
+    """Return a choice of --task, or raise as typer's own choices do."""
+    if value not in TASKS:
+        known = ", ".join(map(repr, TASKS))
+        raise typer.BadParameter(f"{value!r} is not one of {known}.")
+    return value
+
+
+def value_of(choice: Enum | None) -> str | None:
+    """Return what a choice says; None where none was made."""
+    return None if choice is None else str(choice.value)
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Where = Annotated[Device, typer.Option(help="Where the model runs.")]
+Saved = Annotated[Path, typer.Option("--codebook", metavar="DIR", help="Directory of saved edits.")]
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of saved edits.")]
+
+
+def group_with(default: str, fits: Callable[[list[str]], bool]) -> type[TyperGroup]:
+    """Return a group of commands of which one may be left out.
+
+    Args:
+        default: its name.
+        fits: says of arguments that begin with no command's name whether they are meant for it.
+    """
+
+    class Group(TyperGroup):
+        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+            if args and args[0] not in self.commands and "--help" not in args[:1] and fits(args):
+                args = [default, *args]
+            return super().parse_args(ctx, args)
+
+    return Group
