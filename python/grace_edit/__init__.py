@@ -11,6 +11,7 @@ from .codebook.records import CapacityError, EditResult, UndoError
 from .codebook.store import StoreError
 from .config import GraceConfig
 from .editing.explanation import Explanation
+from .editing.scoring import Score
 from .editing.verification import Misfire
 from .editor import GraceEditor
 from .serving import load
@@ -28,6 +29,7 @@ __all__ = [
     "Misfire",
     "QueryPlan",
     "RadiusSuggestion",
+    "Score",
     "StoreError",
     "UndoError",
     "detach",

@@ -17,6 +17,7 @@ from .adaptor import attach as attaching
 from .adaptor.adaptor import GraceAdaptor
 from .adaptor.positions import Latched, QueryPlan
 from .adaptor.text_queries import TextQueries
+from .adaptor.told import PromptEnds
 from .codebook.codebook import Codebook
 from .codebook.records import Edit, EditResult
 from .config import GraceConfig
@@ -24,9 +25,10 @@ from .editing.asked import read_wanted
 from .editing.batching import Together
 from .editing.explanation import Explanation, explain
 from .editing.making import EditMaker
+from .editing.scoring import Score, score
 from .editing.verification import Misfire, find_misfires
 from .families import family_of
-from .families.ids import is_chat
+from .families.ids import is_chat, token_ids
 from .keys.choice import text_keys
 from .keys.prompts import PromptReader
 from .progress import bar
@@ -244,6 +246,61 @@ class GraceEditor:
         ids = self.family.encode(prompt)
         with self.family.working():
             return self.family.show(self.family.answer(ids, max_new_tokens))
+
+    def score(self, prompt: Any, continuation: Any) -> Score:
+        """Say how probable `continuation` is after `prompt` to the model as it serves.
+
+        One forward over both; the codebook is asked at the prompt's end.
+
+        Args:
+            prompt: as in `edit`.
+            continuation: as a target in `edit`; end tokens may stand anywhere in it. Of a masked
+                model the tokens of the masks, each scored by itself; of a classifier a class.
+
+        Raises:
+            ValueError: bad or too long.
+        """
+        return self.score_batch([(prompt, continuation)])[0]
+
+    def score_batch(self, pairs: Sequence[Sequence[Any]]) -> list[Score]:
+        """Return the `score` of each `(prompt, continuation)`, run in padded batches."""
+        encoded = []
+        for number, pair in enumerate(pairs):
+            try:
+                prompt, continuation = pair
+                encoded.append(self.family.encode_pair(prompt, continuation))
+            except ValueError as error:
+                raise ValueError(f"pairs[{number}]: {error}") from error
+        with self.family.working():
+            return score(self.family, encoded)
+
+    def prompts(
+        self,
+        prompts: Sequence[Any] | None = None,
+        *,
+        lengths: Sequence[int] | Tensor | None = None,
+    ) -> AbstractContextManager[None]:
+        """Say where the prompts end in plain forwards of this thread inside a `with` block.
+
+        For evaluation harnesses, which run a prompt and its continuation in one forward: by itself
+        that takes the whole for prompt. `generate` and this editor's own methods need none of it.
+
+        Args:
+            prompts: each row's prompt is the longest of these that it begins with; a row that
+                begins with none goes unedited, with a warning.
+            lengths: in place of prompts, `[B]`, how many tokens of each row are prompt, padding on
+                either side not counted; 0: the row goes unedited.
+
+        Raises:
+            ValueError: both or none are given; inside the block, lengths that do not suit the
+                batch, or a forward with past, but for lengths under `query="last"` and
+                `replace="last"`.
+        """
+        if (prompts is None) == (lengths is None):
+            raise ValueError("prompts or lengths must be given, and not both")
+        encoded = None if prompts is None else self._encode_each(prompts)
+        counts = None if lengths is None else token_ids(lengths)
+        return self.adaptor.using(ends=PromptEnds(counts, encoded))
 
     def queries(self, prompts: Sequence[Any]) -> Tensor:
         """Return the queries of prompts as `[B, D]`, run in padded batches."""

@@ -61,6 +61,7 @@ class GraceAdaptor:
     inside = _of_thread("inside")
     plan = _of_thread("plan")
     generation = _of_thread("generation")
+    ends = _of_thread("ends")
     forced = _of_thread("forced")
     captures = _of_thread("captures")
     stops = _of_thread("stops")

@@ -103,7 +103,7 @@ class GraceGenerator(GraceSeam):
         _follow_preparing(self)
         try:
             # enabled: it ends as it begins, whatever other threads switch off meanwhile.
-            with adaptor.using(generation=state, enabled=True):
+            with adaptor.using(generation=state, enabled=True, ends=None):
                 out = generate(*args, **kwargs)
         finally:
             if state.latched is not None:

@@ -19,12 +19,16 @@ from torch import Tensor
 from .adaptor import GraceAdaptor
 from .positions import Latched, LatchedPlan, QueryPlan, plan_latched, plan_queries
 from .state import Generation
+from .told import PromptEnds
 
 
 def plan_forward(
     adaptor: GraceAdaptor, given: dict[str, Any], *, takes_positions: bool
 ) -> QueryPlan | None:
     """Plan a plain forward: without past its whole input is prompt, with past nobody asks.
+
+    Inside `editor.prompts(...)` the prompts end where that says, and with past too whose end is in
+    this forward asks.
 
     How much a static cache that was used before holds is known to its device alone, and the host
     does not wait for a GPU: there the device decides whether anybody asks. Compiled or captured, a
@@ -37,7 +41,8 @@ def plan_forward(
             them is worth a warning.
 
     Raises:
-        ValueError: a mask that is not `[B, T]`; a packed batch. If its positions alone tell, a CPU
+        ValueError: a mask that is not `[B, T]`; a packed batch; past inside `editor.prompts` where
+            this adaptor needs the whole prompt in one forward. If its positions alone tell, a CPU
             always sees it and a GPU is asked once per adaptor: after that, and in a compiled
             forward, nobody asks in a row whose positions start anew.
     """
@@ -46,13 +51,16 @@ def plan_forward(
     if tokens is None:
         return None
     past = _length(given.get("past_key_values"))
-    if isinstance(past, Tensor) and _waits_for_nothing(past):
+    ends = adaptor.ends
+    if isinstance(past, Tensor) and (ends is not None or _waits_for_nothing(past)):
         past = int(past)
     if isinstance(past, Tensor):
         if tokens.shape[1] == 1 and _recorded(past):
             return None
     elif past > 0:
-        return None
+        if ends is None:
+            return None
+        _check_pieces(adaptor, ends)
     restarts = None
     mask, position_ids = given.get("attention_mask"), given.get("position_ids")
     if given.get("cu_seq_lens_q") is not None:
@@ -65,7 +73,8 @@ def plan_forward(
                 if bool(restarts.any()):
                     raise _packed("position_ids without a mask must ascend within a row")
                 restarts = None
-        mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        total = tokens.shape[1] + (0 if ends is None else past)
+        mask = torch.ones((len(tokens), total), dtype=torch.bool, device=tokens.device)
     elif mask.ndim != 2:
         raise ValueError(
             f"attention_mask must be [B, T] for an edited model, got shape {tuple(mask.shape)}; "
@@ -73,15 +82,32 @@ def plan_forward(
         )
     elif takes_positions and position_ids is None:
         _warn_left_padding(adaptor, mask)
-    plan = plan_prompts(adaptor, mask.bool(), ids)
+    mask = mask.bool()
+    if ends is None:
+        prompt, plan = mask, plan_prompts(adaptor, mask, ids)
+    else:
+        assert not isinstance(past, Tensor)
+        columns = ends.columns(mask, ids)
+        prompt = mask & (torch.arange(mask.shape[1], device=mask.device) < columns[:, None])
+        plan = plan_prompts(adaptor, mask, ids, prompt_len=columns, computed=past)
+        plan.query_row = torch.where(columns > 0, plan.query_row, -1)  # no prompt, no question
     if adaptor.reads_text:
-        plan.answers = _answer_forward(adaptor, ids, mask)
+        plan.answers = _answer_forward(adaptor, ids, prompt)
     if isinstance(past, Tensor):
         plan.query_row = torch.where(past.to(mask.device) == 0, plan.query_row, -1)
     if restarts is not None:
         # Or the last sequence would ask for all of them.
         plan.query_row = torch.where(restarts.to(mask.device), -1, plan.query_row)
     return plan
+
+
+def _check_pieces(adaptor: GraceAdaptor, ends: PromptEnds) -> None:
+    if ends.lengths is None or adaptor.query != "last" or adaptor.replace != "last":
+        raise ValueError(
+            "past_key_values must be empty inside editor.prompts(...), but for lengths under "
+            f'query="last" and replace="last"; here query={adaptor.query!r} and '
+            f"replace={adaptor.replace!r}, got a forward with past"
+        )
 
 
 @torch.compiler.disable(

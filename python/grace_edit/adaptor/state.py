@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .positions import Latched, LatchedPlan, QueryPlan
+from .told import PromptEnds
 
 _MOST_ROOMS = 8  # batch sizes whose room for answers waits to be used again
 _MOST_PINNED = 32  # tensors of plans
@@ -99,6 +100,7 @@ class ThreadState(threading.local):
         self.inside = False  # the model's forward is running
         self.plan: QueryPlan | LatchedPlan | None = None
         self.generation: Generation | None = None
+        self.ends: PromptEnds | None = None  # of the prompts of plain forwards
         self.forced: Tensor | None = None
         self.captures: list[Captured] | None = None
         self.stops = False  # a capture ends its forward

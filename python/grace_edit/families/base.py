@@ -185,11 +185,11 @@ class Family(ABC):
 
     @abstractmethod
     def target_logits(
-        self, prompts: Sequence[list[int]], targets: Sequence[list[int]], values: Tensor
+        self, prompts: Sequence[list[int]], targets: Sequence[list[int]], values: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Return `(logits [n, classes], wanted [n])` of all target tokens, teacher forced.
 
-        `values [B, V]` answer the prompts; they may require grad.
+        `values [B, V]` answer the prompts; they may require grad. None: the codebook, as it serves.
         """
 
     @abstractmethod
@@ -232,6 +232,10 @@ class Family(ABC):
 
     def encode_edit(self, prompt: Any, target: Any) -> tuple[list[int], list[int]]:
         """Return the token ids of an edit's prompt and of its target."""
+        return self.encode_pair(prompt, target)
+
+    def encode_pair(self, prompt: Any, target: Any) -> tuple[list[int], list[int]]:
+        """Return the token ids of a prompt and of what may follow it."""
         ids = self.encode(prompt)
         return ids, self.encode_target(target, ids)
 
@@ -366,7 +370,7 @@ class Family(ABC):
                     if module.training:
                         self._training.append(module)
                         module.training = False
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), self.adaptor.using(ends=None):
                 yield
         finally:
             with self._lock:
@@ -441,6 +445,19 @@ class Family(ABC):
     ) -> AbstractContextManager[None]:
         """Answer the prompts of a `with` block by `values [B, V]`; None: by the codebook."""
         return self.adaptor.using(forced=values, plan=plan, generation=None)
+
+    def teaching(
+        self,
+        values: Tensor | None,
+        batch: dict[str, Tensor],
+        prompts: Sequence[list[int]],
+        prompt_len: Tensor | None = None,
+    ) -> AbstractContextManager[None]:
+        """Answer one forward over `inputs` of prompts, or of what begins with them."""
+        plan = self.plan(batch, prompt_len)
+        if values is None and self.adaptor.text is not None:
+            plan.answers = self.adaptor.answer(prompts)
+        return self.answering(values, plan)
 
     def plan(self, batch: dict[str, Tensor], prompt_len: Tensor | None = None) -> QueryPlan:
         """Plan a forward over `inputs`; `prompt_len [B]`: how much of each is prompt, None: all."""

@@ -34,6 +34,11 @@ class CausalFamily(Family):
 
     def encode_edit(self, prompt: Any, target: Any) -> tuple[list[int], list[int]]:
         ids, own = super().encode_edit(prompt, target)
+        self.check_end(own)
+        return ids, own
+
+    def encode_pair(self, prompt: Any, target: Any) -> tuple[list[int], list[int]]:
+        ids, own = super().encode_pair(prompt, target)
         text = self._text_of(prompt)
         if text is not None and isinstance(target, str):
             # Some tokenizers begin any text with a word mark; what follows the prompt in the whole
@@ -41,7 +46,6 @@ class CausalFamily(Family):
             whole = self._ids(text[0] + target, "target", special=text[1])
             if whole[: len(ids)] == ids and len(whole) > len(ids):
                 own = whole[len(ids) :]
-        self.check_end(own)
         if len(ids) + len(own) > self.longest:
             raise ValueError(
                 f"prompt and target must have at most {self.longest} tokens together, got "
@@ -66,7 +70,7 @@ class CausalFamily(Family):
         return room
 
     def target_logits(
-        self, prompts: Sequence[list[int]], targets: Sequence[list[int]], values: Tensor
+        self, prompts: Sequence[list[int]], targets: Sequence[list[int]], values: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         batch = self.inputs([[*p, *y] for p, y in zip(prompts, targets, strict=True)])
         lengths = torch.tensor([len(p) for p in prompts], device=self.device)
@@ -74,7 +78,7 @@ class CausalFamily(Family):
         pairs = zip(prompts, targets, strict=True)
         column = torch.cat([torch.arange(len(y)) + len(p) - 1 for p, y in pairs])
         row, column = row.to(self.device), column.to(self.device)
-        with self.answering(values, self.plan(batch, lengths)), self._rows_alone(row, column):
+        with self.teaching(values, batch, prompts, lengths), self._rows_alone(row, column):
             logits = self.model(**batch).logits
         wanted = torch.tensor([token for y in targets for token in y], device=self.device)
         return (logits if logits.ndim == 2 else logits[row, column]).float(), wanted

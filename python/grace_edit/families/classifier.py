@@ -61,10 +61,10 @@ class ClassifierFamily(Family):
         return str(names.get(target[0], target[0]))
 
     def target_logits(
-        self, prompts: Sequence[list[int]], targets: Sequence[list[int]], values: Tensor
+        self, prompts: Sequence[list[int]], targets: Sequence[list[int]], values: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         batch = self.inputs(prompts)
-        with self.answering(values, self.plan(batch)):
+        with self.teaching(values, batch, prompts):
             logits = self.model(**batch).logits
         return logits.float(), torch.tensor([y[0] for y in targets], device=self.device)
 

@@ -59,10 +59,10 @@ class MaskedFamily(Family):
         return logits[batch["input_ids"] == self.mask_token_id].float()
 
     def target_logits(
-        self, prompts: Sequence[list[int]], targets: Sequence[list[int]], values: Tensor
+        self, prompts: Sequence[list[int]], targets: Sequence[list[int]], values: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         batch = self.inputs(prompts)
-        with self.answering(values, self.plan(batch)):
+        with self.teaching(values, batch, prompts):
             logits = self._logits_at_masks(batch)
         return logits, torch.tensor([t for y in targets for t in y], device=self.device)
 

@@ -39,20 +39,23 @@ class Seq2SeqFamily(Family):
 
     def encode_target(self, target: Any, prompt: list[int]) -> list[int]:
         # With the end-of-sequence token the family closes a text with, so that decoding stops.
-        ids = self._ids(target, "target", special=True)
-        self.check_end(ids)
-        return ids
+        return self._ids(target, "target", special=True)
+
+    def encode_edit(self, prompt: Any, target: Any) -> tuple[list[int], list[int]]:
+        ids, own = super().encode_edit(prompt, target)
+        self.check_end(own)
+        return ids, own
 
     def run_prompts(self, batch: dict[str, Tensor]) -> Any:
         model: Any = self.model
         return model.get_encoder()(**batch)
 
     def target_logits(
-        self, prompts: Sequence[list[int]], targets: Sequence[list[int]], values: Tensor
+        self, prompts: Sequence[list[int]], targets: Sequence[list[int]], values: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         batch, wanted = self.inputs(prompts), self.inputs(targets)
         padded = wanted["input_ids"].masked_fill(wanted["attention_mask"] == 0, MASKED)
-        with self.answering(values, self.plan(batch)):
+        with self.teaching(values, batch, prompts):
             logits = self.model(**batch, labels=padded).logits
         there = padded != MASKED
         return logits[there].float(), padded[there]
