@@ -183,7 +183,7 @@ def test_a_terminal_gets_a_bar_and_ctrl_c_ends_it_with_130_and_what_was_made_is_
     assert b"Traceback" not in seen
     assert process.returncode == 130
     assert stdout == b""
-    assert f"1 edits are saved in {out}" in " ".join(seen.decode().split())
+    assert f"1 of 1000 edits are saved in {out}" in " ".join(seen.decode().split())
     assert store.load(out)[0].edits == 1
 
 
