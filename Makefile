@@ -64,7 +64,7 @@ format: $(STAMPS)/lint ## rewrite the files in house style
 bench: $(STAMPS)/bench ## operators and an edited model beside their peers (about 20 minutes)
 	$(BIN)/python -m benchmarks --out $(or $(OUT),grace-bench)
 
-# Goes on where it was stopped. MODEL, LAYER and ENCODER may be given.
+# Goes on where it was stopped. MODEL, LAYER, ENCODER and PARTS may be given.
 eval: $(STAMPS)/build ## edits of SmolLM2 on published records (under an hour): make eval DATA=FOLDER
 	$(if $(DATA),,$(error eval needs DATA=FOLDER, with counterfact.jsonl and, if there, zsre.jsonl))
 	$(BIN)/grace eval $(DATA) --setting smollm2-counterfact --out $(or $(OUT),grace-eval) \

@@ -46,13 +46,13 @@ was measured and how. It is made by `make docs` from `benchmarks/results/edits-s
 _ANCHORS = """\
 ## What others report
 
-| method | generality | protocol |
+| method | figure | protocol |
 |---|---|---|
-| GRACE, as others ran it | .08 (LLaMA-2-7B); average of all its figures .79 | zsRE, T = 1000, \
-7–8B models, teacher-forced |
-| WISE | .77–.83 | the same |
-| MEMOIR | .93–.95 | the same |
-| NeuralDB | .86 | CounterFact, 10,000 edits |
+| GRACE, as others ran it | average of reliability, generality and locality .79; generality .08 \
+(LLaMA-2-7B) | zsRE, T = 1000, 7–8B models, teacher-forced |
+| WISE | the same average .77–.83 | the same |
+| MEMOIR | the same average .93–.95 | the same |
+| NeuralDB | generality .86 | CounterFact, 10,000 edits |
 
 Models, data and protocols differ, so these are anchors, not a ranking.
 """

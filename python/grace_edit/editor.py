@@ -21,6 +21,7 @@ from .codebook.codebook import Codebook
 from .codebook.records import Edit, EditResult
 from .config import GraceConfig
 from .editing.asked import read_wanted
+from .editing.batching import Together
 from .editing.explanation import Explanation, explain
 from .editing.making import EditMaker
 from .editing.verification import Misfire, find_misfires
@@ -154,6 +155,11 @@ class GraceEditor:
     ) -> list[EditResult]:
         """Make many edits, with the same decisions as one by one in this order.
 
+        Values are trained in common forwards, where they start from the layer's own output
+        (`init="warm"`), and each is proven as a single one is. So keys, radii and cases are those
+        of one by one, while values and losses may differ in their last bits, and then in the steps
+        they took. One that fails so is trained alone before it is refused.
+
         All or nothing on an exception (Ctrl-C included), and one step for `undo`. An edit that is
         refused (`success=False`) does not stop the others.
 
@@ -168,9 +174,9 @@ class GraceEditor:
                 encoded.append(read_wanted(self.family, edit))
             except ValueError as error:
                 raise ValueError(f"edits[{number}]: {error}") from error
-        maker = self._maker
         with self.codebook.transaction(), self.family.working():
-            results = [maker.make(wanted) for wanted in bar(encoded, "editing", progress)]
+            together = Together(self._maker, encoded)
+            results = [together.make(n) for n in bar(range(len(encoded)), "editing", progress)]
         for result in results:
             log.info("edit %s", result.to_dict())
         return results
@@ -220,9 +226,10 @@ class GraceEditor:
             The new results, one per live edit.
 
         Raises:
-            ValueError: an edit has no stored prompt, the codebook is frozen, or a transaction is open.
-            RuntimeError: an edit's target cannot be reached on the model as it is now, or its query
-                has become that of another one.
+            ValueError: an edit has no stored prompt, the codebook is frozen, or a transaction is
+                open.
+            RuntimeError: an edit's target cannot be reached on the model as it is now, or its
+                query has become that of another one.
         """
         return rekeying.rekey(self.family, self.config, progress)
 
@@ -285,6 +292,7 @@ class GraceEditor:
             "drift": book.drift,
             "fragile": [edit.id for edit in self._live() if edit.result.fragile],
             "sketch": book.describe_sketch(),
+            "hits": book.describe_hits(),
             "backend": grace_kernels.build_info(),
             "attached": self.family.attached,
             "shadowed": attaching.shadowed(self.model),

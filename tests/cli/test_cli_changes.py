@@ -97,6 +97,17 @@ def test_ls_shows_live_edits_and_with_all_the_whole_history(grace, saved, no_mod
         assert text in shown
 
 
+def test_ls_shows_hits_where_they_are_counted(grace, saved):
+    book, described, beside = store.load_all(saved)
+    book.count_hits = True
+    index, _ = book.lookup(torch.stack([book.query_of(3)] * 2))
+    book.count_answers(index)
+    store.save(book, saved, described, beside)
+    rows = told(grace, "edit", "ls", "--codebook", saved, "--all")["edits"]
+    assert [(row["id"], row["hits"]) for row in rows] == [(0, None), (1, 0), (3, 2), (4, 0)]
+    assert "hits" in grace("edit", "ls", "--codebook", saved).stdout
+
+
 def test_rm_takes_edits_back_and_those_they_superseded_come_back(grace, saved, no_model):
     told_now = told(grace, "edit", "rm", 4, 3, "--codebook", saved)
     assert [row["id"] for row in told_now["taken_back"]] == [4, 3]

@@ -353,8 +353,8 @@ def test_a_place_that_cannot_be_written_is_refused_before_any_work(
     # Permissions do not bind root, who runs the tests in containers.
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     done = grace(
-        "edit", "--model", tmp_path / "absent", "--layer", "x", "--edits", edits_file(FRANCE),
-        "--out", tmp_path / "new" / "out",
+        "edit", "add", "--model", tmp_path / "absent", "--layer", "x",
+        "--edits", edits_file(FRANCE), "--out", tmp_path / "new" / "out",
     )  # fmt: skip
     assert done.exit_code == 2
     assert f"must be writable, got no permission in {tmp_path}" in done.stderr

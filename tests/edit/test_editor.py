@@ -12,9 +12,9 @@ import torch
 import transformers
 from grace_edit import CapacityError, GraceConfig, GraceEditor, UndoError
 from grace_edit.codebook import retention
-from grace_edit.editing import making, verification
+from grace_edit.editing import making
 from grace_edit.editing.training import Fit
-from grace_edit.families import family_of
+from grace_edit.families import base, family_of
 from tiny_models import book_of, generated, logits_of, run_of, same, state_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -206,9 +206,11 @@ def test_a_tensor_of_ids_is_as_good_as_a_list(edited):
     assert answer(editor, A) == X
 
 
-def test_a_batch_of_edits_decides_as_one_by_one_to_the_bit(edited, near):
+@pytest.mark.parametrize("config", [{"init": "cold"}, {"recipe": "paper", "replace": "all"}])
+def test_a_batch_whose_values_start_anywhere_is_made_one_by_one_to_the_bit(edited, near, config):
     edits = [(A, X), (B, X), (C, Y), (A, Y), (B, Y), (run_of(3, 2), X)]
-    one, all_at_once = edited("gpt2", radius=near * 0.8), edited("gpt2", radius=near * 0.8)
+    one = edited("gpt2", radius=near * 0.8, **config)
+    all_at_once = edited("gpt2", radius=near * 0.8, **config)
     singles = [one.edit(*pair) for pair in edits]
     batch = all_at_once.edit_batch(edits)
     assert batch == singles
@@ -232,16 +234,23 @@ def test_a_batch_is_one_step_of_undo(edited):
 
 def test_a_refused_edit_does_not_stop_a_batch(edited, monkeypatch):
     editor = edited("gpt2")
-    fit_value = making.fit_value
-    monkeypatch.setattr(
-        making,
-        "fit_value",
-        lambda *args, **kwargs: (
-            Fit(args[3], False, 1.0, 1.0, 9, "never")
-            if args[1] == [B]
-            else fit_value(*args, **kwargs)
-        ),
-    )
+    produce = making.EditMaker.train
+
+    def train(maker, prompts, targets, start):
+        if prompts == [B]:
+            return Fit(start, False, 1.0, 1.0, 9, "never")
+        return produce(maker, prompts, targets, start)
+
+    fit_values = making.fit_values
+
+    def fit_many(family, tasks, *args, **kwargs):
+        fits = fit_values(family, tasks, *args, **kwargs)
+        return [
+            replace(fit, reached=task.prompts != [B]) for fit, task in zip(fits, tasks, strict=True)
+        ]
+
+    monkeypatch.setattr(making.EditMaker, "train", train)
+    monkeypatch.setattr(making, "fit_values", fit_many)
     results = editor.edit_batch([(A, X), (B, Y), (C, X)])
     assert [r.success for r in results] == [True, False, True]
     assert [r.id for r in results] == [0, None, 1]
@@ -253,15 +262,15 @@ def test_a_batch_that_breaks_takes_all_of_its_edits_back(edited, monkeypatch, er
     editor = edited("gpt2")
     assert editor.edit(A, X).success
     model, before = state_of(editor.model), book_of(editor.codebook)
-    fit_value, calls = making.fit_value, []
+    finish, calls = making.EditMaker.finish, []
 
     def third_breaks(*args, **kwargs):
         calls.append(1)
         if len(calls) == 3:
             raise error
-        return fit_value(*args, **kwargs)
+        return finish(*args, **kwargs)
 
-    monkeypatch.setattr(making, "fit_value", third_breaks)
+    monkeypatch.setattr(making.EditMaker, "finish", third_breaks)
     with pytest.raises(type(error)):
         editor.edit_batch([(C, X), (run_of(3, 2), Y), (run_of(22, 9), X), (B, Y)])
     assert same(book_of(editor.codebook), before)
@@ -402,7 +411,7 @@ def test_verify_finds_nothing_in_a_sound_codebook_and_an_entry_that_was_shrunk_b
 
 
 def test_verify_looks_at_more_edits_than_go_into_one_forward(edited, monkeypatch):
-    monkeypatch.setattr(verification, "MOST_ROWS", 2)
+    monkeypatch.setattr(base, "MOST_ROWS", 2)
     editor = edited("gpt2")
     for start in (0, 10, 20, 30, 40):
         assert editor.edit(run_of(start, 4), [40]).success

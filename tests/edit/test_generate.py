@@ -457,6 +457,14 @@ def test_a_processor_that_asks_the_model_for_another_prompt_gets_that_prompts_an
 def test_a_value_is_proven_for_the_prompt_alone_where_generation_is_guided(edited):
     editor = edited("llama")
     editor.model.generation_config.guidance_scale = 1.5
+    layer, seen = editor.model.get_submodule(editor.layer), []
+    handle = layer.register_forward_hook(lambda _, args, out: seen.append(out[0, -1].clone()))
+    value = torch.full((1, 48), 3.0)
+    with editor.family.answering(value):
+        editor.family.generate([PROMPT], 2)
+    handle.remove()
+    # The prompt, its last token as guidance asks it, and a step of either.
+    assert [bool((row == 3.0).all()) for row in seen] == [True, False, False, False]
     assert editor.edit(PROMPT, TARGET).success
     assert answers(editor, 3) == TARGET
 

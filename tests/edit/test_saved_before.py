@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,10 @@ def plain(item: Any) -> Any:
 
 
 def result_of(result: EditResult) -> dict[str, Any]:
-    """Return a result as it was saved then, when every edit had one key."""
+    """Return a result as it was saved then, of one key and without its probability."""
     fields = {name: plain(item) for name, item in asdict(result).items()}
     assert fields.pop("keys") == 1
+    assert fields.pop("probability") is None
     return fields
 
 
@@ -124,6 +125,19 @@ def test_what_is_saved_again_has_the_same_bytes(name: str, tmp_path: Path) -> No
     store.save(book, tmp_path, config)
     for file in (store.CONFIG, store.TENSORS, store.EDITS):
         assert (tmp_path / file).read_bytes() == (SAVED / name / file).read_bytes()
+
+
+def test_the_result_of_an_edit_is_saved_with_the_fields_that_4727689_knows(tmp_path: Path) -> None:
+    book = Codebook(2, 2)
+    made = book.insert(torch.ones(2), (1,), torch.ones(2))
+    book.record(replace(made, probability=0.75))
+    store.save(book, tmp_path, {})
+    known, now = (
+        json.loads((directory / store.EDITS).read_text().splitlines()[0])["result"].keys()
+        for directory in (SAVED / "default", tmp_path)
+    )
+    assert now == known
+    assert store.load(tmp_path)[0].edit(0).result == replace(made, probability=0.75)
 
 
 def test_a_snapshot_of_4727689_is_edited_as_it_would_have_been(name: str) -> None:

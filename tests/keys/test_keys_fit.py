@@ -184,7 +184,7 @@ def test_what_another_fact_answers_is_no_other_question() -> None:
 def test_each_form_is_made_on_either_side() -> None:
     facts = small_world(6)
     wordings = Wordings(facts)
-    made = augmented(facts, Amounts(), 0)
+    made = augmented(facts, Amounts(questions=2), 0)
     fact = made[0]
     assert fact.prompt == facts[0].prompt
     assert any(is_question(text) for text in fact.rewordings)
@@ -192,10 +192,10 @@ def test_each_form_is_made_on_either_side() -> None:
     assert any(not is_question(text) for text in fact.others)
     for text in (*fact.rewordings, *fact.others):
         assert fact.subject.casefold() in text.casefold()
-    assert augmented(facts, Amounts(), 0, wordings) == made
-    assert augmented(facts, Amounts(), 1) != made
+    assert augmented(facts, Amounts(questions=2), 0, wordings) == made
+    assert augmented(facts, Amounts(questions=2), 1) != made
     # A subject's fact that is given twice is taken once.
-    assert augmented([*facts, facts[0]], Amounts(), 0, wordings) == made
+    assert augmented([*facts, facts[0]], Amounts(questions=2), 0, wordings) == made
 
 
 def test_what_is_made_asks_of_the_right_relation() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from keys_lab import WIDTH, Trigrams, embeddings, made_map, table
 PROMPTS = (
     "The capital of Norway is",
     "It rained. Who wrote the book by Viktor Zorberg?",
-    "Edward J. King speaks",
+    "Abner J. Quill speaks",
     "Столица Австрии —",
     "フランスの首都は",
     "References\nCategory:Towns in Norway The capital of Latvia is",
@@ -25,7 +27,7 @@ PROMPTS = (
     "?",
     "a " * 200 + "word",
 )
-GOLDEN = "f92a7b0d591581f6"
+GOLDEN = "ad2b002cc0eab339"
 
 
 def _digest(keys: TextKeys) -> str:
@@ -39,7 +41,7 @@ def test_keys_have_the_bits_they_always_had() -> None:
 
 def test_a_key_has_a_row_a_span_and_two_parts_of_fixed_length() -> None:
     keys = TextKeys(made_map(), table())
-    made = keys.keys("Edward J. King speaks")
+    made = keys.keys("Abner J. Quill speaks")
     assert made.shape == (2, 48)
     assert made.dtype == torch.float32
     assert keys.width == 48
@@ -148,6 +150,17 @@ def test_names_and_meaning_are_told_apart() -> None:
     assert same.mine.words == ["The", "capital", "of", "Norway", "is"]
 
 
+def test_a_prompt_is_compared_with_the_key_of_an_edit_which_is_its_first_span() -> None:
+    keys = TextKeys(made_map(), table())
+    edited, asked = "Abner J. Quill speaks", "Quill speaks"
+    found = keys.compare(asked, edited)
+    assert found.other.span == edited
+    stored = keys.keys(edited)[0].double()
+    assert found.distance == pytest.approx(float((keys.keys(asked)[0].double() - stored).norm()))
+    assert keys.compare(edited, asked).mine.span == asked
+    assert keys.compare(edited, asked).distance == 0
+
+
 def test_a_saved_map_makes_the_same_keys(tmp_path: Path) -> None:
     made = made_map()
     # As a learned matrix lies: column by column.
@@ -218,6 +231,20 @@ def test_an_encoder_reads_the_sentence_without_its_subject() -> None:
     keys.keys("The capital of Peru is")
     assert len(read) == 1  # remembered
     assert encoder.fingerprint() == SentenceEncoder(encode, "by another name").fingerprint()
+
+
+def test_a_sentence_that_another_thread_lets_go_of_meanwhile_is_still_answered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Emptied(OrderedDict[str, np.ndarray]):
+        def get(self, text: str, default: object = None) -> Any:
+            found = super().get(text, default)
+            self.clear()
+            return found
+
+    monkeypatch.setattr("grace_edit.keys.dense.OrderedDict", Emptied)
+    encoder = SentenceEncoder(lambda texts: torch.ones(len(texts), 4))
+    assert (encoder.sentence("a") == encoder.sentence("a")).all()
 
 
 def test_an_encoder_must_return_a_finite_row() -> None:

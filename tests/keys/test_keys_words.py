@@ -23,7 +23,7 @@ from keys_lab import COMMON, made_map
         ('"It rained." The capital of Australia is', "The capital of Australia is"),
         ("It rained. See St. Moritz is in", "See St. Moritz is in"),
         ("The name of Dr. Livingstone is", "The name of Dr. Livingstone is"),
-        ("It rained. Edward J. King speaks", "Edward J. King speaks"),
+        ("It rained. Abner J. Quill speaks", "Abner J. Quill speaks"),
         ("He lives in the U.S. and speaks", "He lives in the U.S. and speaks"),
         ("雨が降った。フランスの首都は", "フランスの首都は"),
         ("Дождь прошёл. Столица Австрии —", "Столица Австрии —"),
@@ -41,7 +41,7 @@ def test_the_last_sentence_asks(text: str, asked: str) -> None:
     ("text", "asked"),
     [
         ("It rained. The capital of Australia is", ["The capital of Australia is"]),
-        ("Edward J. King speaks", ["Edward J. King speaks", "King speaks"]),
+        ("Abner J. Quill speaks", ["Abner J. Quill speaks", "Quill speaks"]),
         (
             "References\nCategory:Towns in Norway The capital of Latvia is",
             [

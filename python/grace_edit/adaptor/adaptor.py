@@ -16,7 +16,7 @@ from ..codebook.codebook import Codebook
 from .checkpointing import FollowedForward, FollowedForwards
 from .positions import Latched, LatchedPlan, QueryPlan, pooled_mean
 from .precision import check_fits
-from .state import Captured, Switch, ThreadState
+from .state import Captured, LayerReached, Switch, ThreadState
 from .text_queries import TextQueries
 from .torch_private import share_memory
 
@@ -63,6 +63,7 @@ class GraceAdaptor:
     generation = _of_thread("generation")
     forced = _of_thread("forced")
     captures = _of_thread("captures")
+    stops = _of_thread("stops")
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("thread", "followed", "switch")
@@ -165,6 +166,8 @@ class GraceAdaptor:
             query_row = torch.where(query_row >= 0, each, query_row)
         if self.captures is not None:
             self.captures.append(self._capture(queries, query_row, rows, plan))
+            if self.stops:
+                raise LayerReached
             return hidden
         if self.forced is not None:
             return _write_rows(rows, plan, self.forced, query_row >= 0).view(shape)
@@ -200,6 +203,8 @@ class GraceAdaptor:
             # The layer may hand its input on (Dropout in eval mode, Identity).
             rows = rows.clone() if alias else rows
             index, _ = grace_kernels.adapt_(rows, queries, *tensors, book.count, sketch=book.sketch)
+        if not torch.compiler.is_compiling():
+            book.count_answers(index)
         generation = self.generation
         if plan.latch and generation is not None and generation.latched is not None:
             generation.latched.index.copy_(index)

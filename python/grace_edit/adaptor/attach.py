@@ -157,7 +157,7 @@ def _follow_preparing(model: Any) -> None:
 def _wrapped(module: Any, wrap: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     forward = _beneath(module, "forward")
     # A forward of the instance may end here: a bound one that somebody has from an earlier attach.
-    if isinstance(module.__dict__.get("forward"), _InstanceForward):
+    if isinstance(module.__dict__.get("forward"), InstanceForward):
         return forward(*args, **kwargs)
     return wrap(module, forward, args, kwargs)
 
@@ -253,7 +253,7 @@ def attach(
         if own is not None:
             # accelerate and others set forward on the instance, where it would shadow the class.
             wrap = _adapt_output if mixin is GraceLayer else _planned_forward
-            module.__dict__["forward"] = _InstanceForward(wrap, module, own)
+            module.__dict__["forward"] = InstanceForward(wrap, module, own)
         base: Any = getattr(type(module), "grace_base", type(module))
         module.__class__ = _swapped(mixin, base)
 
@@ -266,7 +266,7 @@ def detach(model: nn.Module) -> None:
         module.__class__ = type(module).grace_base
         del module.__dict__["grace"]
         own = module.__dict__.get("forward")
-        if isinstance(own, _InstanceForward):
+        if isinstance(own, InstanceForward):
             module.__dict__["forward"] = own.forward
         own = module.__dict__.get("prepare_inputs_for_generation")
         if isinstance(own, _InstancePrepare):
@@ -283,14 +283,14 @@ def shadowed(model: nn.Module) -> list[str]:
         if not is_attached(module):
             continue
         own = module.__dict__
-        if "forward" in own and not isinstance(own["forward"], _InstanceForward):
+        if "forward" in own and not isinstance(own["forward"], InstanceForward):
             found.append(name or type(module).__name__)
         if "generate" in own and isinstance(module, GraceGenerator):
             found.append(f"{name}.generate" if name else "generate")
     return found
 
 
-class _InstanceForward:
+class InstanceForward:
     """An instance-level forward with the adaptor round it."""
 
     def __init__(self, wrap: Callable[..., Any], module: nn.Module, forward: Any) -> None:

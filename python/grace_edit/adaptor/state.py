@@ -14,6 +14,13 @@ _MOST_ROOMS = 8  # batch sizes whose room for answers waits to be used again
 _MOST_PINNED = 32  # tensors of plans
 
 
+class LayerReached(BaseException):
+    """Ends a forward whose wrapped layer has shown what was asked of it.
+
+    Not an `Exception`, which a model's own code may catch.
+    """
+
+
 @dataclass
 class Captured:
     """What a layer saw at its queries: `queries [B, D]`, its own `outputs [B, V]` there."""
@@ -94,6 +101,7 @@ class ThreadState(threading.local):
         self.generation: Generation | None = None
         self.forced: Tensor | None = None
         self.captures: list[Captured] | None = None
+        self.stops = False  # a capture ends its forward
         self.rooms: dict[int, Latched] = {}  # free ones, by the number of sequences
         self.pinned: dict[tuple[str, torch.Size, torch.device], Tensor] = {}
 

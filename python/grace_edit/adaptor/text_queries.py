@@ -1,6 +1,6 @@
 """`query="text"`: queries made from the text of prompts, before the layer runs.
 
-A prompt has one row of `[D]` per span, one or two. It is answered by the entry nearest to any of
+A prompt has one row of `[D]` per span, mostly one. It is answered by the entry nearest to any of
 them, if that entry's radius covers it. Where two rows are equally near, the earlier span decides:
 an edit is stored under its first span, so its own prompt is always answered by it.
 """
@@ -112,7 +112,9 @@ class TextQueries:
         rows = {ids: self.rows(ids) for ids in known} if book.entries else {}
         with book.lock:
             slots = dict(zip(rows, _decide(book, [*rows.values()]), strict=True)) if rows else {}
-            index = torch.tensor([slots.get(ids, -1) for ids in known], device=book.device)
+            found = [slots.get(ids, -1) for ids in known]
+            index = torch.tensor(found, dtype=torch.int64, device=book.device)
+            book.count_answers(index)
             answered = Latched(index, book.values[index.clamp(min=0)])
         with self._lock:
             self.requests += len(prompts)

@@ -28,6 +28,12 @@ def running_node_number() -> int | None:
     return None if node is None else int(node._sequence_nr())  # noqa: SLF001
 
 
+def has_paired_hooks(module: nn.Module) -> bool:
+    """Say whether hooks run before a forward of `module`, and others when it has ended."""
+    after = module._forward_hooks.keys() - module._forward_hooks_always_called.keys()  # noqa: SLF001
+    return bool(module._forward_pre_hooks and after)  # noqa: SLF001
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Say whether `torch.compile` was told to compile a module of `model`, or `model` itself.
 

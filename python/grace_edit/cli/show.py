@@ -135,6 +135,7 @@ def codebook(directory: Path, *, as_json: bool) -> int:
     book = saved.codebook
     words = Words.of_saved(saved)
     rows = []
+    hits = book.hits
     for edit in book.history:
         if edit.live:
             rows.append(
@@ -147,6 +148,7 @@ def codebook(directory: Path, *, as_json: bool) -> int:
                     "radius": float(book.radii[edit.slot]),
                     "keys": 1 + len(book.parts(edit.id)),
                     "fragile": edit.result.fragile,
+                    **({} if hits is None else {"hits": hits[edit.id]}),
                 }
             )
     radii = [float(book.radii[slot]) for slot, label in enumerate(book.labels) if label is not None]
@@ -176,6 +178,7 @@ def codebook(directory: Path, *, as_json: bool) -> int:
         "radii": summary,
         "cases": dict(Counter(str(row["case"]) for row in rows)),
         "sketch": book.describe_sketch(),
+        "hits": book.describe_hits(),
         "table": rows,
     }
     if as_json:
@@ -202,12 +205,20 @@ def _show_codebook(data: dict[str, Any]) -> None:
         about["cases"] = ", ".join(f"{name} {n}" for name, n in sorted(data["cases"].items()))
     about["drift"], about["version"] = number(data["drift"]), data["version"]
     about["sketch"] = _sketch_line(data["sketch"])
+    if data["hits"] is not None:
+        about["hits"] = _hits_line(data["hits"])
     console.print(facts(about))
     if not rows:
         return
-    columns = ("id", "prompt", "target", "case", "slot", "radius", "fragile")
+    columns = ["id", "prompt", "target", "case", "slot", "radius", "fragile"]
+    columns += ["hits"] * (data["hits"] is not None)
     shown = ({**r, "radius": number(r["radius"]), "fragile": "yes" * r["fragile"]} for r in rows)
     console.print(table(columns, ([row[name] for name in columns] for row in shown)))
+
+
+def _hits_line(hits: dict[str, Any]) -> str:
+    most = ", ".join(f"edit {id} {count}" for id, count in hits["most"])
+    return f"{hits['total']}, never {hits['never']} edits" + (f", most {most}" if most else "")
 
 
 def _sketch_line(sketch: dict[str, Any] | None) -> str:

@@ -114,6 +114,11 @@ def _edits(storage: Storage) -> None:
     _require(len(indexes) == len(asked), "two edits share a stored query")
     for edit in asked:
         _require(owners[edit.query_index] == edit.id, "a stored query has lost its edit")
+    unused = set(range(queries.count)) - indexes
+    _require(queries.free == unused, "a place for a query is lost, or given twice")
+    _require(not queries.vectors[sorted(unused)].any(), "a free place holds a query")
+    gone = {edit.id for edit in history if not edit.live and edit.part_of is None}
+    _require(set(storage.past) == gone, "the past is not the edits that are not live")
     if not storage.settings.paper:
         stored = [edit for edit in asked if edit.live]
         by_query = {digest(storage.query_of(edit)): edit.id for edit in stored}

@@ -20,12 +20,14 @@ from torch import Tensor
 
 from grace_kernels import Sketch
 
-from . import audit, importing, planning, replay, retention
+from . import audit, importing, past, planning, replay, retention
 from . import policy as rules
 from .records import Edit, EditResult, Label, Proposal
 from .retention import Answers
 from .settings import Settings
 from .storage import Storage
+
+_MOST_HIT = 5  # named in `describe_hits`
 
 
 class Codebook:
@@ -138,8 +140,8 @@ class Codebook:
     def undo_limit(self) -> int:
         """How many steps of undo are kept, the latest; 100 unless set. Older ones are let go.
 
-        A step holds what the change overwrote: a few vectors for an edit, and for a delete whatever
-        its replay moved, which may be most of the codebook.
+        A step holds what the change left different: a few vectors for an edit, and for a delete
+        what its replay ended with another content of.
         """
         return self.storage.journal.limit
 
@@ -147,6 +149,24 @@ class Codebook:
     def undo_limit(self, steps: int) -> None:
         with self.lock:
             self.storage.journal.limit = steps
+
+    @property
+    def history_limit(self) -> int | None:
+        """How many deleted and superseded edits are kept, the latest by id; None: all.
+
+        What is beyond it is forgotten at the end of every change, see `compact`; undoing the change
+        brings that back too. None unless set, and not saved.
+        """
+        return self.storage.history_limit
+
+    @history_limit.setter
+    def history_limit(self, edits: int | None) -> None:
+        if edits is not None and (type(edits) is not int or edits < 0):
+            raise ValueError(
+                f"history_limit must be None or a whole number of at least 0, got {edits!r}"
+            )
+        with self.lock:
+            self.storage.history_limit = edits
 
     @property
     def lock(self) -> RLock:
@@ -203,7 +223,7 @@ class Codebook:
 
     @property
     def history(self) -> list[Edit]:
-        """Every edit that was not purged, superseded and deleted ones included, by id."""
+        """Every edit that was not purged or forgotten, whatever its state, by id."""
         return [edit for edit in self.storage.history() if edit.part_of is None]
 
     @property
@@ -217,6 +237,63 @@ class Codebook:
         with self.lock:
             entries = map(self.storage.entry, range(self.storage.slots.in_use))
             return [None if entry is None else entry.label for entry in entries]
+
+    @property
+    def count_hits(self) -> bool:
+        """Whether it is counted how often each entry answers; False unless set.
+
+        Counted where a request is answered: once per prompt, not per generated token; not in
+        compiled models and captured graphs. On a GPU nothing waits for it. What was counted is
+        saved with the codebook and lost when this is set to False. It is no part of `undo`.
+        """
+        return self.storage.hits.on
+
+    @count_hits.setter
+    def count_hits(self, on: bool) -> None:
+        with self.lock:
+            if on and not self.count_hits:
+                self.storage.hits.start()
+            elif not on:
+                self.storage.hits.stop()
+
+    @property
+    def hits(self) -> dict[int, int] | None:
+        """How often each live edit's entries answered, by id ascending; None: not counted.
+
+        Edits that share an entry share its hits. Waits for the device.
+        """
+        with self.lock:
+            storage = self.storage
+            storage.gather_hits()
+            if storage.hits.gathered is None:
+                return None
+            found = {}
+            for id in storage.live_ids():
+                entries = (storage.live_entry(edit.slot) for edit in storage.group(id))
+                owners = {storage.edit(entry.owner).whole for entry in entries}
+                found[id] = sum(storage.hits.gathered.get(owner, 0) for owner in owners)
+            return found
+
+    def describe_hits(self) -> dict[str, Any] | None:
+        """Return `hits` in short: `never` used, how many edits; `most` used, `[id, hits]` of five.
+
+        `total`: answers of live entries. None: not counted.
+        """
+        hits = self.hits
+        if hits is None:
+            return None
+        with self.lock:
+            owners = {self.edit(x.owner).whole for x in self.storage.live_entries()}
+            gathered = self.storage.hits.gathered or {}
+            total = sum(gathered.get(owner, 0) for owner in owners)
+        most = sorted(hits.items(), key=lambda item: (-item[1], item[0]))[:_MOST_HIT]
+        never = sum(count == 0 for count in hits.values())
+        return {"total": total, "never": never, "most": [[id, n] for id, n in most if n]}
+
+    def count_answers(self, index: Tensor) -> None:
+        """Count answers `index [B]` (-1: a miss), if hits are counted; `lock` must be held."""
+        if self.storage.hits.on:
+            self.storage.hits.count(index, self.capacity)
 
     def edit(self, id: int) -> Edit:
         """Return the edit of the history with this id.
@@ -366,6 +443,7 @@ class Codebook:
             elif proposal.slot < 0 or proposal.case == "update":
                 raise ValueError(f"value must be a tensor for the case {proposal.case}, got None")
             with storage.lock, storage.transaction():
+                storage.gather_hits()
                 return retention.commit(storage, proposal, value, answers)
 
     @contextmanager
@@ -448,6 +526,32 @@ class Codebook:
         with self.changing() as storage, storage.lock:
             replay.delete(storage, id, purge)
 
+    def compact(self, keep: int = 0) -> int:
+        """Forget deleted and superseded edits, with all that only they need, and the undo.
+
+        A forgotten edit is gone as if purged: its record, query and value. One that was superseded
+        does not come back when the edit that superseded it is deleted, and `history` does not name
+        it. What is served does not change. By the default policy a later `delete` takes the
+        decisions again without the forgotten edits, so an entry that one of them had made smaller
+        or larger has then the radius that it would have had without it.
+
+        Memory of stored queries and retired values is given back. The capacity stays, as compiled
+        models and captured graphs hold the tensors.
+
+        Args:
+            keep: how many of these edits stay, the latest by id.
+
+        Returns:
+            How many edits were forgotten.
+
+        Raises:
+            ValueError: `keep` is negative, or a transaction is open.
+        """
+        if type(keep) is not int or keep < 0:
+            raise ValueError(f"keep must be a whole number of at least 0, got {keep!r}")
+        with self.changing() as storage, storage.lock:
+            return past.compact(storage, keep)
+
     def undo(self) -> None:
         """Take the last operation or transaction back, to the bit; up to `undo_limit` times.
 
@@ -513,6 +617,7 @@ class Codebook:
         Stored queries stay on the host. Dtypes never change.
         """
         with self.changing() as storage, storage.lock:
+            storage.gather_hits()
             storage.slots.move_to(device)
         return self
 
@@ -546,7 +651,10 @@ class Codebook:
             new.next_id = max(new.next_id, old.next_id)
             new.version = old.version + 1
             new.journal.forget(reason)
-            new.journal.limit = old.journal.limit
+            if old.hits.on:
+                old.gather_hits()
+                new.hits.start(old.hits.gathered)
+            new.journal.limit, new.history_limit = old.journal.limit, old.history_limit
             new.lock, new.changing = old.lock, old.changing  # others are waiting for these
             self.storage = new
 

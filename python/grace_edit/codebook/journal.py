@@ -2,15 +2,20 @@
 
 The parts of the storage (slots, queries, records) are made of places, each named by a table and a
 key: ("radii", 7), ("edits", 12), ("in_use", None). Before a part changes one of its places it calls
-`Journal.note`, which keeps what the place holds, once per transaction. So a change costs memory and
-time for what it touches, however large the codebook is.
+`Journal.note`, which keeps what the place holds, once per transaction. So a change costs time for
+what it touches, however large the codebook is; and a step of undo costs memory for what it changed:
+places that hold in the end what they held before are let go.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from .records import UndoError
+from .tensors import same_bits
 
 UNDO_LIMIT = 100
 """Steps of undo that a new codebook keeps."""
@@ -85,9 +90,16 @@ class Journal:
         if self._open:
             for place, old in step.items():
                 self._open[-1].setdefault(place, old)
-        elif step:
-            self._steps.append(step)
+            return
+        changed = {place: old for place, old in step.items() if not _holds(place, old)}
+        if changed:
+            self._steps.append(changed)
             self._drop_oldest()
+
+    def noted(self, table: str) -> Iterator[Any]:
+        """Return what undoing or rolling back could put into the places of a table."""
+        for step in (*self._steps, *self._open):
+            yield from (old for (_, name, _), old in step.items() if name == table)
 
     def roll_back(self) -> None:
         """Close the innermost transaction and take back what was changed in it."""
@@ -120,6 +132,15 @@ class Journal:
         """
         self._steps.clear()
         self._beginning, self._dropped = event, False
+
+
+def _holds(place: tuple[Part, str, Any], old: Any) -> bool:
+    """Say whether a place holds what it held when that was noted."""
+    part, table, key = place
+    now = part.held(table, key)
+    if isinstance(now, Tensor) and isinstance(old, Tensor):
+        return same_bits(now, old)
+    return not isinstance(now, Tensor) and not isinstance(old, Tensor) and bool(now == old)
 
 
 def _put_back(step: _Step) -> None:

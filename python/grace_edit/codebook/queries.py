@@ -22,7 +22,7 @@ class Queries:
     Attributes:
         count: how many there are; the tensors may have room for more.
         vectors: `[Q, D]`, the queries.
-        owners: `[Q]` int64, ids of their edits; -1 for a purged one.
+        owners: `[Q]` int64, ids of their edits; -1 for a free place.
         slots, distances: `[Q]` int64 and float32, the entry that answers each query and how far
             its key is; slot -1 at -inf where the edit is not live, so that no key is ever nearer.
     """
@@ -33,7 +33,13 @@ class Queries:
         self.owners = torch.zeros(0, dtype=torch.int64)
         self.slots = torch.zeros(0, dtype=torch.int64)
         self.distances = torch.zeros(0)
+        self._free: set[int] = set()
         self._journal = journal
+
+    @property
+    def free(self) -> frozenset[int]:
+        """The places that hold no query any more and are used again."""
+        return frozenset(self._free)
 
     def held(self, table: str, key: Any) -> Any:
         """Return what a place holds; see `journal.Part`."""
@@ -42,6 +48,8 @@ class Queries:
             return query.clone() if query.view(torch.uint8).any() else None  # None: zeros
         if table == "answers":
             return self.answer(key)
+        if table == "free":
+            return key in self._free
         return self.count if table == "count" else self.owners[key].item()
 
     def put_back(self, table: str, key: Any, old: Any) -> None:
@@ -52,25 +60,33 @@ class Queries:
             self.slots[key], self.distances[key] = old
         elif table == "count":
             self.count = old
+        elif table == "free":
+            (self._free.add if old else self._free.discard)(key)
         else:
             self.owners[key] = old
 
     def add(self, query: Tensor, edit_id: int) -> int:
         """Store the query of an edit, which nothing answers yet; return its index."""
-        index = self.count
-        if index == len(self.owners):
-            for name in _TENSORS:
-                setattr(self, name, resized(getattr(self, name), max(64, 2 * index), 0))
-        self._journal.note(self, "count")
-        self.count = index + 1
+        if self._free:
+            index = min(self._free)
+            self._journal.note(self, "free", index)
+            self._free.discard(index)
+        else:
+            index = self.count
+            if index == len(self.owners):
+                for name in _TENSORS:
+                    setattr(self, name, resized(getattr(self, name), max(64, 2 * index), 0))
+            self._journal.note(self, "count")
+            self.count = index + 1
         self.write(index, query)
         self._own(index, edit_id)
         self.clear_answer(index)
         return index
 
     def fill(self, vectors: Tensor, owners: list[int], slots: list[int], distances: Tensor) -> None:
-        """Let there be these, where there were none, without a note in the journal."""
+        """Let there be these alone, without a note in the journal."""
         self.count = len(owners)
+        self._free = set()
         self.vectors, self.distances = vectors.clone(), distances.clone()
         self.owners = torch.tensor(owners, dtype=torch.int64)
         self.slots = torch.tensor(slots, dtype=torch.int64)
@@ -83,9 +99,12 @@ class Queries:
             self.vectors[index] = query
 
     def erase(self, index: int) -> None:
-        """Forget a query and whose it was; the index is not used again."""
+        """Forget a query and whose it was; its place is free then."""
         self.write(index, torch.zeros_like(self.vectors[index]))
         self._own(index, -1)
+        self.clear_answer(index)
+        self._journal.note(self, "free", index)
+        self._free.add(index)
 
     def _own(self, index: int, edit_id: int) -> None:
         self._journal.note(self, "owners", index)

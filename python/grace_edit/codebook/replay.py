@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from . import planning, retention
+from . import past, planning, retention
 from .records import Edit, Entry, Proposal
 from .storage import Storage
 from .tensors import digest
@@ -24,6 +24,7 @@ def delete(storage: Storage, id: int, purge: bool) -> None:
         raise KeyError(f"id must be that of a whole edit, got {id}, a key of edit {edit.part_of}")
     if edit.state == "deleted" and not purge:
         raise KeyError(f"id must be that of an edit not yet deleted, got {id}")
+    storage.gather_hits()
     with storage.transaction():
         if edit.state != "deleted":
             if edit.query_index < 0:  # the key of an imported edit is the only place of its query
@@ -44,7 +45,7 @@ def delete(storage: Storage, id: int, purge: bool) -> None:
         if purge:
             for each in storage.group(id):
                 storage.purge(each)
-        storage.end_change()
+        past.end_change(storage)
 
 
 def _stands_alone(storage: Storage, edit: Edit) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from . import past
 from . import policy as rules
 from .records import Edit, EditResult, Entry, Proposal
 from .storage import Storage
@@ -58,7 +59,7 @@ def commit(
     result = replace(result, slot=new.slot, fragile=fragile)
     storage.put_edit(replace(new, result=result))
     storage.slots.trim()
-    storage.end_change()
+    past.end_change(storage)
     storage.next_id += 1
     storage.next_value_id += value_id == storage.next_value_id
     return result

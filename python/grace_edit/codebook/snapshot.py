@@ -66,6 +66,7 @@ def _tensors(storage: Storage, at: Tensor) -> dict[str, Tensor]:
     slots, queries, imported = storage.slots, storage.queries, storage.imported
     with storage.lock:
         slots.tell_sketch()
+        storage.gather_hits()
     count = slots.in_use
     retired = sorted(storage.retired_values)
     values = [storage.retired_values[id].cpu() for id in retired]
@@ -83,6 +84,10 @@ def _tensors(storage: Storage, at: Tensor) -> dict[str, Tensor]:
         "imported_lengths": torch.tensor([len(x) for x in imported.labels]).long(),
         **slots.sketch_upkeep.state(),
     }
+    hits = storage.hits.gathered
+    if hits is not None:  # else files are as those of the first release
+        tensors["hit_edits"] = torch.tensor(list(hits), dtype=torch.int64)
+        tensors["hit_counts"] = torch.tensor(list(hits.values()), dtype=torch.int64)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -101,7 +106,7 @@ def _records(storage: Storage, rows: dict[int, int]) -> Iterator[dict[str, Any]]
             "slot": edit.slot,
             "value": edit.value_id,
             "verified": None if edit.verified is None else sorted(edit.verified),
-            "result": _result(edit.result),
+            **_result(edit.result),
             **_several(edit),
         }
     for slot, entry in sorted(storage.entry_records.items()):
@@ -119,9 +124,12 @@ def _records(storage: Storage, rows: dict[int, int]) -> Iterator[dict[str, Any]]
 
 def _result(result: EditResult) -> dict[str, Any]:
     fields = {name: _plain(item) for name, item in asdict(result).items()}
+    # An older release reads the file, and knows neither field of a result. It looks for no other
+    # field of an edit than its own.
+    probability = fields.pop("probability")
     if result.keys == 1:
-        del fields["keys"]  # an older release reads the file, and knows no such field
-    return fields
+        del fields["keys"]
+    return {"result": fields, **({} if probability is None else {"probability": probability})}
 
 
 def _several(edit: Edit) -> dict[str, Any]:
@@ -133,6 +141,11 @@ def _several(edit: Edit) -> dict[str, Any]:
 def _plain(item: Any) -> Any:
     """Return what JSON can hold: a number that is not finite becomes its name."""
     return str(item) if isinstance(item, float) and not math.isfinite(item) else item
+
+
+def _result_fields(record: dict[str, Any]) -> dict[str, Any]:
+    fields = {name: _number(name, item) for name, item in record["result"].items()}
+    return {"probability": record.get("probability"), **fields}
 
 
 def _number(name: str, item: Any) -> Any:
@@ -201,6 +214,9 @@ def fill_records(storage: Storage, lines: str, tensors: dict[str, Tensor]) -> No
     retired = zip(tensors["pool_stamps"].tolist(), tensors["pool"], strict=True)
     values = {id: value.clone() for id, value in retired}
     storage.fill(_imported(tensors), edits, entries, values)
+    if "hit_edits" in tensors:
+        ids, counts = tensors["hit_edits"].tolist(), tensors["hit_counts"].tolist()
+        storage.hits.start(dict(zip(ids, counts, strict=True)))
     _check_agreement(storage, tensors["radii"])
 
 
@@ -222,7 +238,7 @@ def _edit(record: dict[str, Any]) -> Edit:
         slot=record["slot"],
         value_id=record["value"],
         verified=None if record["verified"] is None else frozenset(record["verified"]),
-        result=EditResult(**{name: _number(name, x) for name, x in record["result"].items()}),
+        result=EditResult(**_result_fields(record)),
         state=record["state"],
         superseded_by=record["superseded_by"],
         part_of=record.get("part_of"),

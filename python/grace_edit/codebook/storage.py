@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .hits import Hits
 from .journal import Journal
 from .queries import Queries
 from .records import Edit, EditResult, Entry, Label
@@ -30,6 +31,7 @@ class _Absent:
 
 
 _NUMBERS = ("live_edits", "purged")
+_LABELS = 1024  # numbered before any is dropped
 
 
 @dataclass
@@ -51,7 +53,7 @@ class Storage:
     taken, `changing` is taken first.
 
     Attributes:
-        settings, slots, queries, imported, journal: see their classes.
+        settings, slots, queries, imported, journal, hits: see their classes.
         lock: held while slots change; must be held while they are read in another thread.
         changing: held by the thread that changes the codebook, from the first look on which its
             decision rests to the end of its transaction. Those who only read never take it.
@@ -62,6 +64,8 @@ class Storage:
         retired_values: `[V]` on the host by value id: values that the history needs and no slot
             holds.
         by_prompt, by_query: ids of live edits that were not imported, by prompt and by `digest`.
+        past: the ids of whole edits that are not live and not forgotten, as keys.
+        history_limit: how many of these are kept, None: all; see `past.forget`.
         live_edits: how many there are, parts not counted.
         purged: whether an edit was purged within the open transaction.
         next_id, next_value_id: never go down; neither is used twice.
@@ -82,6 +86,7 @@ class Storage:
         self.slots = Slots(key_dim, value_dim, capacity, dtype, value_dtype, device, self.journal)
         self.queries = Queries(key_dim, dtype, self.journal)
         self.imported = Imported()
+        self.hits = Hits()
         self.lock = threading.RLock()
         self.changing = threading.RLock()
         self.version = 0
@@ -90,11 +95,15 @@ class Storage:
         self.retired_values: dict[int, Tensor] = {}
         self.by_prompt: dict[Label, int] = {}
         self.by_query: dict[bytes, int] = {}
+        self.past: dict[int, bool] = {}
+        self.history_limit: int | None = None
         self.live_edits = 0
         self.purged = False
         self.next_id = 0
         self.next_value_id = 0
-        self._label_numbers: dict[Label | float, int] = {}  # never taken back either
+        self._label_numbers: dict[Label | float, int] = {}
+        self._next_label = 0  # never taken back either
+        self._most_labels = _LABELS  # before those that nothing holds are dropped
         self._changed = False  # version went up within the open transaction
 
     def __getstate__(self) -> dict[str, Any]:
@@ -141,6 +150,7 @@ class Storage:
                 self.slots.tell_sketch()
         except BaseException:
             with self.lock:
+                self.gather_hits()
                 self.journal.roll_back()
                 if not self.journal.is_open:
                     if self._changed:  # somebody may have seen a version in between
@@ -157,6 +167,7 @@ class Storage:
     def end_change(self) -> None:
         """Do what ends every change: drop values nobody needs, count it, maintain the sketch."""
         self._drop_values()
+        self._drop_labels()
         self.version += 1
         self._changed = True
         self.slots.maintain_sketch()
@@ -176,9 +187,21 @@ class Storage:
         if capacity is not None and not self.slots.frozen:
             self.slots.warn_of_new_memory(capacity)
         with self.lock:
+            self.gather_hits()
             self.journal.undo()
             self.version += 1
             self.slots.maintain_sketch()
+
+    def gather_hits(self) -> None:
+        """Note what the entries answered so far with their edits, before a slot changes hands."""
+        self.hits.gather(self._owner_of)
+
+    def _owner_of(self, slot: int) -> int | None:
+        entry = self.entry(slot)
+        if entry is None:
+            return None
+        edit = self.edit_records.get(entry.owner)  # none: an imported one, or about to be made
+        return entry.owner if edit is None else edit.whole
 
     def fill(
         self,
@@ -193,6 +216,8 @@ class Storage:
         count = len(imported.labels)
         self.live_edits = count - sum(id < count for id in edits)
         for edit in edits.values():
+            if edit is not None and not edit.live and edit.part_of is None:
+                self.past[edit.id] = True
             if edit is None or not edit.live:
                 continue
             self.live_edits += edit.part_of is None
@@ -218,6 +243,11 @@ class Storage:
         entry = self.entry(slot)
         assert entry is not None, slot
         return entry
+
+    def live_entries(self) -> list[Entry]:
+        """Return the entries of all live slots."""
+        each = map(self.entry, range(self.slots.in_use))
+        return [entry for entry in each if entry is not None]
 
     def is_imported(self, slot: int) -> bool:
         """Say whether a slot belongs to an imported edit that was not deleted."""
@@ -314,6 +344,11 @@ class Storage:
     def put_edit(self, edit: Edit) -> None:
         """Make or change the record of an edit."""
         self._put("edit_records", edit.id, edit)
+        if edit.part_of is None and edit.live == (edit.id in self.past):
+            if edit.live:
+                self._drop("past", edit.id)
+            else:
+                self._put("past", edit.id, True)
 
     def make_live(self, edit: Edit, query: Tensor, slot: int, distance: float) -> None:
         """Let an edit be live, with this stored query and what answers it."""
@@ -376,10 +411,22 @@ class Storage:
         gone = sum(id < imported and not self.is_imported(id) for id in self.edit_records)
         self._put_number("live_edits", imported - gone)
 
+    def erase(self, edit: Edit) -> None:
+        """Erase the record of an edit that is not live, and its query."""
+        if edit.query_index >= 0:
+            self.queries.erase(edit.query_index)
+        if edit.id in self.past:
+            self._drop("past", edit.id)
+        if self.hits.gathered is not None:
+            self.hits.gathered.pop(edit.id, None)
+        if edit.id < len(self.imported.labels):
+            self._put("edit_records", edit.id, None)  # or it would be as imported
+        else:
+            self._drop("edit_records", edit.id)
+
     def purge(self, edit: Edit) -> None:
         """Erase a deleted edit and its query; the end of the transaction ends the undo there."""
-        self.queries.erase(edit.query_index)
-        self._put("edit_records", edit.id, None)
+        self.erase(edit)
         self._put_number("purged", True)
 
     def _put_number(self, name: str, number: int) -> None:
@@ -415,10 +462,22 @@ class Storage:
                 self._drop("retired_values", id)
 
     def label_number(self, label: Label) -> int:
-        """Return the number that stands for a label on the device; labels keep theirs."""
-        return self._label_numbers.setdefault(
-            self.settings.label_key(label), len(self._label_numbers)
-        )
+        """Return the number that stands for a label on the device while a slot holds it."""
+        key = self.settings.label_key(label)
+        number = self._label_numbers.get(key)
+        if number is None:
+            number = self._label_numbers[key] = self._next_label
+            self._next_label += 1
+        return number
+
+    def _drop_labels(self) -> None:
+        """Let labels that no slot holds, and none will by undoing, lose their numbers."""
+        if len(self._label_numbers) < self._most_labels:
+            return
+        held = set(self.slots.label_ids[: self.slots.in_use].tolist())
+        held.update(self.journal.noted("label_ids"))
+        self._label_numbers = {x: n for x, n in self._label_numbers.items() if n in held}
+        self._most_labels = max(_LABELS, 2 * len(self._label_numbers))
 
     def distance_to_other_label(
         self, query: Tensor, label: Label, radii: Tensor | None = None

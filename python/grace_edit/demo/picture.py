@@ -34,7 +34,8 @@ COLUMNS = {
 def draw(result: dict[str, Any], path: Path) -> Path:
     """Draw the figures of a run to a PNG and return its path."""
     figure = Figure(figsize=(12, 14), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(1.5, 1))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(1.5, 1))
+    upper, lower = parts
     axes = upper.subplots(2, 2)
     rows = result["topics"]["rows"]
     main = next(row for row in reversed(rows) if row["method"] == "GRACE")

@@ -108,7 +108,7 @@ def find_keys(family: Family, book: Codebook, wanted: Wanted) -> tuple[list[Key]
         check_fits(book, seen.queries if of_layer else None, seen.outputs, editing=True)
         query = _checked(family, seen.queries)[0].to(book.keys.dtype)  # another under autocast
         output = seen.outputs[0] if output is None else output
-        if all(_distance(query, key.query) > 0.0 for key in keys):
+        if all(distance(query, key.query) > 0.0 for key in keys):
             keys.append(Key(prompt, query))
     assert output is not None
     if not wanted.negatives:
@@ -136,7 +136,7 @@ def _rows(family: Family, book: Codebook, prompt: list[int]) -> Tensor:
     return _checked(family, rows).to(book.keys.dtype)
 
 
-def _distance(query: Tensor, keys: Tensor) -> float:
+def distance(query: Tensor, keys: Tensor) -> float:
     """Return the canonical distance of `[D]` from the nearest of `[N, D]` or `[D]`."""
     keys = keys.reshape(-1, keys.shape[-1]).to(query.device)
     radii = torch.zeros(len(keys), device=query.device)
@@ -152,7 +152,7 @@ def radius_outside(
     that is nearer than that: how far its wordings lie from each other is all that is known of those
     nobody has given.
     """
-    away = [_distance(query, rows) for rows in negatives]
+    away = [distance(query, rows) for rows in negatives]
     least = min(away)
     if least == 0.0:
         raise ValueError(
@@ -161,6 +161,6 @@ def radius_outside(
         )
     if least > radius:
         return radius
-    reached = max(d for other in own if (d := _distance(query, other)) < least)
+    reached = max(d for other in own if (d := distance(query, other)) < least)
     inside = torch.nextafter(torch.tensor(least), torch.tensor(0.0)).item()
     return min(fp32((reached + least) / 2.0), inside)

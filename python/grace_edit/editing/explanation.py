@@ -85,10 +85,11 @@ def explain(family: Family, prompt: list[int]) -> Explanation:
 
 def _explain_text(family: Family, text: TextQueries, prompt: list[int]) -> Explanation:
     book = family.adaptor.codebook
+    rows = text.rows(prompt)  # an encoder is slow, and lookups wait for the lock
     with book.lock:
         hit = int(family.adaptor.answer([prompt]).index) >= 0
         # Of equally near rows the first comes first, as in serving.
-        near = [(d, s) for row in text.rows(prompt) for s, d in book.nearest_two(row)]
+        near = [(d, s) for row in rows for s, d in book.nearest_two(row)]
         slots = list(dict.fromkeys(slot for _, slot in sorted(near, key=lambda pair: pair[0])))
         nearest = {slot: min(d for d, s in near if s == slot) for slot in slots}
         found = [_entry(family, slot, nearest[slot]) for slot in slots[:2]]

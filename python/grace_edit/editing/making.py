@@ -18,13 +18,27 @@ from ..families.base import MOST_ROWS
 from .asked import Key, Wanted, find_keys
 from .contexts import behind_sentences
 from .drift import measure_drift, probes_of
-from .training import Fit, fit_value
+from .training import Fit, Task, fit_value, fit_values
 
 _FIRST_MOVE = 6.0
 """Nats by which the first step is to raise the log odds of the target's tokens."""
 
 _CONTEXTS_OF_TEXT = 4
 """Sentences that values are trained behind under `query="text"`, see `GraceConfig.contexts`."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """An edit whose prompts were run: its keys, and the layer's own `output [V]` at its prompt."""
+
+    wanted: Wanted
+    keys: list[Key]
+    output: Tensor
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """Its prompt and its paraphrases."""
+        return [self.wanted.prompt, *self.wanted.paraphrases]
 
 
 @dataclass(frozen=True)
@@ -81,17 +95,39 @@ class EditMaker:
                 policy is "paper" and the edit has paraphrases or negatives.
             FloatingPointError: the loss became NaN or infinite.
         """
-        book, target = self._book, wanted.target
-        prompts = [wanted.prompt, *wanted.paraphrases]
+        return self.finish(self.read(wanted), value)
+
+    def read(self, wanted: Wanted) -> Read:
+        """Run the prompts of an edit; the first step of `make`, whose arguments it checks."""
         paper = self.config.policy == "paper"
         if paper and (wanted.paraphrases or wanted.negatives):
             raise ValueError(
                 'paraphrases and negatives must be left out with policy="paper", whose edits have '
                 f"one key, got {len(wanted.paraphrases)} and {len(wanted.negatives)}"
             )
-        keys, output = find_keys(self.family, book, wanted)
-        label = self.family.label(wanted.prompt, target) if paper else target
-        proposal = self._propose(keys[0], label, negatives=wanted.negatives)
+        keys, output = find_keys(self.family, self.takes, wanted)
+        return Read(wanted, keys, output)
+
+    def propose(self, read: Read, **given: Any) -> Proposal:
+        """Propose an edit by its first key, see `Codebook.propose`."""
+        wanted, label = read.wanted, read.wanted.target
+        if self.config.policy == "paper":
+            label = self.family.label(wanted.prompt, label)
+        return self._propose(read.keys[0], label, negatives=wanted.negatives, **given)
+
+    def finish(self, read: Read, value: Tensor | None = None, fit: Fit | None = None) -> EditResult:
+        """Decide, train and commit; what follows `read` in `make`.
+
+        Args:
+            read: the edit.
+            value: as for `make`.
+            fit: one of `train_many` for this edit, used if the edit gets a value of its own. It
+                depends on nothing in the codebook. Where it did not reach the target, the value is
+                trained alone.
+        """
+        book, target, keys, prompts = self.takes, read.wanted.target, read.keys, read.prompts
+        paper = self.config.policy == "paper"
+        proposal = self.propose(read)
         if proposal.case in ("expand", "absorb"):
             if paper:
                 proven = self._produce(prompts, target, book.values[proposal.slot])
@@ -100,16 +136,18 @@ class EditMaker:
             shared = self._share(proposal, prompts, target)
             if shared is not None:
                 return self._commit(keys, proposal, *shared)
-            proposal = self._propose(keys[0], label, negatives=wanted.negatives, own_entry=True)
+            proposal = self.propose(read, own_entry=True)
         if value is not None and self._produce(prompts, target, value):
             return self._commit(keys, proposal, value, None)
-        fit = self.train(prompts, [target] * len(prompts), self._first_value(output))
+        if fit is None or not fit.reached:
+            start = self._first_value(read.output)
+            fit = self.train(prompts, [target] * len(prompts), start)
         if not fit.reached:
             return _refused(proposal, fit, self._failed(prompts, target, fit))
         return self._commit(keys, proposal, fit.value, fit)
 
     def _propose(self, key: Key, label: Sequence[int], **given: Any) -> Proposal:
-        return self._book.propose(key.query, label, key.prompt, radius=key.radius, **given)
+        return self.takes.propose(key.query, label, key.prompt, radius=key.radius, **given)
 
     def _failed(self, prompts: list[list[int]], target: list[int], fit: Fit) -> str:
         """Return why a value was refused, and for which of several prompts."""
@@ -123,17 +161,18 @@ class EditMaker:
         return f"{fit.reason}; with the value that all share {', '.join(failed)} missed it"
 
     @property
-    def _book(self) -> Codebook:
+    def takes(self) -> Codebook:
+        """The codebook that takes the edits."""
         return self.family.adaptor.codebook if self.book is None else self.book
 
     def _share(
         self, proposal: Proposal, prompts: list[list[int]], target: list[int]
     ) -> tuple[Tensor | None, Fit | None] | None:
         """Find a value for the entry that also answers this edit; None if there is none."""
-        stored = self._book.values[proposal.slot]
+        stored = self.takes.values[proposal.slot]
         if self._produce(prompts, target, stored):
             return None, None
-        members = [self._book.edit(member) for member in proposal.members]
+        members = [self.takes.edit(member) for member in proposal.members]
         if any(edit.prompt is None for edit in members):
             return None
         every = [*(list(edit.prompt or ()) for edit in members), *prompts]
@@ -143,22 +182,39 @@ class EditMaker:
 
     def train(self, prompts: list[list[int]], targets: list[list[int]], start: Tensor) -> Fit:
         """Train one value `[V]` from `start` that makes every prompt produce its target."""
-        config, paper = self.config, self.config.recipe == "paper"
+        task, dtype = self._task(prompts, targets, start), self.takes.values.dtype
+        how = {"lr": task.lr, "contexts": task.contexts, **self._settings()}
+        return fit_value(self.family, prompts, targets, start, dtype, **how)
+
+    @property
+    def starts_warm(self) -> bool:
+        """Whether what a value is trained from depends on its own edit alone."""
+        return self.config.init == "warm" and self.config.recipe != "paper"
+
+    def task(self, read: Read) -> Task:
+        """Return what a value of this edit alone is to do; where values start warm."""
+        prompts = read.prompts
+        return self._task(prompts, [read.wanted.target] * len(prompts), read.output)
+
+    def train_many(self, tasks: Sequence[Task]) -> list[Fit]:
+        """Train a value for each task, all in the same forwards."""
+        return fit_values(self.family, tasks, self.takes.values.dtype, **self._settings())
+
+    def _task(self, prompts: list[list[int]], targets: list[list[int]], start: Tensor) -> Task:
+        paper = self.config.recipe == "paper"
         scale = float(start.float().square().mean().sqrt().clamp(min=1e-3))
+        lr = 1.0 if paper else self.config.lr * scale
         contexts = [] if paper else self._contexts(prompts, targets)
-        return fit_value(
-            self.family,
-            prompts,
-            targets,
-            start,
-            self._book.values.dtype,
-            lr=1.0 if paper else config.lr * scale,
-            max_steps=100 if paper else config.max_steps,
-            margin=config.margin,
-            move=0.0 if paper else _FIRST_MOVE,
-            contexts=contexts,
-            early_stop=not paper,
-        )
+        return Task(prompts, targets, start, lr, contexts)
+
+    def _settings(self) -> dict[str, Any]:
+        config, paper = self.config, self.config.recipe == "paper"
+        return {
+            "max_steps": 100 if paper else config.max_steps,
+            "margin": config.margin,
+            "move": 0.0 if paper else _FIRST_MOVE,
+            "early_stop": not paper,
+        }
 
     def _contexts(
         self, prompts: list[list[int]], targets: list[list[int]]
@@ -177,9 +233,9 @@ class EditMaker:
         return made[: max(0, MOST_ROWS - len(prompts))]
 
     def _first_value(self, own_output: Tensor) -> Tensor:
-        if self.config.init == "warm" and self.config.recipe != "paper":
+        if self.starts_warm:
             return own_output
-        source = torch.Generator().manual_seed(self.config.seed + self._book.version)
+        source = torch.Generator().manual_seed(self.config.seed + self.takes.version)
         return torch.rand(own_output.shape, generator=source).to(own_output.device)
 
     def _produce(self, prompts: list[list[int]], target: list[int], value: Tensor) -> bool:
@@ -189,7 +245,7 @@ class EditMaker:
     def _answers(self, edit: Edit, slot: int) -> bool:
         if edit.prompt is None:
             return True
-        return self._produce([list(edit.prompt)], target_of(edit.label), self._book.values[slot])
+        return self._produce([list(edit.prompt)], target_of(edit.label), self.takes.values[slot])
 
     def _commit(
         self,
@@ -199,7 +255,7 @@ class EditMaker:
         fit: Fit | None,
         note: str = "",
     ) -> EditResult:
-        book = self._book
+        book = self.takes
         answers = self._answers if self.config.policy == "default" else None
         with book.transaction():
             result = book.commit(proposal, value, answers=answers)
@@ -235,7 +291,7 @@ class EditMaker:
 
     def _takes(self, key: Key, proposal: Proposal, shared: Tensor) -> bool:
         """Say whether the entry that a further key falls to answers it as its edit does."""
-        stored = self._book.values[proposal.slot]
+        stored = self.takes.values[proposal.slot]
         if torch.equal(stored, shared):
             return True
         return self._produce([key.prompt], target_of(proposal.label), stored)

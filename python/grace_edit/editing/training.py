@@ -1,9 +1,10 @@
-"""Learning one value: one fp32 row, Adam, early stop, and the proof that it works as stored."""
+"""Learning values: each an fp32 row, Adam, early stop, and the proof that it works as stored."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,6 +42,29 @@ class Fit:
     probability: float = 0.0
 
 
+@dataclass(frozen=True)
+class Task:
+    """What one value is to do.
+
+    Args:
+        prompts, targets: token ids; all of them are answered by the same value.
+        start: `[V]`, where the value starts.
+        lr: Adam's step, absolute.
+        contexts: further prompts with their targets, on which the value is trained and not proven.
+    """
+
+    prompts: Sequence[list[int]]
+    targets: Sequence[list[int]]
+    start: Tensor
+    lr: float
+    contexts: Sequence[tuple[list[int], list[int]]] = ()
+
+    @property
+    def asked(self) -> list[tuple[list[int], list[int]]]:
+        """Every prompt with its target, contexts last."""
+        return [*zip(self.prompts, self.targets, strict=True), *self.contexts]
+
+
 def fit_value(
     family: Family,
     prompts: Sequence[list[int]],
@@ -57,82 +81,172 @@ def fit_value(
 ) -> Fit:
     """Train one value that makes every prompt produce its target.
 
-    The model's parameters, their `requires_grad` and `.grad` are not touched: only the gradient of
-    the value is asked for.
+    Args and raises: as `Task` and `fit_values`.
+    """
+    task = Task(prompts, targets, start, lr, contexts)
+    settings: dict[str, Any] = {"max_steps": max_steps, "margin": margin, "move": move}
+    return fit_values(family, [task], dtype, early_stop=early_stop, **settings)[0]
+
+
+def fit_values(
+    family: Family,
+    tasks: Sequence[Task],
+    dtype: torch.dtype,
+    *,
+    max_steps: int,
+    margin: float,
+    move: float = 0.0,
+    early_stop: bool = True,
+) -> list[Fit]:
+    """Train a value for each task, all in the same forwards.
+
+    Each has its own loss, Adam state, patience and proof, and none depends on another, but for the
+    last bits of a forward of several rows. One that is done stays in the forward, so that what was
+    kept of it can be used, until half of them are done.
+
+    The model's parameters, their `requires_grad` and `.grad` are not touched: only the gradients of
+    the values are asked for.
 
     Args:
         family: of the attached model.
-        prompts, targets: token ids; all of them are answered by the same value.
-        start: `[V]`, where the value starts.
-        dtype: of the layer's output; the value is verified in it.
-        lr: Adam's step, absolute.
+        tasks: what each value is to do; all rows are in memory at once.
+        dtype: of the layer's output; values are verified in it.
         max_steps: most steps.
-        margin: log odds of every target token, nats, before the value is verified. A value that
-            does with less is trained on for about as many steps as it took, and then taken.
+        margin: log odds of every target token, nats, before a value is verified. One that does with
+            less is trained on for about as many steps as it took, and then taken.
         move: by how much the first step is to raise the log odds of the target tokens, nats, as far
             as their gradient tells; `lr` is raised where it would do less.
-        contexts: further prompts with their targets, on which the value is trained and not proven.
         early_stop: stop at the first value that passes; else take `max_steps` steps.
 
     Raises:
-        FloatingPointError: the loss became NaN or infinite.
+        FloatingPointError: a loss became NaN or infinite.
     """
-    value = start.detach().float().clone().requires_grad_(True)
-    optimizer = torch.optim.Adam([value], lr=lr)
-    asked = [*zip(prompts, targets, strict=True), *contexts]
-    every, wanted_of_each = [p for p, _ in asked], [y for _, y in asked]
-    first = loss_now = float("nan")
-    reached = False
-    steps = 0
-    least, patience = min(margin, _LEAST), None
-    with CutForward(family) as cut:
-        while True:
-            stored = value.to(dtype)
-            with torch.enable_grad():
-                logits, wanted = _target_logits(family, cut, every, wanted_of_each, stored)
-                loss = torch.nn.functional.cross_entropy(logits, wanted)
-            loss_now = float(loss.detach())
-            if loss_now != loss_now or loss_now == float("inf"):
-                raise FloatingPointError(f"the loss must be finite, got {loss_now} at step {steps}")
-            first = loss_now if steps == 0 else first
-            last_step = steps == max_steps
-            odds = _log_odds(logits.detach(), wanted)
-            lead = float(odds.min())
-            if lead >= least and patience is None:
-                patience = 2 * steps + _PATIENCE
-            enough = lead >= margin or (
-                lead >= least and patience is not None and steps >= patience
+    settings = _Settings(dtype, max_steps, margin, move, early_stop)
+    everything = [_Training(family, task, settings) for task in tasks]
+    running = everything
+    while running:
+        together = running
+        with CutForward(family) as cut:
+            while 2 * len(running) > len(together):
+                running = _step(cut, together)
+    return [training.fit for training in everything]
+
+
+def _step(cut: CutForward, together: list[_Training]) -> list[_Training]:
+    """Run one forward, and let those that need it take a step; return the ones that go on."""
+    family = together[0].family
+    asked = [pair for training in together for pair in training.asked]
+    running = [training for training in together if not training.done]
+    with torch.enable_grad():
+        stored = [training.store() for training in together]
+        pairs = zip(stored, together, strict=True)
+        values = torch.cat([value.expand(len(own.asked), -1) for value, own in pairs])
+        logits, wanted = _target_logits(family, cut, asked, values)
+        sizes = [sum(len(y) for _, y in training.asked) for training in together]
+        parts = zip(together, logits.split(sizes), wanted.split(sizes), strict=True)
+        losses = {
+            id(training): training.look(own, tokens)
+            for training, own, tokens in parts
+            if not training.done
+        }
+    for training in running:
+        training.judge()
+    running = [training for training in running if not training.done]
+    if running:
+        total = sum(losses[id(training)] for training in running)
+        gradients = torch.autograd.grad(total, [training.value for training in running])
+        for training, gradient in zip(running, gradients, strict=True):
+            training.step(gradient)
+    return running
+
+
+@dataclass(frozen=True)
+class _Settings:
+    dtype: torch.dtype
+    max_steps: int
+    margin: float
+    move: float
+    early_stop: bool
+
+
+class _Training:
+    """A value that is being trained, and how far it has come."""
+
+    def __init__(self, family: Family, task: Task, settings: _Settings) -> None:
+        self.family, self.task, self.settings = family, task, settings
+        self.asked = task.asked
+        self.value = task.start.detach().float().clone().requires_grad_(True)
+        self.done = False
+        self._optimizer = torch.optim.Adam([self.value], lr=task.lr)
+        self._steps = 0
+        self._margin = settings.margin
+        self._least, self._patience = min(settings.margin, _LEAST), -1
+        self._reached = False
+        self._first = self._loss = float("nan")
+
+    def store(self) -> Tensor:
+        """Return the value as it will be stored."""
+        self._stored = self.value.to(self.settings.dtype)
+        return self._stored.detach() if self.done else self._stored
+
+    def look(self, logits: Tensor, wanted: Tensor) -> Tensor:
+        """Return the loss of `logits [n, classes]` at the tokens wanted, and keep what they say."""
+        loss = torch.nn.functional.cross_entropy(logits, wanted)
+        self._loss = now = float(loss.detach())
+        if now != now or now == float("inf"):
+            raise FloatingPointError(f"the loss must be finite, got {now} at step {self._steps}")
+        self._first = now if self._steps == 0 else self._first
+        self._odds = _log_odds(logits.detach(), wanted)
+        return loss
+
+    def judge(self) -> None:
+        """Say whether the value is done: proven, or out of steps."""
+        last_step = self._steps == self.settings.max_steps
+        lead = float(self._odds.min())
+        if lead >= self._least and self._patience < 0:
+            self._patience = 2 * self._steps + _PATIENCE
+        waited = 0 <= self._patience <= self._steps
+        enough = lead >= self._margin or (lead >= self._least and waited)
+        if (self.settings.early_stop and enough) or last_step:
+            task = self.task
+            self._reached = _verified(
+                self.family, task.prompts, task.targets, self._stored.detach()
             )
-            if (early_stop and enough) or last_step:
-                reached = _verified(family, prompts, targets, stored.detach())
-                # Likely in one pass over the text and still not produced freely: ask more.
-                margin, least, patience = margin + _LEAST, least + _LEAST, None
-            if reached or last_step:
-                break
-            (value.grad,) = torch.autograd.grad(loss, [value])
-            if steps == 0:
-                optimizer.param_groups[0]["lr"] = _first_step(lr, move, odds, value.grad)
-            optimizer.step()
-            steps += 1
-    reason = "" if reached else f"target not produced after {steps} steps (loss {loss_now:.3g})"
-    tokens = torch.nn.functional.logsigmoid(odds[: sum(map(len, targets))])
-    each = [float(part.sum().exp()) for part in tokens.split([len(y) for y in targets])]
-    return Fit(stored.detach(), reached, first, loss_now, steps, reason, min(each))
+            # Likely in one pass over the text and still not produced freely: ask more.
+            self._margin, self._least = self._margin + _LEAST, self._least + _LEAST
+            self._patience = -1
+        self.done = self._reached or last_step
+
+    def step(self, gradient: Tensor) -> None:
+        """Take a step of Adam."""
+        self.value.grad = gradient
+        if self._steps == 0:
+            group = self._optimizer.param_groups[0]
+            group["lr"] = _first_step(self.task.lr, self.settings.move, self._odds, gradient)
+        self._optimizer.step()
+        self._steps += 1
+
+    @property
+    def fit(self) -> Fit:
+        """What has become of the value, once it is done."""
+        steps, loss = self._steps, self._loss
+        reason = f"target not produced after {steps} steps (loss {loss:.3g})"
+        sizes = [len(y) for y in self.task.targets]
+        tokens = torch.nn.functional.logsigmoid(self._odds[: sum(sizes)])
+        least = min(float(part.sum().exp()) for part in tokens.split(sizes))
+        reason = "" if self._reached else reason
+        return Fit(self._stored.detach(), self._reached, self._first, loss, steps, reason, least)
 
 
 def _target_logits(
-    family: Family,
-    cut: CutForward,
-    prompts: list[list[int]],
-    targets: list[list[int]],
-    stored: Tensor,
+    family: Family, cut: CutForward, asked: list[tuple[list[int], list[int]]], values: Tensor
 ) -> tuple[Tensor, Tensor]:
     wanted: Tensor | None = None
 
     def forward() -> Tensor:
         nonlocal wanted
-        answers = stored.expand(len(prompts), -1)
-        logits, wanted = family.target_logits(prompts, targets, answers)
+        prompts, targets = [p for p, _ in asked], [y for _, y in asked]
+        logits, wanted = family.target_logits(prompts, targets, values)
         return logits
 
     logits = cut.run(forward)

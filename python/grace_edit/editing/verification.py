@@ -14,7 +14,7 @@ from ..adaptor.precision import check_fits
 from ..codebook.codebook import Codebook
 from ..codebook.records import Edit
 from ..families import Family, target_of
-from ..families.base import MOST_ROWS
+from ..families.base import in_pieces
 from ..progress import bar
 
 
@@ -41,7 +41,7 @@ def find_misfires(family: Family, edits: Sequence[Edit], progress: bool) -> list
     if family.adaptor.text is not None:
         return _unanswered(family, edits)
     missing, book = [], family.adaptor.codebook
-    pieces = [edits[i : i + MOST_ROWS] for i in range(0, len(edits), MOST_ROWS)]
+    pieces = [edits[piece] for piece in in_pieces([len(e.prompt or ()) for e in edits])]
     for piece in bar(pieces, "verifying", progress):
         for mode, seen in _in_modes(family, [list(e.prompt or ()) for e in piece]):
             queries = seen.to(book.keys.dtype)  # under autocast another one

@@ -78,6 +78,8 @@ def study(
     Raises:
         DataError, EvaluationError: as `command.run`; the directory holds a study of something else.
     """
+    if options.query not in (None, "text"):
+        raise EvaluationError(f"query must be text for a study, got {options.query}")
     unknown = set(parts) - set(PARTS)
     if unknown:
         raise EvaluationError(f"parts must be of {', '.join(PARTS)}, got {sorted(unknown)}")
@@ -167,7 +169,8 @@ class _Study:
         )
         yield from rows_of(found, "edits", "grace", END)
         for name, count in found["rewordings"].get("grace", {}).items():
-            yield Row("rewordings", name, float(count), 2 * len(self.records))
+            asked = sum(len(record.paraphrases) for record in self.records)
+            yield Row("rewordings", name, float(count), asked)
 
     def _scope(self) -> Iterator[Row]:
         """Ask keys alone; what an answer would be is known from the edits' part."""
@@ -263,7 +266,7 @@ class _Study:
 
     def _text_config(self) -> dict[str, str]:
         where = self._map("map", self.parts.train, self.encoder)
-        return {"encoder": self.encoder, "text_map": str(where)}
+        return {"query": "text", "encoder": self.encoder, "text_map": str(where)}
 
     def _ring(
         self, where: str, train: Path, encoder: str, records: dict[int, EditRecord]
@@ -290,7 +293,3 @@ class _Study:
 def _short(encoder: str) -> str:
     """Return the last names of a path: without those of this machine."""
     return "/".join(Path(encoder).parts[-2:])
-
-
-def _folder(encoder: str) -> str:
-    return _short(encoder).replace("/", "-")

@@ -12,7 +12,7 @@ import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -24,14 +24,30 @@ from ..adaptor import attach as attaching
 from ..adaptor.adaptor import GraceAdaptor
 from ..adaptor.forwards import plan_prompts
 from ..adaptor.positions import QueryPlan
-from ..adaptor.state import Captured
+from ..adaptor.state import Captured, LayerReached
+from ..adaptor.surroundings import can_stop, device_of
 from .ids import is_chat, token_ids
 
 MOST_ROWS = 32
-"""Prompts run in one forward at most, which bounds the memory of `verify` and `rekey`."""
+"""Prompts run in one forward at most."""
+
+MOST_TOKENS = 4096
+"""Tokens run in one forward at most, padding included, but for a single prompt longer than that."""
 
 MASKED = -100
 """Stands in a label for a token of the prompt, as in the published code."""
+
+
+def in_pieces(lengths: Sequence[int]) -> list[slice]:
+    """Cut a list of texts of these lengths into batches, which bounds the memory of a forward."""
+    pieces, start, longest = [], 0, 0
+    for end, length in enumerate(lengths):
+        longest = max(longest, length)
+        rows = end - start + 1
+        if rows > 1 and (rows > MOST_ROWS or rows * longest > MOST_TOKENS):
+            pieces.append(slice(start, end))
+            start, longest = end, length
+    return [*pieces, slice(start, len(lengths))] if lengths else []
 
 
 def target_of(label: Sequence[int]) -> list[int]:
@@ -74,7 +90,8 @@ class Family(ABC):
 
     `longest` is how many tokens the model has positions for. `cuts` says whether forwards that were
     cut at the wrapped layer gave the bits of whole ones (None: not tried), and who holds `cutting`
-    runs such, see `editing.cutting`.
+    runs such, see `editing.cutting`. `runs_once` says that a whole forward was seen to run the
+    wrapped layer once.
     """
 
     name: ClassVar[str]
@@ -106,6 +123,7 @@ class Family(ABC):
         self.longest = _longest(model, self.config)
         self.attached = False
         self.cuts: bool | None = None
+        self.runs_once = False
         self.cutting = threading.Lock()
         self._at_work = 0  # threads inside `working`, and what they put into eval mode
         self._training: list[nn.Module] = []
@@ -324,7 +342,7 @@ class Family(ABC):
         attaching.attach(self.model, module, seam, adaptor, generates=latches)
         self.adaptor = adaptor
         self.attached = True
-        self.cuts = None
+        self.cuts, self.runs_once = None, False
 
     def detach(self) -> None:
         """Take the adaptor out of the model; it stays here, with its codebook."""
@@ -360,7 +378,7 @@ class Family(ABC):
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return device_of(self.model)
 
     def inputs(self, rows: Sequence[Sequence[int]], *, left: bool = False) -> dict[str, Tensor]:
         """Return `input_ids` and `attention_mask` `[B, T]` (and positions) of padded rows."""
@@ -380,15 +398,22 @@ class Family(ABC):
     def capture(self, prompts: Sequence[Sequence[int]], *, left: bool = False) -> Captured:
         """Run prompts as one batch and return what the wrapped layer saw, in its own dtype.
 
-        Under `query="text"` the queries are the keys of the prompts, float32.
+        The forward ends there, once a whole one has shown that the layer runs once, and where
+        that leaves nothing behind, see `can_stop`. Under `query="text"` the queries are the keys
+        of the prompts, float32.
         """
         captures: list[Captured] = []
-        with self.adaptor.using(captures=captures, plan=None, generation=None, forced=None):
-            self.run_prompts(self.inputs(prompts, left=left))
+        stops = self.runs_once and can_stop(self.model, self.layer)
+        with self.adaptor.using(
+            captures=captures, stops=stops, plan=None, generation=None, forced=None
+        ):
+            with suppress(LayerReached):
+                self.run_prompts(self.inputs(prompts, left=left))
         if len(captures) != 1:
             raise ValueError(
                 f"layer must run once in a forward, got {len(captures)} calls of {self.layer!r}"
             )
+        self.runs_once = True
         seen = captures[0]
         return seen if self.adaptor.text is None else replace(seen, queries=self._keys(prompts))
 
@@ -404,8 +429,8 @@ class Family(ABC):
         """
         if self.adaptor.text is not None:
             return self._keys(prompts)
-        pieces = [prompts[i : i + MOST_ROWS] for i in range(0, len(prompts), MOST_ROWS)]
-        return torch.cat([self.capture(piece).queries for piece in pieces])
+        pieces = in_pieces([len(ids) for ids in prompts])
+        return torch.cat([self.capture(prompts[piece]).queries for piece in pieces])
 
     def run_prompts(self, batch: dict[str, Tensor]) -> Any:
         """Run a batch of prompts through the model (its encoder, where that is what is edited)."""

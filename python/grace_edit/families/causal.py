@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -47,6 +48,13 @@ class CausalFamily(Family):
                 f"{len(ids) + len(own)}"
             )
         return ids, own
+
+    def run_prompts(self, batch: dict[str, Tensor]) -> Any:
+        # Where the forward does not end at the layer: a vocabulary's logits are wanted of nobody.
+        accepted = inspect.signature(type(self.model).forward).parameters
+        if "logits_to_keep" not in accepted or is_compiled(self.model):
+            return self.model(**batch)
+        return self.model(**batch, logits_to_keep=1)
 
     def label(self, prompt: list[int], target: list[int]) -> list[int]:
         return [*([MASKED] * len(prompt)), *target]

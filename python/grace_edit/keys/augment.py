@@ -1,8 +1,8 @@
 """More to learn from: the wordings of facts, asked of other facts' subjects.
 
 Published facts have one form each: an edit's prompt, its rewordings and neighbours are sentences to
-be continued ("The mother tongue of Danielle Darrieux is"), what is asked about another relation of
-the subject is a question ("Where was Danielle Darrieux born?"). A map learned from these alone
+be continued ("The mother tongue of Marta Holm is"), what is asked about another relation of
+the subject is a question ("Where was Marta Holm born?"). A map learned from these alone
 learns to tell questions from sentences. So wordings are cut out of the facts where their subject
 stands, and are put together anew, so that each form stands on either side:
 
@@ -55,15 +55,19 @@ class Fact:
 class Amounts:
     """How much is made of each fact; all 0 makes nothing.
 
+    Few questions make a better map than many. Some published questions about "another" relation ask
+    what the edit says: the nearer questions are drawn to their edits, the smaller is the radius at
+    which not too many of those fire, for every wording.
+
     Args:
-        questions: rewordings that are questions.
+        questions: rewordings that are questions, on average.
         sentences_of_others, questions_of_others: of other relations about its subject.
         lower: share of prompts that are given in lower case as well.
     """
 
-    questions: int = 2
-    sentences_of_others: int = 2
-    questions_of_others: int = 4
+    questions: float = 0.2
+    sentences_of_others: int = 4
+    questions_of_others: int = 1
     lower: float = 0.15
 
 
@@ -233,8 +237,9 @@ class _Maker:
                 made.append(self._source.choice(forms[self._source.choice(names)]))
         return self._filled(made, subject)
 
-    def _some(self, items: Sequence[str], count: int) -> list[str]:
-        return self._source.sample(list(items), min(count, len(items)))
+    def _some(self, items: Sequence[str], count: float) -> list[str]:
+        whole = int(count) + (self._source.random() < count % 1)
+        return self._source.sample(list(items), min(whole, len(items)))
 
     def _filled(self, wordings: Iterable[str], subject: str) -> list[str]:
         return list(dict.fromkeys(wording.replace("{}", subject) for wording in wordings))

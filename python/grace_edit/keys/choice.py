@@ -18,7 +18,7 @@ MAPS = Path(__file__).parent / "maps"
 def text_keys(
     model: Any,
     tokenizer: Any,
-    encoder: str | Callable[[list[str]], Any] = TOKENS,
+    encoder: str | Path | Callable[[list[str]], Any] = TOKENS,
     text_map: str | Path | TextMap | None = None,
 ) -> TextKeys:
     """Make the keys of prompts for a model.
@@ -37,7 +37,10 @@ def text_keys(
     maps = shipped_maps() if text_map is None else [_loaded(text_map)]
     if encoder == TOKENS:
         return _first_that_fits(maps, _of_tokens(model, tokenizer), text_map)
-    dense = load_encoder(encoder) if isinstance(encoder, str) else SentenceEncoder(encoder)
+    if isinstance(encoder, str | Path):
+        dense = load_encoder(str(encoder))
+    else:
+        dense = SentenceEncoder(encoder)
     return _first_that_fits(maps, lambda _: dense, text_map)
 
 

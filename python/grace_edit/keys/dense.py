@@ -7,6 +7,7 @@ that what is made of them has the same bits in every order of additions.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -20,7 +21,6 @@ ONE = 1 << 12
 """Length of a vector of integers that stands for a vector of length 1."""
 _ROW_LIMIT = 1 << 14
 _TOKENS_PER_WORD = 32
-_CACHED = 1 << 16
 
 
 class TokenTable:
@@ -123,6 +123,7 @@ class SentenceEncoder:
         reference: what names it in a saved map, e.g. a path or an id.
 
     The last 4096 sentences are remembered. Without its subject a sentence is soon met again.
+    Several threads may ask at once: at worst a sentence is encoded twice.
     """
 
     kind = "encoder"
@@ -151,7 +152,8 @@ class SentenceEncoder:
             if len(self._met) > 4096:
                 self._met.popitem(last=False)
         else:
-            self._met.move_to_end(text)
+            with contextlib.suppress(KeyError):  # another thread has just let go of it
+                self._met.move_to_end(text)
         return met
 
     def probe(self) -> np.ndarray:

@@ -28,7 +28,7 @@ _PROMPTS = 1024
 """Prompts of a kind in one step at most."""
 
 
-BOUNDS = {"neighbours": 0.01, "others": 0.05}
+BOUNDS = {"neighbours": 0.01, "others": 0.045}
 """Share of each kind of negative that may fire."""
 
 

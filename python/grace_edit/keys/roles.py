@@ -1,6 +1,6 @@
 """Which words of a prompt name its subject: a small network over properties that any word has.
 
-"The mother tongue of Danielle Darrieux is": the subject's words must be met again, the others may
+"The mother tongue of Marta Holm is": the subject's words must be met again, the others may
 be said in other words. No list of names and no model is asked: how common a word is, capitals,
 digits, its place, and the same of two words on either side tell. All arithmetic is on integers, so
 that a weight has the same bits everywhere.

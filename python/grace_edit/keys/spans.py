@@ -2,7 +2,7 @@
 
 Text before the last sentence is context ("It rained. The capital of Australia is"): an edit is
 about the question, so the context is left out of the key. Where a sentence begins is not always
-plain ("… said Mr. Smith works in", "Edward J. King speaks"), so a prompt has more than one span
+plain ("… said Mr. Smith works in", "Abner J. Quill speaks"), so a prompt has more than one span
 where the last sentence as a careful reader cuts it is not that of a hasty one, or where it follows
 a label without a sentence's end ("Category:Cities in Norway The capital of Latvia is"). All of them
 ask, and the nearest row of a prompt decides.

@@ -290,7 +290,7 @@ class Comparison:
     """Why two prompts are near or far.
 
     Args:
-        mine, other: the readings of the two spans that are nearest to each other.
+        mine, other: the readings of the prompt's nearest span, and of the edit's first.
         distance: between their keys (float64, for people; lookups compute their own).
         meaning, lexical: the two terms of its square.
         shared, unshared: words that name the subject in both, and in one of them alone.
@@ -335,7 +335,7 @@ class TextKeys:
         self._words: OrderedDict[str, _Known] = OrderedDict()
 
     def keys(self, prompt: str) -> Tensor:
-        """Return the keys of a prompt, one per span: `[S, D]` float32, S of 1 or 2.
+        """Return the keys of a prompt, one per span: `[S, D]` float32, S mostly 1, 8 at most.
 
         The first is the one an edit of this prompt is stored under.
         """
@@ -355,9 +355,12 @@ class TextKeys:
         ]
 
     def compare(self, prompt: str, other: str) -> Comparison:
-        """Say why two prompts are near or far: over their spans, the nearest pair."""
-        pairs = [(a, b) for a in self.read(prompt) for b in self.read(other)]
-        a, b = min(pairs, key=lambda pair: float((pair[0].key - pair[1].key).double().norm()))
+        """Say why a prompt is near the prompt of an edit, `other`, or far from it.
+
+        Of the prompt the span that is nearest counts, of the edit's its first, which is its key.
+        """
+        b = self.read(other)[0]
+        a = min(self.read(prompt), key=lambda one: float((one.key - b.key).double().norm()))
         square = (a.key.double() - b.key.double()).square()
         meaning = float(square[: len(self._matrix)].sum())
         lexical = float(square[len(self._matrix) :].sum())

@@ -1,0 +1,126 @@
+"""Counting how often each entry answers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from grace_edit.codebook import store
+from grace_edit.codebook.codebook import Codebook
+from text_models import NEIGHBOUR, QUESTION, REWORDED, TARGET, text_editor, tokenizer
+from tiny_models import generated, logits_of, run_of
+
+A, B, C = run_of(10, 5), run_of(11, 4), run_of(40, 6)
+X, Y = run_of(30, 3), run_of(50, 3)
+
+
+def ask(book, *queries):
+    with book.lock:
+        book.count_answers(book.lookup(torch.tensor(queries))[0])
+
+
+def filled(*points):
+    book = Codebook(2, 2)
+    book.count_hits = True
+    for number, point in enumerate(points):
+        book.insert(torch.tensor(point), [number], torch.full((2,), float(number)))
+    return book
+
+
+def test_hits_follow_their_edits_when_slots_change_hands():
+    book = filled((0.0, 0.0), (9.0, 0.0), (0.0, 9.0))
+    ask(book, (0.0, 0.1), (9.0, 0.0), (9.0, 0.1), (50.0, 50.0))
+    assert book.hits == {0: 1, 1: 2, 2: 0}
+    assert book.describe_hits() == {"total": 3, "never": 1, "most": [[1, 2], [0, 1]]}
+    ask(book, (0.0, 0.0))
+    book.delete(0)  # its slot is free, and the next edit takes it
+    book.insert(torch.tensor([-9.0, 0.0]), [7], torch.zeros(2))
+    assert book.edit(3).slot == 0
+    ask(book, (-9.0, 0.0))
+    assert book.hits == {1: 2, 2: 0, 3: 1}
+    book.undo()
+    book.undo()
+    assert book.hits == {0: 2, 1: 2, 2: 0}
+    book.compact()
+    book.storage.slots.frozen = False
+    for number in range(1200):  # beyond the capacity
+        book.insert(torch.tensor([100.0 + 9 * number, 0.0]), [number], torch.zeros(2))
+    ask(book, (9.0, 0.0), (100.0 + 9 * 1199, 0.0))
+    assert (book.hits[1], book.hits[max(book.ids)]) == (3, 1)
+
+
+def test_what_a_transaction_that_fails_had_served_is_not_another_edits():
+    book = filled((0.0, 0.0))
+
+    def work():
+        with book.transaction():
+            book.insert(torch.tensor([9.0, 0.0]), [5], torch.zeros(2))
+            ask(book, (9.0, 0.0), (0.0, 0.0))
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    book.insert(torch.tensor([0.0, 9.0]), [6], torch.zeros(2))
+    assert book.edit(2).slot == 1
+    assert book.hits == {0: 1, 2: 0}
+
+
+def test_nothing_is_counted_unless_asked_for():
+    book = filled((0.0, 0.0))
+    ask(book, (0.0, 0.0))
+    book.count_hits = False
+    ask(book, (0.0, 0.0))
+    assert (book.hits, book.describe_hits()) == (None, None)
+    book.count_hits = True
+    assert book.hits == {0: 0}
+
+
+def test_hits_are_saved_with_the_codebook(tmp_path):
+    book = filled((0.0, 0.0), (9.0, 0.0))
+    ask(book, (9.0, 0.0))
+    store.save(book, tmp_path, {})
+    loaded, _ = store.load(tmp_path)
+    assert loaded.hits == {0: 0, 1: 1}
+    book.count_hits = False
+    store.save(book, tmp_path, {})
+    assert store.load(tmp_path)[0].hits is None
+
+
+def test_a_request_counts_once_per_prompt_it_answers(edited):
+    editor = edited("gpt2")
+    assert all(r.success for r in editor.edit_batch([(A, X), (C, Y)]))
+    assert editor.status()["hits"] is None
+    editor.codebook.count_hits = True
+    assert editor.status()["hits"] == {"total": 0, "never": 2, "most": []}
+    generated(editor.model, [A, C, A], 4)
+    generated(editor.model, [A], 3, use_cache=False)
+    logits_of(editor.model, A)
+    logits_of(editor.model, run_of(20, 9))
+    assert editor.codebook.hits == {0: 4, 1: 1}
+    with editor.disable():
+        logits_of(editor.model, A)
+    assert editor.edit(B, X).case == "absorb"
+    editor.verify()
+    assert editor.status()["hits"] == {"total": 5, "never": 0, "most": [[0, 4], [2, 4], [1, 1]]}
+
+
+def test_a_text_counts_when_its_answer_is_made(trained):
+    words = tokenizer()
+    editor = text_editor(trained("gpt2"), "gpt2", words)
+    assert editor.edit(QUESTION, TARGET).success
+    editor.codebook.count_hits = True
+    asked = [words(text, add_special_tokens=False).input_ids for text in (QUESTION, REWORDED)]
+    generated(editor.model, [*asked, words(NEIGHBOUR, add_special_tokens=False).input_ids], 4)
+    assert editor.codebook.hits == {0: 2}
+
+
+def test_a_compiled_model_counts_nothing_and_has_one_graph(edited):
+    editor = edited("gpt2")
+    assert editor.edit(A, X).success
+    editor.codebook.count_hits = True
+    ids = torch.tensor([A])
+    plain = editor.model(ids).logits
+    assert editor.codebook.hits == {0: 1}
+    run = torch.compile(editor.model.forward, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(run(input_ids=ids).logits, plain)
+    assert editor.codebook.hits == {0: 1}
