@@ -101,10 +101,10 @@ def test_what_libraries_print_and_warn_stays_off_stdout(
 ):
     honest = GraceEditor.edit
 
-    def noisy(self, prompt, target):
+    def noisy(self, **edit):
         print("library noise")
         warnings.warn("library warning", stacklevel=1)
-        return honest(self, prompt, target)
+        return honest(self, **edit)
 
     monkeypatch.setattr(GraceEditor, "edit", noisy)
     done = grace(
@@ -146,10 +146,10 @@ from grace_edit.__main__ import main
 signal.signal(signal.SIGINT, signal.default_int_handler)
 honest, made = GraceEditor.edit, []
 
-def edit(self, prompt, target):
+def edit(self, **given):
     while made:
         time.sleep(0.1)
-    made.append(honest(self, prompt, target))
+    made.append(honest(self, **given))
     return made[0]
 
 GraceEditor.edit = edit
