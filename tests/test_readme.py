@@ -104,7 +104,8 @@ def test_a_model_of_your_own_is_edited_saved_and_served_as_the_docs_say(
     small_gpt2: Path, tmp_path: Path, run: Callable[..., str]
 ) -> None:
     page = "docs/serving.md"
-    edit, serve, share = [text for language, text in blocks(page) if language == "python"]
+    shown = [text for language, text in blocks(page) if language == "python"]
+    edit, serve, share = shown[:3]
     code = edit.replace('"gpt2"', repr(str(small_gpt2)))
     assert code != edit
     printed = run(page, code).splitlines()
@@ -131,7 +132,7 @@ def test_the_shell_commands_of_the_docs_edit_a_model_and_explain_the_edit(
     found = blocks("docs/serving.md")
     (edits,) = [text for language, text in found if language == "json"]
     (tmp_path / "edits.jsonl").write_text(edits, encoding="utf-8")
-    (commands,) = [text for language, text in found if language == "sh"]
+    commands = next(text for language, text in found if language == "sh")
     printed = []
     for line in commands.splitlines():
         words = shlex.split(line.replace("PATH_OR_ID", str(small_gpt2)))
@@ -140,8 +141,9 @@ def test_the_shell_commands_of_the_docs_edit_a_model_and_explain_the_edit(
             app(words[1:], prog_name="grace")
         printed.append(capsys.readouterr().out)
         assert left.value.code == 0, line
-    assert len(printed) == 3
-    assert "Canberra" in printed[2]
+    assert len(printed) == 5
+    assert all("Canberra" in text for text in printed)
+    assert "live edits 0" in printed[-1]
 
 
 def test_the_remedy_that_the_doctor_names_is_the_one_in_the_docs() -> None:
@@ -167,7 +169,9 @@ def test_every_command_that_a_page_names_exists(page: str) -> None:
     for command in re.findall(r"(?:^|`)grace ([a-z]+)\b", code, re.MULTILINE):
         assert command in ours
     for line in re.findall(r"^grace [a-z]+ .*$", code, re.MULTILINE):
-        known = {name for one in ours[line.split()[1]].params for name in one.opts}
+        _, name, under = (*line.split(), "")[:3]
+        named = getattr(ours[name], "commands", {under: ours[name]})[under]
+        known = {name for one in named.params for name in one.opts}
         assert set(re.findall(r"--[a-z-]+", line)) <= known
     for target in re.findall(r"^make ([a-z-]+)", code, re.MULTILINE):
         assert target in targets

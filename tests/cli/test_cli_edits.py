@@ -341,7 +341,7 @@ def test_ctrl_c_in_the_middle_keeps_what_was_made_and_ends_with_130(
     assert done.exit_code == 130
     assert done.stdout == ""
     assert done.stderr == (
-        f"error: 1 edits are saved in {tmp_path / 'out'}; the same command goes on\n"
+        f"error: 1 of 2 edits are saved in {tmp_path / 'out'}; the same command goes on\n"
         "error: interrupted\n"
     )
     assert json.loads(grace("codebook", "info", tmp_path / "out", "--json").stdout)["edits"] == 1

@@ -101,10 +101,10 @@ def test_what_libraries_print_and_warn_stays_off_stdout(
 ):
     honest = GraceEditor.edit
 
-    def noisy(self, prompt, target):
+    def noisy(self, **edit):
         print("library noise")
         warnings.warn("library warning", stacklevel=1)
-        return honest(self, prompt, target)
+        return honest(self, **edit)
 
     monkeypatch.setattr(GraceEditor, "edit", noisy)
     done = grace(
@@ -146,10 +146,10 @@ from grace_edit.__main__ import main
 signal.signal(signal.SIGINT, signal.default_int_handler)
 honest, made = GraceEditor.edit, []
 
-def edit(self, prompt, target):
+def edit(self, **given):
     while made:
         time.sleep(0.1)
-    made.append(honest(self, prompt, target))
+    made.append(honest(self, **given))
     return made[0]
 
 GraceEditor.edit = edit
@@ -183,7 +183,7 @@ def test_a_terminal_gets_a_bar_and_ctrl_c_ends_it_with_130_and_what_was_made_is_
     assert b"Traceback" not in seen
     assert process.returncode == 130
     assert stdout == b""
-    assert f"1 edits are saved in {out}" in " ".join(seen.decode().split())
+    assert f"1 of 1000 edits are saved in {out}" in " ".join(seen.decode().split())
     assert store.load(out)[0].edits == 1
 
 

@@ -179,6 +179,16 @@ def test_what_was_left_out_for_an_edit_comes_when_that_edit_is_superseded() -> N
     first.check()
 
 
+def test_a_limit_of_the_history_hides_no_conflict() -> None:
+    first, second = Codebook(2, VALUE_DIM), Codebook(2, VALUE_DIM)
+    first.history_limit = 0
+    first.insert(vec(0, 0), [1], value(1), [7])
+    second.insert(vec(0, 0), [2], value(2), [7])
+    (pair,) = merge(first, second, "last").conflicts
+    assert (pair.first.id, pair.first.label, pair.second.label) == (0, (1,), (2,))
+    assert first.history_limit == 0
+
+
 def test_no_value_is_exchanged_for_one_that_was_not_seen_to_answer() -> None:
     first, second = Codebook(2, VALUE_DIM), Codebook(2, VALUE_DIM)
     trusting = {"answers": lambda edit, slot: True}

@@ -49,9 +49,7 @@ def verify(directory: Path, *, model: str | None, device: str, as_json: bool) ->
         with progress("checking"):
             book.check()
     except AssertionError as error:
-        raise CommandError(
-            CORRUPT, f"{directory}: the codebook breaks a promise: {error}"
-        ) from error
+        raise CommandError(CORRUPT, f"{directory}: a promise is broken: {error}") from error
     data: dict[str, Any] = {
         "directory": str(directory),
         "entries": book.entries,

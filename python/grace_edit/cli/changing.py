@@ -19,12 +19,15 @@ def list_edits(directory: Path, *, everything: bool, as_json: bool) -> int:
     words = Words.of_saved(saved)
     edits = [edit for edit in saved.codebook.history if everything or edit.live]
     rows = [row_of(saved, words, edit) for edit in edits]
+    hits = saved.codebook.hits
+    if hits is not None:
+        rows = [{**row, "hits": hits.get(row["id"])} for row in rows]
     if as_json:
         print_json({"directory": str(directory), "edits": rows})
         return OK
     console = screen()
     columns = ["id", "prompt", "target", "state", "keys", "radius"]
-    console.print(table(columns, map(_cells, rows)))
+    console.print(table(columns + ["hits"] * (hits is not None), map(_cells, rows)))
     book = saved.codebook
     console.print(f"live edits {book.edits}, entries {book.entries}")
     return OK
@@ -52,8 +55,9 @@ def _cells(row: dict[str, Any]) -> list[Any]:
     state = row["state"]
     if state == "superseded":
         state = f"superseded by {row['superseded_by']}"
-    own = [row["id"], row["prompt"], row["target"], state, row["keys"]]
-    return [*own, number(row["radius"])]
+    hits = [row["hits"]] if "hits" in row else []
+    own = [row["id"], row["prompt"], row["target"], state, row["keys"], number(row["radius"])]
+    return [*own, *("–" if count is None else count for count in hits)]
 
 
 def remove(directory: Path, ids: list[int], *, purge: bool, as_json: bool) -> int:

@@ -60,7 +60,6 @@ def run(options: Options) -> int:
 
 
 def _run(options: Options, requests: list[Request]) -> int:
-    check_place(options.out)
     source = options.resume
     saved, done = _begun(options, requests)
     if saved is not None:
@@ -118,8 +117,8 @@ def _make_all(options: Options, editor: GraceEditor, requests: list[Request], do
                 step()
     except BaseException:
         kept = saver.save()
-        what = f"{kept} edits are saved in {options.out}" if kept else "nothing was saved"
-        complain(f"{what}; the same command goes on" if kept else what)
+        what = f"{kept} of {len(requests)} edits are saved in {options.out}"
+        complain(f"{what}; the same command goes on" if kept else "nothing was saved")
         raise
 
 

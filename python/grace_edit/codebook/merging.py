@@ -5,7 +5,8 @@ No model is needed: stored queries, labels and values decide.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -170,7 +171,7 @@ def merge(
     merged = Merged()
     with other.lock:
         edits = _live(other.storage)
-    with into.transaction():
+    with into.transaction(), _remembering(into.storage):
         merging = _Merging(into, other, prefer, merged)
         for edit in edits:
             merging.take(edit)
@@ -179,6 +180,16 @@ def merge(
         if merged.conflicts and prefer == "error":
             raise MergeConflict(merged.conflicts)
     return merged
+
+
+@contextmanager
+def _remembering(storage: Storage) -> Iterator[None]:
+    """Forget no edit that is superseded inside a `with` block: conflicts are to name them."""
+    limit, storage.history_limit = storage.history_limit, None
+    try:
+        yield
+    finally:
+        storage.history_limit = limit
 
 
 def check_alike(first: Codebook, second: Codebook) -> None:
