@@ -592,15 +592,15 @@ def test_an_update_names_the_edits_of_other_prompts_that_it_supersedes(edited, n
 
 def test_edits_are_logged_only_once_they_are_made(edited, caplog, monkeypatch):
     editor = edited("gpt2")
-    real, calls = making.EditMaker.make, []
+    real, calls = making.EditMaker.finish, []
 
-    def second_is_interrupted(maker, *pair):
-        calls.append(pair)
+    def second_is_interrupted(maker, read, **how):
+        calls.append(read)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(maker, *pair)
+        return real(maker, read, **how)
 
-    monkeypatch.setattr(making.EditMaker, "make", second_is_interrupted)
+    monkeypatch.setattr(making.EditMaker, "finish", second_is_interrupted)
     with caplog.at_level(logging.INFO, logger="grace_edit"), pytest.raises(KeyboardInterrupt):
         editor.edit_batch([(A, X), (C, Y)])
     assert not caplog.records
