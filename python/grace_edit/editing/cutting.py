@@ -5,12 +5,14 @@ Every module that was done before that answer was written gives the same outputs
 the blocks below, and within the layer's own block those of its attention and norms. They are kept
 from the first forward and handed out in the next ones. The model's own code runs all the same, so
 nothing has to be known about how a model is built.
+
+All this happens in a twin of the model: other module objects with the same parameters, buffers and
+hooks. The model itself stays untouched, so other threads may run it, or compile it, meanwhile.
 """
 
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -24,10 +26,8 @@ from ..families import Family
 class CutForward:
     """Runs forwards of a model that differ in the answer of a layer alone.
 
-    A context: inside it `run` runs such forwards. Other forwards of the model, those of other
-    threads among them, are whole. The first time, a cut forward is compared with the whole one:
-    where their bits differ, where the model is compiled, and while another thread cuts forwards of
-    the same model, every forward is whole.
+    A context: inside it `run` runs such forwards. The first time, a cut forward is compared with
+    the whole one: where their bits differ, and where the model is compiled, every forward is whole.
 
     Args:
         family: of the attached model, whose wrapped layer it is.
@@ -35,75 +35,74 @@ class CutForward:
 
     def __init__(self, family: Family) -> None:
         self._family = family
-        self._layer = family.model.get_submodule(family.layer)
-        self._modules: list[nn.Module] = []
+        self._twin: Family | None = None  # None: forwards are whole
         self._kept: list[tuple[nn.Module, Any]] = []
         self._recording = False
         self._next: int | None = None  # of what is kept, in the forward that runs now
-        self._thread = threading.get_ident()
 
     def __enter__(self) -> CutForward:
         family = self._family
         if family.cuts is False or is_compiled(family.model):
             return self
-        found = _beside(family.model, family.layer)
-        if found and family.cutting.acquire(blocking=False):
-            self._modules = found
-            for module in found:
-                module.__dict__["forward"] = _Kept(self, module)
+        model = _twin(family.model, {})
+        found = _beside(model, family.layer)
+        for module in found:
+            module.__dict__["forward"] = _Kept(self, module)
+        if found:
+            self._twin = copy.copy(family)
+            self._twin.model = model
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for module in self._modules:
-            kept = module.__dict__["forward"]
-            if kept.own is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = kept.own
-        if self._modules:
-            self._family.cutting.release()
-        self._modules = []
+        self._twin = None
         self._kept.clear()
 
-    def run(self, forward: Callable[[], Tensor]) -> Tensor:
-        """Return what `forward` returns: it runs the model once, on the same inputs every time."""
-        if not self._modules:
-            return forward()
+    def run(self, forward: Callable[[Family], Tensor]) -> Tensor:
+        """Return what `forward` returns.
+
+        Args:
+            forward: runs the model of the family that it is given once, on the same inputs every
+                time.
+        """
+        if self._twin is None:
+            return forward(self._family)
         if self._kept:
-            return self._replay(forward)
+            return self._replay(forward, self._twin)
         if self._family.cuts:
-            return self._record(forward)
-        whole = forward()
-        same = torch.equal(self._record(forward), whole)
-        self._family.cuts = same and torch.equal(self._replay(forward), whole)
+            return self._record(forward, self._twin)
+        whole = forward(self._family)
+        same = torch.equal(self._record(forward, self._twin), whole)
+        self._family.cuts = same and torch.equal(self._replay(forward, self._twin), whole)
         if not self._family.cuts:
             self.__exit__()
         return whole
 
-    def _record(self, forward: Callable[[], Tensor]) -> Tensor:
+    def _record(self, forward: Callable[[Family], Tensor], twin: Family) -> Tensor:
         def stop(*_: Any) -> None:
-            if threading.get_ident() == self._thread:
-                self._recording = False
+            self._recording = False
 
-        handle = self._layer.register_forward_hook(stop)
+        layer = twin.model.get_submodule(twin.layer)
+        own = layer.__dict__["_forward_hooks"]
+        # The twin shares the model's hooks; this one is the twin's alone.
+        layer.__dict__["_forward_hooks"] = own.copy()
+        layer.register_forward_hook(stop)
         self._recording = True
         try:
-            return forward()
+            return forward(twin)
         finally:
             self._recording = False
-            handle.remove()
+            layer.__dict__["_forward_hooks"] = own
 
-    def _replay(self, forward: Callable[[], Tensor]) -> Tensor:
+    def _replay(self, forward: Callable[[Family], Tensor], twin: Family) -> Tensor:
         self._next = 0
         try:
-            return forward()
+            return forward(twin)
         finally:
             self._next = None
 
     def call(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Return what `module` gives: what is kept of it, or what its own `forward` gives."""
-        mine = threading.get_ident() == self._thread
-        if mine and self._next is not None and self._next < len(self._kept):
+        if self._next is not None and self._next < len(self._kept):
             expected, output = self._kept[self._next]
             if expected is module:
                 self._next += 1
@@ -111,7 +110,7 @@ class CutForward:
                 return _mapped(output, Tensor.clone)
             self._next = len(self._kept)  # not the forward that was kept: all of it runs
         output = forward(*args, **kwargs)
-        if mine and self._recording:
+        if self._recording:
             kept = _mapped(output, _leaf)
             self._kept.append((module, kept))
             return _mapped(kept, Tensor.clone)
@@ -119,15 +118,32 @@ class CutForward:
 
 
 class _Kept:
-    """The forward of a module while a `CutForward` is entered."""
+    """The forward of a module of the twin."""
 
     def __init__(self, cut: CutForward, module: nn.Module) -> None:
         self.cut, self.module = cut, module
-        self.own: Any = module.__dict__.get("forward")  # accelerate and others set one
         self.forward = module.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.cut.call(self.module, self.forward, args, kwargs)
+
+
+def _twin(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+    """Return another module object with the same contents, and so on for the modules in it.
+
+    Args:
+        made: the twins so far, by the identity of what they are twins of: a module that stands in
+            two places has one.
+    """
+    if id(module) not in made:
+        twin = object.__new__(type(module))
+        made[id(module)] = twin
+        children = {
+            name: None if child is None else _twin(child, made)
+            for name, child in module.__dict__["_modules"].items()
+        }
+        twin.__dict__.update(module.__dict__, _modules=children)
+    return made[id(module)]
 
 
 def _beside(model: nn.Module, layer: str) -> list[nn.Module]:

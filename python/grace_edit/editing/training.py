@@ -134,14 +134,13 @@ def fit_values(
 
 def _step(cut: CutForward, together: list[_Training]) -> list[_Training]:
     """Run one forward, and let those that need it take a step; return the ones that go on."""
-    family = together[0].family
     asked = [pair for training in together for pair in training.asked]
     running = [training for training in together if not training.done]
     with torch.enable_grad():
         stored = [training.store() for training in together]
         pairs = zip(stored, together, strict=True)
         values = torch.cat([value.expand(len(own.asked), -1) for value, own in pairs])
-        logits, wanted = _target_logits(family, cut, asked, values)
+        logits, wanted = _target_logits(cut, asked, values)
         sizes = [sum(len(y) for _, y in training.asked) for training in together]
         parts = zip(together, logits.split(sizes), wanted.split(sizes), strict=True)
         losses = {
@@ -239,11 +238,11 @@ class _Training:
 
 
 def _target_logits(
-    family: Family, cut: CutForward, asked: list[tuple[list[int], list[int]]], values: Tensor
+    cut: CutForward, asked: list[tuple[list[int], list[int]]], values: Tensor
 ) -> tuple[Tensor, Tensor]:
     wanted: Tensor | None = None
 
-    def forward() -> Tensor:
+    def forward(family: Family) -> Tensor:
         nonlocal wanted
         prompts, targets = [p for p, _ in asked], [y for _, y in asked]
         logits, wanted = family.target_logits(prompts, targets, values)

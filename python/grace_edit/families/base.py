@@ -89,9 +89,8 @@ class Family(ABC):
         tokenizer: turns text into ids; None: prompts and targets are token ids already.
 
     `longest` is how many tokens the model has positions for. `cuts` says whether forwards that were
-    cut at the wrapped layer gave the bits of whole ones (None: not tried), and who holds `cutting`
-    runs such, see `editing.cutting`. `runs_once` says that a whole forward was seen to run the
-    wrapped layer once.
+    cut at the wrapped layer gave the bits of whole ones (None: not tried), see `editing.cutting`.
+    `runs_once` says that a whole forward was seen to run the wrapped layer once.
     """
 
     name: ClassVar[str]
@@ -124,7 +123,6 @@ class Family(ABC):
         self.attached = False
         self.cuts: bool | None = None
         self.runs_once = False
-        self.cutting = threading.Lock()
         self._at_work = 0  # threads inside `working`, and what they put into eval mode
         self._training: list[nn.Module] = []
         self._lock = threading.Lock()
