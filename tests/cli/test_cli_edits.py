@@ -461,6 +461,18 @@ def test_codebook_shows_what_the_sketch_covers(grace, saved, monkeypatch):
     assert "not in use, 0." in grace("codebook", "info", saved).stdout
 
 
+def test_codebook_shows_how_often_each_edit_answered(grace, saved, tmp_path):
+    assert json.loads(grace("codebook", saved, "--json").stdout)["hits"] is None
+    book, config = store.load(saved)
+    book.count_hits = True
+    book.count_answers(torch.tensor([1, -1, 1]))
+    store.save(book, tmp_path / "counted", config)
+    told = json.loads(grace("codebook", tmp_path / "counted", "--json").stdout)
+    assert told["hits"] == {"total": 2, "never": 1, "most": [[1, 2]]}
+    assert [row["hits"] for row in told["table"]] == [0, 2]
+    assert "2, never 1 edits, most edit 1 2" in grace("codebook", tmp_path / "counted").stdout
+
+
 def test_codebook_shows_token_ids_where_the_model_is_gone(grace, gpt2, edits_file, tmp_path):
     moved, out = tmp_path / "moved", tmp_path / "out"
     moved.symlink_to(gpt2)

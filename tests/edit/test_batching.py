@@ -9,7 +9,7 @@ import torch
 from grace_edit.editing import batching, making, training
 from grace_edit.editing.training import Task, fit_values
 from text_models import NEIGHBOUR, OTHER, QUESTION, TARGET, text_editor
-from tiny_models import LAYERS, book_of, generated, run_of, same, state_of
+from tiny_models import but_values, decisions_of, generated, run_of, same, state_of
 
 A, B, C = run_of(10, 5), run_of(11, 4), run_of(40, 6)
 X, Y = run_of(30, 3), run_of(50, 3)
@@ -28,28 +28,12 @@ def near(edited) -> float:
     return float(torch.dist(*queries))
 
 
-def decisions(results):
-    """Return results without what the last bits of a forward move."""
-    moved = {"loss_start": None, "loss_end": None, "steps": 0, "probability": None}
-    return [replace(result, **moved) for result in results]
-
-
-def but_values(codebook):
-    """Return a codebook's state without values and what training said of them."""
-    state = book_of(codebook)
-    state["history"] = [
-        replace(e, result=decisions([e.result])[0], verified=None) for e in state["history"]
-    ]
-    del state["values"]
-    return state
-
-
 @pytest.mark.parametrize("radius", [0.8, 1.5])
 def test_a_batch_decides_as_one_by_one_with_conflicts_inside_it(edited, near, radius):
     one, batch = edited("gpt2", radius=near * radius), edited("gpt2", radius=near * radius)
     singles = [one.edit(*pair) for pair in CONFLICTS]
     results = batch.edit_batch(CONFLICTS)
-    assert decisions(results) == decisions(singles)
+    assert decisions_of(results) == decisions_of(singles)
     assert len({r.case for r in results}) >= 3
     assert same(but_values(batch.codebook), but_values(one.codebook))
     assert torch.allclose(batch.codebook.values, one.codebook.values, rtol=1e-2, atol=1e-2)
@@ -68,7 +52,7 @@ def test_every_kind_of_model_takes_a_batch(edited, name):
     singles = [one.edit(*pair) for pair in edits]
     results = batch.edit_batch(edits)
     assert all(r.success for r in results)
-    assert decisions(results) == decisions(singles)
+    assert decisions_of(results) == decisions_of(singles)
     assert same(but_values(batch.codebook), but_values(one.codebook))
     assert [r.steps for r in results] == [r.steps for r in singles]
 
@@ -77,7 +61,7 @@ def test_texts_are_trained_together_with_their_contexts(trained):
     edits = [(QUESTION, TARGET), (NEIGHBOUR, "five six"), (OTHER, "one"), (QUESTION, "nine ten")]
     one, batch = (text_editor(trained("gpt2"), "gpt2", contexts=2) for _ in range(2))
     singles = [one.edit(*pair) for pair in edits]
-    assert decisions(batch.edit_batch(edits)) == decisions(singles)
+    assert decisions_of(batch.edit_batch(edits)) == decisions_of(singles)
     assert same(but_values(batch.codebook), but_values(one.codebook))
 
 
@@ -155,4 +139,3 @@ def test_long_prompts_share_no_forward(edited, monkeypatch):
     results = editor.edit_batch([(prompt, X) for prompt in prompts])
     assert [r.id for r in results] == list(range(5))
     assert groups == [[4, 5, 6]]
-    assert LAYERS["gpt2"] in editor.layer

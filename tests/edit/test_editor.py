@@ -590,6 +590,16 @@ def test_an_update_names_the_edits_of_other_prompts_that_it_supersedes(edited, n
     assert editor.codebook.ids == [2]
 
 
+def test_edits_that_are_forgotten_as_they_are_superseded_are_named_all_the_same(edited, near):
+    editor = edited("gpt2", radius=near * 1.5)
+    editor.codebook.history_limit = 0
+    assert editor.edit(A, X).id == 0
+    assert editor.edit(B, X).case in ("absorb", "expand")
+    assert "[1]" in editor.edit(A, Y).reason
+    assert [edit.id for edit in editor.codebook.history] == [2]
+    editor.codebook.check()
+
+
 def test_edits_are_logged_only_once_they_are_made(edited, caplog, monkeypatch):
     editor = edited("gpt2")
     real, calls = making.EditMaker.finish, []

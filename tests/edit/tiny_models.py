@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -212,6 +213,20 @@ def book_of(codebook: Any) -> dict[str, Any]:
         "members": [codebook.members(slot) for slot in range(count)],
         "queries": [codebook.query_of(edit.id) for edit in codebook.history],
     }
+
+
+def decisions_of(results: Sequence[Any]) -> list[Any]:
+    """Return results of edits without what the last bits of a forward move."""
+    moved: dict[str, Any] = {"loss_start": None, "loss_end": None, "steps": 0, "probability": None}
+    return [replace(result, **moved) for result in results]
+
+
+def but_values(codebook: Any) -> dict[str, Any]:
+    """Return a codebook's whole state but values and what their training said."""
+    state = book_of(codebook)
+    state["history"] = [replace(e, result=decisions_of([e.result])[0]) for e in state["history"]]
+    del state["values"]
+    return state
 
 
 @contextmanager

@@ -257,10 +257,11 @@ class EditMaker:
     ) -> EditResult:
         book = self.takes
         answers = self._answers if self.config.policy == "default" else None
+        others = _replaced(book, proposal, proposal)
         with book.transaction():
             result = book.commit(proposal, value, answers=answers)
             shared = book.values[proposal.slot].clone() if value is None else value
-            made, fragile = [proposal], result.fragile
+            fragile = result.fragile
             for key in keys[1:]:
                 further = self._propose(key, proposal.label, part_of=result.id)
                 own: Tensor | None = shared
@@ -271,12 +272,11 @@ class EditMaker:
                         further = self._propose(
                             key, proposal.label, part_of=result.id, own_entry=True
                         )
+                others |= _replaced(book, further, proposal)
                 fragile = book.commit(further, own, answers=answers).fragile or fragile
-                made.append(further)
-            others = _superseded(book, made)
             if others:
-                note = f"supersedes edits {others} of other prompts, which had an entry or a prompt"
-                note += " that is now this edit's"
+                note = f"supersedes edits {sorted(others)} of other prompts, which had an entry or "
+                note += "a prompt that is now this edit's"
             result = replace(result, reason=note, fragile=fragile, keys=len(keys))
             if fit is not None:
                 result = replace(
@@ -297,11 +297,12 @@ class EditMaker:
         return self._produce([key.prompt], target_of(proposal.label), stored)
 
 
-def _superseded(book: Codebook, made: list[Proposal]) -> list[int]:
-    """Return the edits that an edit of another prompt has superseded."""
-    prompt, *_ = (proposal.prompt for proposal in made)
-    replaced = sorted({id for proposal in made for id in proposal.supersedes})
-    return [id for id in replaced if book.edit(id).prompt != prompt]
+def _replaced(book: Codebook, proposal: Proposal, whole: Proposal) -> set[int]:
+    """Return the edits of other prompts than the whole edit's that a proposal supersedes.
+
+    Asked before it is committed: afterwards they may be forgotten.
+    """
+    return {id for id in proposal.supersedes if book.edit(id).prompt != whole.prompt}
 
 
 def _refused(proposal: Proposal, fit: Fit, reason: str) -> EditResult:
