@@ -167,6 +167,7 @@ def test_same_prompt_and_target_is_no_conflict_and_further_wordings_come_along()
 
 def test_what_was_left_out_for_an_edit_comes_when_that_edit_is_superseded() -> None:
     first, second = Codebook(2, VALUE_DIM), Codebook(2, VALUE_DIM)
+    first.history_limit = 0  # what the merge supersedes is remembered until its end
     first.insert(vec(0, 0), [1], value(1), [7])
     first.insert(vec(9, 0), [1], value(1), [8], part_of=0)
     second.insert(vec(0, 0), [1], value(2), [7])  # agrees with the edit that the next one ends
