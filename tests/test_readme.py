@@ -117,6 +117,7 @@ def test_a_model_of_your_own_is_edited_saved_and_served_as_the_docs_say(
     before = (tmp_path / "my-edits" / "edits.jsonl").read_text()
     run(page, share)
     assert len((tmp_path / "my-edits" / "edits.jsonl").read_text()) > len(before)
+    run(page, keep)
 
 
 def test_the_shell_commands_of_the_docs_edit_a_model_and_explain_the_edit(
@@ -131,8 +132,9 @@ def test_the_shell_commands_of_the_docs_edit_a_model_and_explain_the_edit(
 
     monkeypatch.chdir(tmp_path)
     found = blocks("docs/serving.md")
-    (edits,) = [text for language, text in found if language == "json"]
+    edits = next(text for language, text in found if language == "json")
     (tmp_path / "edits.jsonl").write_text(edits, encoding="utf-8")
+    # Those that need no records to be measured on.
     commands = next(text for language, text in found if language == "sh")
     printed = []
     for line in commands.splitlines():
@@ -170,11 +172,10 @@ def test_every_command_that_a_page_names_exists(page: str) -> None:
     for command in re.findall(r"(?:^|`)grace ([a-z]+)\b", code, re.MULTILINE):
         assert command in ours
     for line in re.findall(r"^grace [a-z]+ .*$", code, re.MULTILINE):
-        _, name, under = (*line.split(), "")[:3]
-        under_it = getattr(ours[name], "commands", {})
-        named = under_it.get(under, ours[name])
-        assert under in under_it or under.isupper() or not under_it
-        known = {name for one in named.params for name in one.opts}
+        _, name, following = line.split()[:3]
+        parts = getattr(ours[name], "commands", {})
+        taken = [parts[following]] if following in parts else [ours[name], *parts.values()]
+        known = {option for one in taken for param in one.params for option in param.opts}
         assert set(re.findall(r"--[a-z-]+", line)) <= known
     for target in re.findall(r"^make ([a-z-]+)", code, re.MULTILINE):
         assert target in targets

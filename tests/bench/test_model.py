@@ -192,8 +192,9 @@ def test_edits_are_timed_but_the_first_and_refused_ones_are_wrong():
     assert one.note.startswith("2 timed, ")
     assert len(good.codebook.ids) == 3
     good.detach()
-    hasty = GraceEditor(built, None, GraceConfig(layer=LAYER, max_steps=1, init="cold", lr=1e-6))
-    one = edits.edited({"part": "edits"}, {"published recipe": hasty}, pairs)[0]
+    hasty = GraceEditor(built, None, GraceConfig(layer=LAYER, max_steps=1))
+    long = [(prompt, [*target, 3, 27, 5]) for prompt, target in pairs]  # one step does not do it
+    one = edits.edited({"part": "edits"}, {"published recipe": hasty}, long)[0]
     assert (one.kind, one.answers) == ("peer", "wrong")
     assert one.note == "2 timed, 1.0 training steps per edit; 3 of 3 refused"
 

@@ -67,6 +67,8 @@ def test_the_radius_suggested_lets_no_neighbour_fire(
     told = json.loads(done.stdout)
     assert told["radius"] > 0
     assert told["fired"] == {"neighbours": 0}
+    shown = grace("suggest", "radius", data, "--codebook", saved, "--neighbours", 0)
+    assert f"radius {told['radius']:.4g}: " in shown.stdout
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps(record("spain", "oslo")) + "\n")
     done = grace("suggest", "radius", other, "--codebook", saved)

@@ -111,11 +111,15 @@ app.add_typer(edit, name="edit")
 
 @app.command()
 def explain(
-    prompt: Annotated[str, typer.Argument(help="What to ask the model.", show_default=False)],
+    prompt: Annotated[
+        str, typer.Argument(metavar="PROMPT", help="What to ask.", show_default=False)
+    ],
     codebook: Annotated[Path, typer.Option(metavar="DIR", help="Directory of saved edits.")],
     model: Annotated[
         str | None,
-        typer.Option(help="Directory or hub id.", show_default="the one the edits were made on"),
+        typer.Option(
+            help="Directory or hub id, or smollm2.", show_default="the one the edits were made on"
+        ),
     ] = None,
     device: Where = Device.cpu,
     json: Json = False,
@@ -213,7 +217,8 @@ def evaluate(
         typer.Option(metavar="DIR", help="For what is written; a run begun there is gone on with."),
     ],
     model: Annotated[
-        str | None, typer.Option(help="Directory or hub id.", show_default="the setting's")
+        str | None,
+        typer.Option(help="Directory or hub id, or smollm2.", show_default="the setting's"),
     ] = None,
     setting: Annotated[
         str | None,
@@ -229,7 +234,8 @@ def evaluate(
         typer.Option(help="Dense part of text queries: tokens, or a sentence encoder's directory."),
     ] = None,
     text_map: Annotated[
-        Path | None, typer.Option("--map", metavar="DIR", help="Text map, from grace tune.")
+        Path | None,
+        typer.Option("--map", "--text-map", metavar="DIR", help="Text map, from grace tune."),
     ] = None,
     radius: Annotated[
         float | None, typer.Option(help="Radius of a new entry.", show_default="1.0")
@@ -261,7 +267,13 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Of a study: a sentence encoder whose scope is measured too."),
     ] = None,
-    kind: Annotated[str, typer.Option(help="Kind of data.")] = "auto",
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="Form of DATA: counterfact, zsre, hallucination, knowedit or scotus; auto: as its "
+            "fields tell."
+        ),
+    ] = "auto",
     split: Annotated[str, typer.Option(help="Of a named data set.")] = "test",
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     dtype: Annotated[
@@ -310,6 +322,7 @@ def tune(
     data: Annotated[
         Path,
         typer.Argument(
+            metavar="DATA",
             help="Records with rewordings and neighbours, in a form that grace eval reads: a file, "
             "or a directory of files.",
             show_default=False,
@@ -317,7 +330,8 @@ def tune(
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="New directory for the map.")],
     model: Annotated[
-        str | None, typer.Option(help="Directory or hub id of the model, for its own tokens.")
+        str | None,
+        typer.Option(help="Directory or hub id of the model, or smollm2, for its own tokens."),
     ] = None,
     encoder: Annotated[
         str, typer.Option(help="Dense part: tokens, or a sentence encoder's directory or id.")
@@ -359,7 +373,7 @@ Picture = Annotated[
 @suggest.command("layer")
 def suggest_layer(
     data: Records,
-    model: Annotated[str, typer.Option(help="Directory or hub id of the model.")],
+    model: Annotated[str, typer.Option(help="Directory or hub id of the model, or smollm2.")],
     count: Annotated[int, typer.Option(help="Records to try, the first with rewordings.")] = 8,
     layers: Annotated[
         str, typer.Option(help="Comma-separated.", show_default="six, the middle to the end")
@@ -382,7 +396,9 @@ def suggest_radius(
     codebook: Annotated[Path, typer.Option(metavar="DIR", help="Saved edits of these records.")],
     model: Annotated[
         str | None,
-        typer.Option(help="Directory or hub id.", show_default="the one the edits were made on"),
+        typer.Option(
+            help="Directory or hub id, or smollm2.", show_default="the one the edits were made on"
+        ),
     ] = None,
     neighbours: Annotated[
         float, typer.Option(help="Share of prompts about other subjects that may fire.")

@@ -50,7 +50,9 @@ def add(
     ],
     model: Annotated[
         str | None,
-        typer.Option(help="Directory or hub id of the model. May be left out with --resume."),
+        typer.Option(
+            help="Directory or hub id of the model, or smollm2. May be left out with --resume."
+        ),
     ] = None,
     layer: Annotated[
         str | None,

@@ -111,7 +111,8 @@ def _tell(found: Any, as_json: bool) -> int:
     console = screen()
     if rows:
         console.print(table(list(rows[0]), [[*row.values()] for row in rows]))
-    console.print(found.reason)
+    named = f"radius {number(told['radius'])}: " if "radius" in told else ""
+    console.print(named + found.reason)
     return OK
 
 

@@ -217,7 +217,7 @@ class _Training:
         self.done = self._reached or last_step
 
     def step(self, gradient: Tensor) -> None:
-        """Take a step of Adam; far from the target after a quarter of them, start over at `task.lr`.
+        """Take a step of Adam; far from the target after a third of them, start over at `task.lr`.
 
         A step as long as the first gradient tells may leap over what it looks for again and again.
         """
@@ -225,7 +225,7 @@ class _Training:
         group = self._optimizer.param_groups[0]
         if self._steps == 0:
             group["lr"] = _first_step(self.task.lr, self.settings.move, self._odds, gradient)
-        hopeless = self._steps == self.settings.max_steps // 4
+        hopeless = self._steps == max(_PATIENCE, self.settings.max_steps // 3)
         if hopeless and group["lr"] > self.task.lr and float(self._odds.min()) < _LEAST:
             with torch.no_grad():
                 self.value.copy_(self.task.start)

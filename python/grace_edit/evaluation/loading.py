@@ -200,8 +200,8 @@ def _detected(rows: list[Row]) -> str:
     if kind is None:
         fields = sorted(first) if isinstance(first, dict) else type(first).__name__
         raise DataError(
-            f"{place}: kind must be told by the fields of the first record, got {fields}; name "
-            f"one of {', '.join(KINDS)}"
+            f"{place}: kind must be told by the fields of the first record, got {fields}; the "
+            f"kinds are {', '.join(KINDS)}"
         )
     return kind
 
