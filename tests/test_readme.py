@@ -105,7 +105,7 @@ def test_a_model_of_your_own_is_edited_saved_and_served_as_the_docs_say(
 ) -> None:
     page = "docs/serving.md"
     shown = [text for language, text in blocks(page) if language == "python"]
-    edit, score, serve, share = shown[:4]
+    edit, score, serve, share, keep = shown
     code = edit.replace('"gpt2"', repr(str(small_gpt2)))
     assert code != edit
     printed = run(page, code).splitlines()

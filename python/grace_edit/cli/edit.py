@@ -161,7 +161,7 @@ def _kept_config(options: Options, saved: SavedEdits, done: int) -> GraceConfig:
 def _check_free(options: Options) -> None:
     """Refuse a place that holds other edits, before any work is done."""
     out, resume = options.out, options.resume
-    same = resume is not None and out.exists() and out.samefile(resume)
+    same = resume is not None and resume.exists() and out.exists() and out.samefile(resume)
     if holds_edits(out) and not same:
         raise CommandError(
             CONFLICT,
