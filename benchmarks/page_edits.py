@@ -128,4 +128,6 @@ def _cell(row: dict[str, Any] | None) -> str:
     value = row["value"]
     if value == int(value) and value > 1:
         return f"{value:,.0f}"
+    if row["count"] and value in (0, 1):
+        return f"all {row['count']:,}" if value else f"none of {row['count']:,}"
     return f"{value:.4g} of {row['count']:,}" if row["count"] else f"{value:.4g}"

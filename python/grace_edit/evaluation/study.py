@@ -138,7 +138,7 @@ class _Study:
                 rows += json.loads(path.read_text(encoding="utf-8"))
         results = {
             "command": self.options.command,
-            "model": self.options.model,
+            "model": Path(str(self.options.model)).name,
             "encoder": _short(self.encoder),
             "counts": self.parts.counts,
             "sizes": asdict(self.sizes),
