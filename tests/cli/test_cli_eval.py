@@ -59,7 +59,7 @@ def test_an_evaluation_prints_its_figures_and_goes_on_where_it_was_stopped(
     told = json.loads(again.stdout)
     assert told["headline"]["grace"]["ERR"] == 1
     assert told["headline"].keys() == {"grace"}
-    assert told["command"].startswith("grace ")
+    assert told["command"].split()[0] == "grace"
     assert (tmp_path / "out" / "grace" / "journal.jsonl").read_bytes() == log
 
 
