@@ -1,9 +1,9 @@
 """Which implementation answers: libraries, the choice by device and by name, `build_info`.
 
 `backend=None` leaves the choice to the dispatcher. On a CPU the compiled kernels answer if `_C.so`
-is there, otherwise the reference. On a GPU a chooser registered here answers: Triton, where that is
-missing the compiled CUDA kernels, where both are missing the reference. No measurement yet says
-that another order is better for some shapes.
+is there, otherwise the reference. On a GPU a chooser registered here answers: of the compiled CUDA
+kernels and Triton the one that is there, where both are the faster one by the measurements in
+`choice.py`, where neither is the reference.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from . import ops
+from .choice import TRITON_IS_FASTER, triton_is_faster
 
 Backend = Literal["reference", "cpu", "triton", "cuda"]
 NAMES: tuple[str, ...] = ("reference", "cpu", "triton", "cuda")
@@ -61,7 +62,7 @@ elif torch.version.hip is not None:
     _triton_missing = "the kernels were never tried on AMD GPUs"
 
 _MISSING = {"cpu": _cpu_missing, "triton": _triton_missing, "cuda": _cuda_missing}
-_ON_CUDA = next((name for name in ("triton", "cuda") if _MISSING[name] is None), "reference")
+_ON_CUDA = tuple(name for name in ("cuda", "triton") if _MISSING[name] is None) or ("reference",)
 
 
 @lru_cache
@@ -70,6 +71,12 @@ def _triton() -> Any:
     from .triton import lookup
 
     return lookup
+
+
+@lru_cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability of a GPU; a CPU, which tests dispatch to, has none."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
 def _register(name: str) -> dict[str, Any]:
@@ -86,8 +93,19 @@ def _register(name: str) -> dict[str, Any]:
 
     for key in ("CUDA", "CPU"):  # on a CPU for triton's interpreter
         ops.libraries["grace_triton"].impl(name, by_triton, key)
-    chosen = by_triton if _ON_CUDA == "triton" else operators[_ON_CUDA]
-    ops.libraries["grace"].impl(name, chosen, "CUDA")
+    # Where the batch and the keys are among the arguments.
+    asks, has = (2, 5) if name.endswith("adapt_") else (0, 1)
+    sketched = name.startswith("pruned_")
+
+    def by_table(*arguments: Any) -> Any:
+        keys = arguments[has]
+        shape = keys.element_size(), len(arguments[asks]), *keys.shape
+        if triton_is_faster(_capability(keys.device), *shape, sketched):
+            return by_triton(*arguments)
+        return operators["cuda"](*arguments)
+
+    only = by_triton if _ON_CUDA[0] == "triton" else operators[_ON_CUDA[0]]
+    ops.libraries["grace"].impl(name, only if len(_ON_CUDA) == 1 else by_table, "CUDA")
     return operators
 
 
@@ -162,13 +180,30 @@ def build_info() -> dict[str, Any]:
             info[backend].update(reason=why_not, remedy=_REMEDY[backend])
     if _cpu_missing is None:
         info["cpu"].update(isa=isa(), isas=available_isas())
-    info["chosen"] = {"cpu": "cpu" if _cpu_missing is None else "reference", "cuda": _ON_CUDA}
+    on_gpu, why = _on_a_gpu()
+    info["chosen"] = {"cpu": "cpu" if _cpu_missing is None else "reference", "cuda": on_gpu}
     info["why"] = {
         "cpu": "compiled for this machine" if _cpu_missing is None else _cpu_missing,
-        "cuda": {
-            "triton": "triton is installed",
-            "cuda": f"{_triton_missing}; the compiled library is there",
-            "reference": f"{_triton_missing}; {_cuda_missing}",
-        }[_ON_CUDA],
+        "cuda": why,
     }
     return info
+
+
+def _on_a_gpu() -> tuple[str, str]:
+    """Return what answers on the current GPU, but for what the table excepts, and why."""
+    if _ON_CUDA == ("reference",):
+        return "reference", f"{_triton_missing}; {_cuda_missing}"
+    if _ON_CUDA == ("cuda",):
+        return "cuda", f"{_triton_missing}; the compiled library is there"
+    if _ON_CUDA == ("triton",):
+        return "triton", f"triton is installed; {_cuda_missing}"
+    measured = ", ".join(f"{major}.{minor}" for major, minor in TRITON_IS_FASTER)
+    if not torch.cuda.is_available():
+        return "cuda", f"faster at most shapes where measured, on compute capability {measured}"
+    major, minor = torch.cuda.get_device_capability()
+    if (major, minor) in TRITON_IS_FASTER:
+        return "cuda", f"measured to be faster on compute capability {measured} at most shapes"
+    return (
+        "triton",
+        f"on compute capability {major}.{minor} nothing was measured, only on {measured}",
+    )

@@ -22,7 +22,7 @@ from grace_kernels import ops
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
-NAMESPACE = "grace_cuda_emulated"
+NAMESPACE, FORMS = "grace_cuda_emulated", "grace_cuda_forms_emulated"
 COMPILER = shlex.split(os.environ.get("CXX", "c++")) or ["c++"]
 
 
@@ -39,6 +39,7 @@ class Controls(ctypes.Structure):
         ("fail_malloc", ctypes.c_int),
         ("good_launches", ctypes.c_int),
         ("shared_limit", ctypes.c_int),
+        ("capability", ctypes.c_int),
         ("launches", ctypes.c_int),
         ("mallocs", ctypes.c_int),
         ("scored", ctypes.c_int64),
@@ -86,6 +87,9 @@ class Emulator:
         self._library = torch.library.Library(NAMESPACE, "DEF")
         for name in ops.LOOKUPS:
             self._library.define(name + ops._SCHEMAS[name])
+        self._forms = torch.library.Library(FORMS, "DEF")
+        self._forms.define("use(str names) -> ()")
+        self._forms.define("in_use() -> str")
         torch.ops.load_library(str(library))
         loaded = ctypes.CDLL(str(library))
         loaded.emulation_controls.restype = ctypes.POINTER(Controls)
@@ -97,12 +101,14 @@ class Emulator:
         self.defaults = {name: getattr(self.controls, name) for name, _ in Controls._fields_}
 
     @contextmanager
-    def device(self, **settings: Any) -> Iterator[Controls]:
-        """A fresh device with these settings, for the time of the block."""
+    def device(self, forms: str = "", **settings: Any) -> Iterator[Controls]:
+        """A fresh device with these settings and forms of csrc/cuda/forms.h, inside the block."""
+        getattr(torch.ops, FORMS).use(forms)
         for name, value in {**self.defaults, **settings}.items():
             setattr(self.controls, name, value)
         self._reset()
         yield self.controls
+        getattr(torch.ops, FORMS).use("")
 
     def take(self, stream: int, words: int) -> int:
         """Return the address of tickets for a launch, all of which are 0."""

@@ -11,9 +11,11 @@
 
 // The registration at the end of lookup.cu then reads (grace_cuda_emulated, CPU, m).
 #define grace_cuda grace_cuda_emulated
+#define grace_cuda_forms grace_cuda_forms_emulated
 #define CUDA CPU
 #include "../../../csrc/cuda/lookup.cu"
 #undef CUDA
+#undef grace_cuda_forms
 #undef grace_cuda
 
 extern "C" {
