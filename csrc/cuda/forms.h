@@ -8,7 +8,9 @@
 //   coordinates   sketches of queries in a launch of their own, lookup_coordinates.cuh
 #pragma once
 
+#include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>

@@ -93,6 +93,7 @@ class Emulator:
         torch.ops.load_library(str(library))
         loaded = ctypes.CDLL(str(library))
         loaded.emulation_controls.restype = ctypes.POINTER(Controls)
+        self._default_forms = ""
         self._reset = loaded.emulation_reset
         self._take = loaded.emulation_take
         self._take.restype, self._take.argtypes = ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_int)
@@ -100,15 +101,34 @@ class Emulator:
         self.controls: Controls = loaded.emulation_controls().contents
         self.defaults = {name: getattr(self.controls, name) for name, _ in Controls._fields_}
 
-    @contextmanager
-    def device(self, forms: str = "", **settings: Any) -> Iterator[Controls]:
-        """A fresh device with these settings and forms of csrc/cuda/forms.h, inside the block."""
+    def use(self, forms: str) -> None:
+        """Let these forms of csrc/cuda/forms.h be in use."""
         getattr(torch.ops, FORMS).use(forms)
+
+    def forms(self) -> str:
+        """Return the forms in use."""
+        return str(getattr(torch.ops, FORMS).in_use())
+
+    @contextmanager
+    def default_forms(self, forms: str) -> Iterator[None]:
+        """Inside the block, the forms of devices for which none are named."""
+        self._default_forms = forms
+        try:
+            yield
+        finally:
+            self._default_forms = ""
+
+    @contextmanager
+    def device(self, forms: str | None = None, **settings: Any) -> Iterator[Controls]:
+        """A fresh device with these settings and forms of csrc/cuda/forms.h, inside the block."""
+        self.use(self._default_forms if forms is None else forms)
         for name, value in {**self.defaults, **settings}.items():
             setattr(self.controls, name, value)
         self._reset()
-        yield self.controls
-        getattr(torch.ops, FORMS).use("")
+        try:
+            yield self.controls
+        finally:
+            self.use("")
 
     def take(self, stream: int, words: int) -> int:
         """Return the address of tickets for a launch, all of which are 0."""
