@@ -79,6 +79,14 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
 
+def _by_table(name: str, keys: torch.Tensor, batch: int) -> str:
+    """Return which of two implementations answers a call of the operator `name` on a GPU."""
+    slots, dim = keys.shape
+    sketched = name.startswith("pruned_")
+    shape = keys.element_size(), batch, slots, dim
+    return "triton" if triton_is_faster(_capability(keys.device), *shape, sketched) else "cuda"
+
+
 def _register(name: str) -> dict[str, Any]:
     """Put the Triton kernel and the chooser of one operator in their places; return all of it."""
     operators = {
@@ -95,12 +103,9 @@ def _register(name: str) -> dict[str, Any]:
         ops.libraries["grace_triton"].impl(name, by_triton, key)
     # Where the batch and the keys are among the arguments.
     asks, has = (2, 5) if name.endswith("adapt_") else (0, 1)
-    sketched = name.startswith("pruned_")
 
     def by_table(*arguments: Any) -> Any:
-        keys = arguments[has]
-        shape = keys.element_size(), len(arguments[asks]), *keys.shape
-        if triton_is_faster(_capability(keys.device), *shape, sketched):
+        if _by_table(name, arguments[has], len(arguments[asks])) == "triton":
             return by_triton(*arguments)
         return operators["cuda"](*arguments)
 
@@ -113,14 +118,21 @@ _OPERATORS = {name: _register(name) for name in ops.LOOKUPS}
 _CHOSEN: dict[str, Any] = {name: getattr(ops, name) for name in ops.LOOKUPS}
 
 
-def select(name: str, backend: str | None, device: torch.device) -> Any:
-    """Return the operator `name` of the backend asked for.
+def select(name: str, backend: str | None, keys: torch.Tensor, batch: int) -> Any:
+    """Return the operator `name` of the backend asked for, for a call with such keys and queries.
+
+    Where none is asked for it is `grace::*`, which chooses when it is called; but where that would
+    only be a second way through the dispatcher, it is chosen now. Never while a graph is traced: it
+    is to hold for other shapes too.
 
     Raises:
         ValueError: there is no backend of that name.
-        BackendUnavailable: it was not built, or does not run on `device`.
+        BackendUnavailable: it was not built, or does not run on the device of the keys.
     """
     if backend is None:
+        if not torch.compiler.is_compiling() and keys.is_cuda and type(keys) is torch.Tensor:
+            only = len(_ON_CUDA) == 1
+            return _OPERATORS[name][_ON_CUDA[0] if only else _by_table(name, keys, batch)]
         return _CHOSEN[name]
     if backend not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)} or None, got {backend!r}")
@@ -128,7 +140,7 @@ def select(name: str, backend: str | None, device: torch.device) -> Any:
         why_not = _MISSING[backend]
         if why_not is not None:
             raise BackendUnavailable(f"backend {backend!r}: {why_not}; {_REMEDY[backend]}")
-        _check_device(backend, device)
+        _check_device(backend, keys.device)
     return _OPERATORS[name][backend]
 
 

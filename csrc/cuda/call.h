@@ -17,9 +17,20 @@ namespace grace::cuda {
 
 constexpr int64_t kLaunchQueries = 4096;  // more queries are several launches
 
+// Not torch::stable::empty, which looks the operator up by its name and boxes six arguments: a call
+// of ours has three of these.
 inline Tensor allocate(const char* what, int64_t size, ScalarType dtype, const Tensor& like) {
+  const int32_t kind = dtype == ScalarType::Long    ? aoti_torch_dtype_int64()
+                       : dtype == ScalarType::Float ? aoti_torch_dtype_float32()
+                                                    : aoti_torch_dtype_uint8();
   try {
-    return torch::stable::empty({size}, dtype, std::nullopt, like.device());
+    int32_t device = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+    AtenTensorHandle made = nullptr;
+    const int64_t stride = 1;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, kind, device,
+                                                    like.get_device_index(), &made));
+    return Tensor(made);
   } catch (const std::exception& error) {
     const int64_t element = dtype == ScalarType::Long ? 8 : dtype == ScalarType::Float ? 4 : 1;
     throw std::runtime_error(
