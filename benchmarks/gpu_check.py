@@ -90,7 +90,8 @@ def test(name: str, told: list[str], log: Path, seconds: float, rehearse: bool) 
         found[what] += 1
     record.unlink(missing_ok=True)
     print(f"tests, {name}: {', '.join(f'{n} {what}' for what, n in found.items()) or 'no record'}")
-    print("\n".join([*failed[:20], *(f"not run: {of} ({n})" for of, n in late.items())]), flush=True)
+    untold = [f"not run: {of} ({n})" for of, n in late.items()]
+    print("\n".join([*failed[:20], *untold]), flush=True)
     return status == 0 and found["passed"] > 0 and not (late and name != LAST[0])
 
 

@@ -1,7 +1,7 @@
 """Which of the two implementations for GPUs answers which call: a table of measurements.
 
-Source of every row: `benchmarks/results/nvidia-h100-4727689.csv`, 88 cases that both implementations
-answered on one H100, caches cold, replayed from a CUDA graph. Where a row ends between two measured
+Source of every row: `benchmarks/results/nvidia-h100-4727689.csv`, 88 cases that both answered on an
+H100, caches cold, replayed from a CUDA graph. Where a row ends between two measured
 sizes it ends about half way (geometrically), or where the CUDA kernel changes its own form. By the
 host's clock the compiled library wins by more: it costs the host 19 us a call, Triton 79.
 """

@@ -28,8 +28,8 @@ inline Tensor allocate(const char* what, int64_t size, ScalarType dtype, const T
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
     AtenTensorHandle made = nullptr;
     const int64_t stride = 1;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, kind, device,
-                                                    like.get_device_index(), &made));
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(1, &size, &stride, kind, device, like.get_device_index(), &made));
     return Tensor(made);
   } catch (const std::exception& error) {
     const int64_t element = dtype == ScalarType::Long ? 8 : dtype == ScalarType::Float ? 4 : 1;

@@ -5,7 +5,8 @@
 //   exact-always  the same wherever it can run, whether it should pay or not
 //   apart         answers in a launch of their own, lookup_apart.cuh
 //   rows          few wide rows to a slice are scanned on CUDA cores for up to 16 queries
-//   coordinates   sketches of queries in a launch of their own, lookup_coordinates.cuh
+//   coordinates   sketches of queries in a launch of their own, lookup_coordinates.cuh; besides a
+//                 slice gives its sketch up after one query that left too much, not after eight
 #pragma once
 
 #include <algorithm>

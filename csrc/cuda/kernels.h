@@ -133,6 +133,17 @@ Kernel choose(const Asked& asked, unsigned forms) {
   return batch <= 4 ? direct<T, 4, 2>() : direct<T, 8, 2>();
 }
 
+// Compiled in kernels_*.cu.
+extern template Kernel choose<float>(const Asked&, unsigned);
+extern template Kernel choose<Half>(const Asked&, unsigned);
+extern template Kernel choose<BFloat>(const Asked&, unsigned);
+extern template Kernel apart<float>();
+extern template Kernel apart<Half>();
+extern template Kernel apart<BFloat>();
+extern template Kernel coordinates<float>();
+extern template Kernel coordinates<Half>();
+extern template Kernel coordinates<BFloat>();
+
 // The same shape, with a sketch of the keys.
 inline Kernel with_sketch(Kernel kernel) {
   kernel.function = kernel.pruned;

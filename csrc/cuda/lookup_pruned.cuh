@@ -198,6 +198,11 @@ __device__ __forceinline__ void filter(const Problem& p, const Slice& slice, Pru
     for (int q = q0; q < q0 + kAtOnce; ++q) {
       const Sketched& query = pruning.query[q];
       if (!query.looks) continue;
+      // One query may have shown that the sketch is of no use here; each costs seven round trips.
+      if (p.sums != nullptr && q > q0) {
+        const unsigned found = *static_cast<volatile unsigned*>(&pruning.survivors);
+        if (ballot(found > room) != 0) break;
+      }
       const float wide = pruning.wide[q];
       float gap[4];
       unsigned left = here;

@@ -23,7 +23,7 @@ from benchmarks.peers import Book
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 OURS = gpu.ours(CPU)[0]
-FORMS = ("", ", exact", ", apart", ", rows", ", apart, rows", ", coordinates")
+FORMS = ("", ", exact-always", ", apart", ", rows", ", apart, rows", ", coordinates")
 ON_CUDA = Settings("cuda")
 
 

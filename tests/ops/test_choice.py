@@ -24,7 +24,7 @@ def cases(record: Path) -> dict[tuple[str, ...], dict[str, float]]:
             name, _, sketch = row["name"].partition(", ")
             if name in ("triton", "cuda") and row["cache"] == "cold" and row["unit"] == "us":
                 about = (row[c] for c in ("part", "data", "dtype", "batch", "keys", "width"))
-                found[*about, sketch][name] = float(row["median"])
+                found[(*about, sketch)][name] = float(row["median"])
     return {case: times for case, times in found.items() if len(times) == 2}
 
 

@@ -206,9 +206,9 @@ def test_the_exact_scan_copies_16_bytes_at_a_time_and_adds_doubles_unfused(built
     scans: dict[str, list[list[str]]] = {}
     for name, lines in loops(ptx):
         body = "\n".join(lines)
-        if re.search("exact_kernel|apart_kernel", name) and "cp.async.cg" in body:
-            if "sub.rn.f64" in body:
-                scans.setdefault(name, []).append(lines)
+        ours = re.search("exact_kernel|apart_kernel", name)
+        if ours and "cp.async.cg" in body and "sub.rn.f64" in body:
+            scans.setdefault(name, []).append(lines)
     assert len(scans) == 3 * (4 + 1)
     for name, found in scans.items():
         body = "\n".join(min(found, key=len))

@@ -13,6 +13,9 @@
 #define grace_cuda grace_cuda_emulated
 #define grace_cuda_forms grace_cuda_forms_emulated
 #define CUDA CPU
+#include "../../../csrc/cuda/kernels_bf16.cu"
+#include "../../../csrc/cuda/kernels_fp16.cu"
+#include "../../../csrc/cuda/kernels_fp32.cu"
 #include "../../../csrc/cuda/lookup.cu"
 #undef CUDA
 #undef grace_cuda_forms

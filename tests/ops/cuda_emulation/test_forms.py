@@ -1,4 +1,4 @@
-"""Forms of the CUDA kernels that are off by default, emulated: the reference's bits all the same."""
+"""Forms of the CUDA kernels that are off by default, emulated: the reference's bits."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from grace_kernels import reference
-from grace_kernels.testing import INF, Case, random_codebook, same_bits, swap_shows, ties_within_rounding
+from grace_kernels.testing import (
+    INF,
+    Case,
+    random_codebook,
+    same_bits,
+    swap_shows,
+    ties_within_rounding,
+)
 
 from . import test_launch, test_scan
 from .emulator import Emulator
