@@ -25,7 +25,13 @@ struct ExactScan {
   static constexpr int kBlocks = 2;  // per multiprocessor
   static constexpr int kValues = Q * R;
   static constexpr int kGroups = kWarps * R;
+  static_assert(R == 2);  // a group has R keys, or at the end of a slice one
   static_assert(kRingBytes == 8192 && kStages >= 4 && kValues <= 32 && kGroups <= 32);
+};
+
+template <int R>
+struct Rows {
+  static constexpr int value = R;
 };
 
 // The nearest live slot so far of a query among those of this lane, which come in ascending order.
@@ -92,29 +98,37 @@ __device__ __forceinline__ Nearest exact_scan(const Problem& p, const Slice& sli
     double sums[Shape::kValues];
 #pragma unroll
     for (int v = 0; v < Shape::kValues; ++v) sums[v] = 0;
+    const auto add_up = [&](auto rows) {
+      constexpr int kRows = decltype(rows)::value;
 #pragma unroll 1
-    for (int left = row_bytes, chunk = 0; chunk < chunks; left -= Chunk<T>::kBytes, ++chunk) {
-      wait_for_copies<Shape::kStages - 2>();
-      if constexpr (Chunk<T>::kShared) converge();  // all have copied this one, and read the last
-      fill();
-      double k[R][8];
+      for (int left = row_bytes, chunk = 0; chunk < chunks; left -= Chunk<T>::kBytes, ++chunk) {
+        wait_for_copies<Shape::kStages - 2>();
+        if constexpr (Chunk<T>::kShared) converge();  // all have copied this one, and read the last
+        fill();
+        double k[kRows][8];
 #pragma unroll
-      for (int r = 0; r < R; ++r) {
-        // Behind the last key is what an earlier one left.
-        read_chunk<T>(ring + read_at + r * Chunk<T>::kBytes, left, k[r]);
+        for (int r = 0; r < kRows; ++r) {
+          read_chunk<T>(ring + read_at + r * Chunk<T>::kBytes, left, k[r]);
+        }
+#pragma unroll
+        for (int q = 0; q < Q; ++q) {
+          float run[8];
+          double x[8];
+          load_run<T>(query[q], p.dim - left / static_cast<int>(sizeof(T)) + lane * 8, p.dim, true,
+                      run);
+#pragma unroll
+          for (int i = 0; i < 8; ++i) x[i] = static_cast<double>(run[i]);
+#pragma unroll
+          for (int r = 0; r < kRows; ++r) sums[q * R + r] = add_squares(sums[q * R + r], x, k[r]);
+        }
+        read_at = (read_at + Shape::kStageBytes) % Shape::kRingBytes;
       }
-#pragma unroll
-      for (int q = 0; q < Q; ++q) {
-        float run[8];
-        double x[8];
-        load_run<T>(query[q], p.dim - left / static_cast<int>(sizeof(T)) + lane * 8, p.dim, true,
-                    run);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) x[i] = static_cast<double>(run[i]);
-#pragma unroll
-        for (int r = 0; r < R; ++r) sums[q * R + r] = add_squares(sums[q * R + r], x, k[r]);
-      }
-      read_at = (read_at + Shape::kStageBytes) % Shape::kRingBytes;
+    };
+    // Few keys are often one to a warp: the rest of a group then costs nothing.
+    if (place + (R - 1) * kWarps < slots) {
+      add_up(Rows<R>{});
+    } else {
+      add_up(Rows<1>{});
     }
     const float s = __double2float_rn(fold_of_warp<Shape::kValues, 16>(sums));
     if (radius != -infinity()) nearest.take(s, my_place, radius);

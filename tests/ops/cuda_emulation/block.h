@@ -208,6 +208,7 @@ struct Controls {
   int shared_bytes = 0;
   const void* tickets = nullptr;
   int tickets_left = 0;  // words that a launch left different from 0
+  const void* kernel = nullptr;
 };
 
 inline Controls& controls() {

@@ -48,6 +48,7 @@ class Controls(ctypes.Structure):
         ("shared_bytes", ctypes.c_int),
         ("tickets", ctypes.c_void_p),
         ("tickets_left", ctypes.c_int),
+        ("kernel", ctypes.c_void_p),
     )
 
 

@@ -63,6 +63,7 @@ cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 threads, void**
     return static_cast<cudaError_t>(controls.fail_launch);
   }
   ++controls.launches;
+  controls.kernel = kernel;
   controls.grid_x = grid.x;
   controls.grid_y = grid.y;
   controls.shared_bytes = static_cast<int>(shared);
