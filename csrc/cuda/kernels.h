@@ -100,14 +100,15 @@ bool exact_pays(const Asked& asked) {
   return cheap && (asked.batch <= (sizeof(T) == 2 ? 2 : 4) || squares <= kFewSquares);
 }
 
-// Which kernel answers. Counted instructions, nothing measured yet: on CUDA cores 16 bytes of keys
-// per lane cost 60 instructions with one query and 22 more with each further one, on tensor cores
-// 50 with 16 queries and 90 with 64. But 8 KB ahead per warp on CUDA cores are whole rows where a
-// tensor scan of few keys has 64 bytes per row and stage, and waits longer. Four times 16 queries
-// need 160 KB of shared memory, which not every device has. Only CUDA cores take unaligned rows.
+// Which kernel answers; times are of benchmarks/results/nvidia-h100-4727689.csv. On CUDA cores 16
+// bytes of keys per lane cost 60 instructions with one query and 22 more with each further one, on
+// tensor cores 50 with 16 queries and 90 with 64. But 8 KB ahead per warp on CUDA cores are whole
+// rows where a tensor scan of few keys has 64 bytes per row and stage, and waits longer: 8 queries
+// of 1,000 x 4096 take 31 us on CUDA cores, of 1,000 x 11008 194 on tensor cores. Four times 16
+// queries need 160 KB of shared memory, which not every device has. Only CUDA cores take unaligned
+// rows. The limits below are estimates; that of rows has an effect in a form of its own alone.
 constexpr int64_t kFewBytes = 64 << 10;  // of keys per multiprocessor
-
-constexpr int64_t kFewRows = 128;  // to a block; fewer are half a tile of a tensor scan
+constexpr int64_t kFewRows = 128;        // to a block; fewer are half a tile of a tensor scan
 
 template <class T>
 Kernel choose(const Asked& asked, unsigned forms) {

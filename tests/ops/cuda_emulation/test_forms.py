@@ -23,7 +23,7 @@ from .test_pruned import expect as expect_pruned
 from .test_scan import CASES, DTYPES, HALVES, MMA_ERROR, codebook, expect
 
 EXACT, APART = "exact-always", "apart"
-FORMS = [EXACT, APART, f"{APART},rows"]
+FORMS = [EXACT, APART]
 
 
 @pytest.mark.parametrize("forms", FORMS)
@@ -43,7 +43,7 @@ def test_every_regime_is_answered_to_the_bit(case: Case, forms: str, emulator: E
 
 @pytest.mark.parametrize("forms", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, 8, 9, 17, 64, 65])
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 8, 9, 17, 65])
 @pytest.mark.parametrize("processors", [1, 5])
 def test_batch_size_slices_and_the_order_of_blocks_do_not_matter(
     dtype: torch.dtype, batch: int, processors: int, forms: str, emulator: Emulator
@@ -59,8 +59,8 @@ def test_batch_size_slices_and_the_order_of_blocks_do_not_matter(
 
 @pytest.mark.parametrize("forms", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch", [1, 2, 4, 6, 20])
-@pytest.mark.parametrize("dim", [248, 256, 264, 260, 800, 1500, 2560])
+@pytest.mark.parametrize("batch", [1, 3, 20])
+@pytest.mark.parametrize("dim", [248, 256, 264, 260, 2560])
 def test_rows_below_at_and_above_a_ring(
     dtype: torch.dtype, batch: int, dim: int, forms: str, emulator: Emulator
 ) -> None:
@@ -83,8 +83,8 @@ def test_the_order_inside_a_lane_is_the_canonical_one(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch", [1, 2, 4, 8, 9])
-@pytest.mark.parametrize("n", [1, 7, 8, 9, 31, 33, 257])
+@pytest.mark.parametrize("batch", [1, 2, 4, 9])
+@pytest.mark.parametrize("n", [1, 8, 9, 17, 257])
 def test_exact_slices_below_at_and_above_what_a_block_takes(
     dtype: torch.dtype, batch: int, n: int, emulator: Emulator
 ) -> None:
@@ -99,8 +99,8 @@ def test_exact_slices_below_at_and_above_what_a_block_takes(
 
 @pytest.mark.parametrize("forms", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch", [1, 4, 9])
-@pytest.mark.parametrize("dim", [8, 13, 64, 300])
+@pytest.mark.parametrize("batch", [1, 9])
+@pytest.mark.parametrize("dim", [8, 13, 300])
 def test_nothing_is_read_outside_the_arguments(
     dtype: torch.dtype, batch: int, dim: int, forms: str, emulator: Emulator
 ) -> None:
@@ -160,7 +160,7 @@ def test_the_margin_is_what_makes_an_answer_apart_exact(
 
 @pytest.mark.parametrize("forms", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("value_dtype", test_launch.VALUE_DTYPES)
+@pytest.mark.parametrize("value_dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("batch", [1, 5, 70])
 def test_hits_write_their_rows_and_nothing_else_is_touched(
     dtype: torch.dtype, value_dtype: torch.dtype, batch: int, forms: str, emulator: Emulator
@@ -203,8 +203,8 @@ def test_random_codebooks_through_sketches_begun_apart(part: int, emulator: Emul
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch", [1, 2, 4, 8, 9, 16, 17, 64, 70])
-@pytest.mark.parametrize("dim", [61, 256, 600])
+@pytest.mark.parametrize("batch", [1, 4, 8, 9, 17, 70])
+@pytest.mark.parametrize("dim", [61, 600])
 def test_a_sketch_begun_apart_spares_as_many_keys(
     dtype: torch.dtype, batch: int, dim: int, emulator: Emulator
 ) -> None:
