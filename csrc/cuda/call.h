@@ -223,9 +223,9 @@ class Call {
     if (asked.pruned) {
       found.scan = with_sketch(found.scan);
       // More queries of a block share the directions.
-      if (forms & kCoordinates && asked.batch <= 64 && asked.dim > 0)
+      if (forms & kFormCoordinates && asked.batch <= 64 && asked.dim > 0)
         found.before = coordinates<T>();
-    } else if (forms & kApart && found.scan.margin != &no_margin) {
+    } else if (forms & kFormApart && found.scan.margin != &no_margin) {
       found.behind = apart<T>();
     }
     return found;

@@ -19,22 +19,22 @@
 namespace grace::cuda {
 
 enum Form : unsigned {
-  kExact = 1,
-  kExactAlways = 2,
-  kApart = 4,
-  kRows = 8,
-  kCoordinates = 16,
+  kFormExact = 1,
+  kFormExactAlways = 2,
+  kFormApart = 4,
+  kFormRows = 8,
+  kFormCoordinates = 16,
 };
 
 struct FormName {
   const char* name;
   unsigned form;
 };
-constexpr FormName kFormNames[] = {{"exact", kExact},
-                                   {"exact-always", kExactAlways},
-                                   {"apart", kApart},
-                                   {"rows", kRows},
-                                   {"coordinates", kCoordinates}};
+constexpr FormName kFormNames[] = {{"exact", kFormExact},
+                                   {"exact-always", kFormExactAlways},
+                                   {"apart", kFormApart},
+                                   {"rows", kFormRows},
+                                   {"coordinates", kFormCoordinates}};
 
 // Of names with commas between them.
 inline unsigned forms_of(const std::string& names) {

@@ -114,7 +114,7 @@ template <class T>
 Kernel choose(const Asked& asked, unsigned forms) {
   const int64_t batch = asked.batch;
   if (asked.aligned && !asked.pruned &&
-      (forms & kExactAlways || (forms & kExact && exact_pays<T>(asked)))) {
+      (forms & kFormExactAlways || (forms & kFormExact && exact_pays<T>(asked)))) {
     if (batch == 1) return exact<T, 1, 2>();
     if (batch == 2) return exact<T, 2, 2>();
     return batch <= 4 ? exact<T, 4, 2>() : exact<T, 8, 2>();
@@ -126,7 +126,7 @@ Kernel choose(const Asked& asked, unsigned forms) {
     const Kernel wide = tensor<T, 4, 8, 1, 16>();
     if (asked.aligned && batch > 16 && wide.shared_bytes <= asked.shared_limit) return wide;
     const bool rows =
-        forms & kRows && batch <= 16 && asked.capacity < kFewRows * 2 * asked.processors;
+        forms & kFormRows && batch <= 16 && asked.capacity < kFewRows * 2 * asked.processors;
     if (asked.aligned && !rows && (batch > 8 || bytes_each > kFewBytes)) {
       return tensor<T, 1, 5, 2, 8>();
     }
