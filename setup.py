@@ -178,7 +178,7 @@ def cuda(home: Path, run_time: Path, macros: list[tuple[str, str]], depends: lis
         options += [f"-gencode=arch={target}" for target in TARGETS]
     extension = cpp_extension.CppExtension(
         "grace_kernels._C_cuda",
-        ["csrc/cuda/lookup.cu"],
+        [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/cuda/*.cu"))],
         depends=depends,
         include_dirs=[str(ROOT / "csrc" / "cuda")],
         define_macros=[*macros, ("USE_CUDA", "1")],

@@ -108,6 +108,13 @@ _library.define("isas() -> str")
 _library.define("use_isa(str name) -> ()")
 libraries["grace_cpu"] = _library
 
+# Of the compiled CUDA library: forms of its kernels that are off by default, by names with commas
+# between them; for tests and benchmarks, as csrc/cuda/forms.h says.
+_library = torch.library.Library("grace_cuda_forms", "DEF")
+_library.define("use(str names) -> ()")
+_library.define("in_use() -> str")
+libraries["grace_cuda_forms"] = _library
+
 nearest = torch.ops.grace.nearest.default
 lookup = torch.ops.grace.lookup.default
 adapt_ = torch.ops.grace.adapt_.default
