@@ -120,7 +120,7 @@ __device__ __forceinline__ float limit_of(float radius) {
 
 // The same of all slots, not only the slice's: its nearest may stand in the way of a farther hit
 // elsewhere.
-__device__ __noinline__ float limit_of_all(const Problem& p) {
+inline __device__ __noinline__ float limit_of_all(const Problem& p) {
   const int64_t n = slots_in_use(p);
   float largest = -infinity();
 #pragma unroll 8

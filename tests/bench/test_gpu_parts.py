@@ -214,7 +214,7 @@ def test_what_the_time_does_not_reach_is_named_and_no_failure(
 
 
 def test_the_most_telling_shapes_come_first_and_none_is_lost() -> None:
-    assert list(suite.ON_A_GPU) == ["ceilings", "operators", "pruned", "more"]
+    assert list(suite.ON_A_GPU) == ["ceilings", "forms", "operators", "pruned", "more"]
     first, others = gpu_operators.first_shapes(ON_CUDA), gpu_operators.other_shapes(ON_CUDA)
     assert {(s.part, s.dim, s.keys, s.batch) for s in first} == {
         ("lookup", dim, n, batch)
