@@ -81,25 +81,58 @@ def plant(editor: GraceEditor, prompt: list[int], seed: int = 0) -> int:
 
 
 class Steps:
-    """A manager whose batches are run by hand, in this thread."""
+    """A manager whose batches are run by hand, in this thread.
 
-    def __init__(self, model: Any, **changed: Any) -> None:
+    Args:
+        model: with an editor or without.
+        pads: batches have fixed shapes, as graphs are recorded of.
+        sequences: of each request.
+        changed: see `settings`.
+    """
+
+    settings = staticmethod(settings)
+
+    def __init__(
+        self, model: Any, *, pads: bool = False, sequences: int = 1, **changed: Any
+    ) -> None:
+        chosen = settings(**changed)
+        chosen["generation_config"].num_return_sequences = sequences
         self.model = model
-        self.manager = model.init_continuous_batching(**settings(**changed))
+        self.manager = model.init_continuous_batching(**chosen)
         self.processor = self.manager._create_batch_processor()
         self.manager.batch_processor = self.processor
+        self.processor.model_runner.pad_inputs = pads
         self.matched = 0  # tokens that were shared, not computed
-        self._watch(self.processor.cache)
+        self.thrown_out = 0  # requests, to be computed again
+        self.plans: list[Any] = []
+        self._watch()
 
-    def _watch(self, cache: Any) -> None:
-        own = cache.search_prefix_match
+    def _watch(self) -> None:
+        cache, scheduler = self.processor.cache, self.processor.scheduler
+        inputs = self.processor.inputs_and_outputs
+        search, wait, kwargs_of = (
+            cache.search_prefix_match,
+            scheduler.add_waiting_request,
+            inputs.get_model_kwargs,
+        )
 
         def search_prefix_match(*args: Any) -> int:
-            found = own(*args)
+            found = search(*args)
             self.matched += found
             return found
 
+        def add_waiting_request(state: Any) -> None:
+            self.thrown_out += state._true_initial_tokens > 0
+            wait(state)
+
+        def get_model_kwargs(**kwargs: Any) -> Any:
+            made = kwargs_of(**kwargs)
+            self.plans.append(made.get("grace_plan"))
+            return made
+
         cache.search_prefix_match = search_prefix_match
+        scheduler.add_waiting_request = add_waiting_request
+        inputs.get_model_kwargs = get_model_kwargs
 
     def add(self, prompt: list[int], **more: Any) -> str:
         return self.manager.add_request(prompt, **more)
@@ -112,10 +145,20 @@ class Steps:
         self.processor.update_batch()
         return True
 
+    def until(self, name: str, generated: int) -> None:
+        """Run batches until a request has got so many tokens since it was added or came back."""
+        for _ in range(1000):
+            state = self.processor.scheduler.active_requests.get(name)
+            if state is not None and len(state.generated_tokens) >= generated:
+                return
+            assert self.step()
+        raise AssertionError("it comes nowhere")
+
     def finish(self) -> dict[str, list[int]]:
         """Run to the end; returns the new tokens of each request that ended since the last call."""
-        while self.step():
-            pass
+        for _ in range(10_000):
+            if not self.step():
+                break
         ended, queue = {}, self.manager.output_router.output_queue
         while not queue.empty():
             result = queue.get()
@@ -123,8 +166,19 @@ class Steps:
             ended[result.request_id] = result.generated_tokens
         return ended
 
+    def run(self, prompts: list[list[int]]) -> list[list[int]]:
+        """Return the new tokens of prompts that are added together."""
+        names = [self.add(prompt) for prompt in prompts]
+        ended = self.finish()
+        return [ended[name] for name in names]
+
     def state(self, name: str) -> Any:
         return self.processor.scheduler.active_requests[name]
+
+    def waiting(self, name: str) -> bool:
+        """Say whether a request has been added and has not begun."""
+        queued = [state.request_id for state in list(self.manager.input_queue.queue)]
+        return name in queued or name in self.processor.scheduler.waiting_requests
 
     def evict(self, name: str) -> None:
         """Throw a request out of the cache, to be computed again with what it generated."""
