@@ -46,6 +46,7 @@ class QueryPlan:
         rows: how many rows the layer must see, one per token; None: not checked.
         answers: of the sequences, where they are known (`query="text"`); nothing is looked up then.
             `query_row` only says (by its sign) which of them are written.
+        kept: what the lookup found is copied into it.
     """
 
     query_row: Tensor
@@ -56,6 +57,7 @@ class QueryPlan:
     latched: bool = False
     rows: int | None = None
     answers: Latched | None = None
+    kept: Latched | None = None
 
     def to(self, device: torch.device) -> QueryPlan:
         """Return this plan with its tensors on `device`: itself if they are there."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .packed import PackedPlan
 from .positions import Latched, LatchedPlan, QueryPlan
 from .told import PromptEnds
 
@@ -98,7 +99,7 @@ class ThreadState(threading.local):
         # None: what the model's switch says; a generation that has begun does not ask it again.
         self.enabled: bool | None = None
         self.inside = False  # the model's forward is running
-        self.plan: QueryPlan | LatchedPlan | None = None
+        self.plan: QueryPlan | LatchedPlan | PackedPlan | None = None
         self.generation: Generation | None = None
         self.ends: PromptEnds | None = None  # of the prompts of plain forwards
         self.forced: Tensor | None = None
