@@ -27,7 +27,7 @@ $(STAMPS)/deps: constraints.txt Makefile pyproject.toml
 # Not isolated, so that ninja compiles on every core.
 $(STAMPS)/build: $(STAMPS)/deps $(BUILD_INPUTS)
 	@echo "building the operators"
-	$(PIP) --no-build-isolation -e ".[cli,plot,test]"
+	$(PIP) --no-build-isolation -e ".[cli,serve,plot,test]"
 	@touch $@
 
 $(STAMPS)/lint: $(STAMPS)/deps

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..codebook.codebook import Codebook
 from .positions import Latched, LatchedPlan, QueryPlan
 from .told import PromptEnds
 
 _MOST_ROOMS = 8  # batch sizes whose room for answers waits to be used again
 _MOST_PINNED = 32  # tensors of plans
+
+Witness = Callable[[Codebook, Tensor, Tensor, float], None]
+"""Told of each lookup of a thread, under the lock of the codebook: it, which slots answer `[B]`
+(-1: none), how far they are `[B]`, and the seconds it took."""
 
 
 class LayerReached(BaseException):
@@ -104,6 +110,7 @@ class ThreadState(threading.local):
         self.forced: Tensor | None = None
         self.captures: list[Captured] | None = None
         self.stops = False  # a capture ends its forward
+        self.witness: Witness | None = None
         self.rooms: dict[int, Latched] = {}  # free ones, by the number of sequences
         self.pinned: dict[tuple[str, torch.Size, torch.device], Tensor] = {}
 
