@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import logging
 import os
 import socket
 import sys
@@ -11,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from transformers.utils import logging as transformers_logging
 
 from ..families import Family
 from ..server import requirements
@@ -65,8 +66,7 @@ def _serve(options: Options, settings: dict[str, Any], listening: socket.socket)
     with quiet():
         keep = Saving(editor, options.codebook)
     name = options.name or _name_of(family)
-    # transformers warns of every request.
-    logging.getLogger("transformers.cli.serving").setLevel(logging.ERROR)
+    transformers_logging.set_verbosity_error()  # it warns of every request
     app = build_app(
         family,
         name=name,
