@@ -15,6 +15,7 @@ import grace_kernels
 
 from ..codebook.codebook import Codebook
 from .checkpointing import FollowedForward, FollowedForwards
+from .packed import PackedPlan
 from .positions import Latched, LatchedPlan, QueryPlan, pooled_mean
 from .precision import check_fits
 from .state import Captured, LayerReached, Switch, ThreadState
@@ -149,12 +150,14 @@ class GraceAdaptor:
         queries = source.reshape(-1, source.shape[-1])
         if isinstance(plan, LatchedPlan):
             return self._write_generated(rows, plan).view(shape)
-        plan = plan.to(source.device)
+        plan = plan if isinstance(plan, PackedPlan) else plan.to(source.device)
         if plan.rows is not None and not len(queries) == len(rows) == plan.rows:
             raise ValueError(
                 f"layer must take and give one row per token ({plan.rows} here), got "
                 f"{list(source.shape)} in and {list(shape)} out"
             )
+        if isinstance(plan, PackedPlan):
+            return self._adapt_packed(rows, queries, plan, source, hidden).view(shape)
         if plan.latched or plan.answers is not None:
             return self._write_latched(rows, plan).view(shape)
         if self.reads_text:
@@ -174,14 +177,37 @@ class GraceAdaptor:
             return hidden
         if self.forced is not None:
             return _write_rows(rows, plan, self.forced, query_row >= 0).view(shape)
+        return self._look_up(rows, queries, query_row, plan, source, hidden).view(shape)
+
+    def _look_up(
+        self,
+        rows: Tensor,
+        queries: Tensor,
+        query_row: Tensor,
+        plan: QueryPlan,
+        source: Tensor,
+        hidden: Tensor,
+    ) -> Tensor:
         if torch.compiler.is_compiling():
-            rows = self._answer(rows, queries, query_row, plan, copy=True)
-        else:
-            alias = share_memory(rows, source)
-            tracked = torch.is_grad_enabled() and hidden.requires_grad
-            with self.codebook.lock:
-                rows = self._answer(rows, queries, query_row, plan, copy=tracked, alias=alias)
-        return rows.view(shape)
+            return self._answer(rows, queries, query_row, plan, copy=True)
+        alias = share_memory(rows, source)
+        tracked = torch.is_grad_enabled() and hidden.requires_grad
+        with self.codebook.lock:
+            return self._answer(rows, queries, query_row, plan, copy=tracked, alias=alias)
+
+    def _adapt_packed(
+        self, rows: Tensor, queries: Tensor, plan: PackedPlan, source: Tensor, hidden: Tensor
+    ) -> Tensor:
+        plan.reached = True
+        if plan.asking is not None:
+            asking = plan.asking
+            with self.using(witness=plan.see if any(plan.witnesses) else None):
+                rows = self._look_up(rows, queries, asking.query_row, asking, source, hidden)
+        if plan.writes is not None:
+            check_fits(self.codebook, None, rows)
+            copy = torch.compiler.is_compiling() or share_memory(rows, source)
+            rows = plan.writes.into(rows, copy=copy)
+        return rows
 
     def _answer(
         self,
@@ -213,6 +239,9 @@ class GraceAdaptor:
             book.count_answers(index)
             if self.witness is not None:
                 self.witness(book, index, distance, time.perf_counter() - start)
+        if plan.kept is not None:
+            plan.kept.index.copy_(index)
+            plan.kept.values.copy_(book.values[index.clamp(min=0)])
         generation = self.generation
         if plan.latch and generation is not None and generation.latched is not None:
             generation.latched.index.copy_(index)

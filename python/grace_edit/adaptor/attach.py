@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from .adaptor import GraceAdaptor
+from .continuous import PLAN, check_served, follow
 from .forwards import plan_forward, plan_step, prompt_length, warn_later_turn, whole_prefill
+from .packed import PackedPlan
 from .state import Generation
 from .torch_private import next_node_number
 
@@ -117,6 +119,15 @@ class GraceGenerator(GraceSeam):
             )
         return out
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        adaptor: GraceAdaptor | None = self.__dict__.get("grace")
+        if adaptor is not None and adaptor.active:
+            check_served(adaptor)
+        manager = _beneath(self, "init_continuous_batching")(*args, **kwargs)
+        if adaptor is not None:
+            follow(manager, self)
+        return manager
+
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         own = _beneath(self, "prepare_inputs_for_generation")
         return _planned_inputs(self, own, args, kwargs)
@@ -178,8 +189,9 @@ def _swapped(mixin: type, base: type) -> type:
     name = f"Grace{base.__name__}" if mixin is GraceLayer else base.__name__
     members: dict[str, Any] = {"grace_base": base, "__module__": base.__module__}
     members["grace_arguments"] = tuple(inspect.signature(base.forward).parameters)[1:]  # type: ignore[attr-defined]
-    for method in ("forward", "generate", "prepare_inputs_for_generation"):
-        if hasattr(mixin, method):
+    methods = ("forward", "generate", "prepare_inputs_for_generation", "init_continuous_batching")
+    for method in methods:
+        if hasattr(mixin, method) and hasattr(base, method):
             members[method] = _with_signature(getattr(mixin, method), getattr(base, method))
     made = type(name, (mixin, base), members)
     made.__doc__ = base.__doc__
@@ -329,8 +341,11 @@ def _replace(adaptor: GraceAdaptor, args: Any, kwargs: Any, output: Any) -> Any:
 
 def _planned_forward(seam: Any, forward: Any, args: Any, kwargs: Any) -> Any:
     adaptor: GraceAdaptor | None = seam.__dict__.get("grace")
+    packed: PackedPlan | None = kwargs.pop(PLAN, None)
     if adaptor is None:
         return forward(*args, **kwargs)
+    if packed is not None:
+        return _packed_forward(adaptor, packed, forward, args, kwargs)
     before = plan = adaptor.plan
     if adaptor.active and before is None:
         generation = adaptor.generation
@@ -365,6 +380,18 @@ def _run_planned(
         return forward(*args, **kwargs)
     finally:
         adaptor.plan = before
+
+
+def _packed_forward(
+    adaptor: GraceAdaptor, plan: PackedPlan, forward: Any, args: Any, kwargs: Any
+) -> Any:
+    before, enabled, inside = adaptor.plan, adaptor.enabled, adaptor.inside
+    # enabled: a request ends as it began, whatever other threads switch off meanwhile.
+    adaptor.plan, adaptor.enabled, adaptor.inside = None if plan.empty else plan, True, True
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        adaptor.plan, adaptor.enabled, adaptor.inside = before, enabled, inside
 
 
 def _arguments(seam: Any, args: Any, kwargs: Any) -> dict[str, Any]:

@@ -7,10 +7,16 @@ T is the length of the piece that this forward computes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+Witness = Callable[[Any, Tensor, Tensor, float], None]
+"""Told of lookups, under the lock of the codebook: it, which slots answer `[B]` (-1: none), how far
+they are `[B]`, and the seconds it took."""
 
 
 @dataclass
@@ -46,6 +52,7 @@ class QueryPlan:
         rows: how many rows the layer must see, one per token; None: not checked.
         answers: of the sequences, where they are known (`query="text"`); nothing is looked up then.
             `query_row` only says (by its sign) which of them are written.
+        kept: what the lookup found is copied into it.
     """
 
     query_row: Tensor
@@ -56,6 +63,7 @@ class QueryPlan:
     latched: bool = False
     rows: int | None = None
     answers: Latched | None = None
+    kept: Latched | None = None
 
     def to(self, device: torch.device) -> QueryPlan:
         """Return this plan with its tensors on `device`: itself if they are there."""

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..codebook.codebook import Codebook
-from .positions import Latched, LatchedPlan, QueryPlan
+from .packed import PackedPlan
+from .positions import Latched, LatchedPlan, QueryPlan, Witness
 from .told import PromptEnds
 
 _MOST_ROOMS = 8  # batch sizes whose room for answers waits to be used again
 _MOST_PINNED = 32  # tensors of plans
-
-Witness = Callable[[Codebook, Tensor, Tensor, float], None]
-"""Told of each lookup of a thread, under the lock of the codebook: it, which slots answer `[B]`
-(-1: none), how far they are `[B]`, and the seconds it took."""
 
 
 class LayerReached(BaseException):
@@ -104,7 +99,7 @@ class ThreadState(threading.local):
         # None: what the model's switch says; a generation that has begun does not ask it again.
         self.enabled: bool | None = None
         self.inside = False  # the model's forward is running
-        self.plan: QueryPlan | LatchedPlan | None = None
+        self.plan: QueryPlan | LatchedPlan | PackedPlan | None = None
         self.generation: Generation | None = None
         self.ends: PromptEnds | None = None  # of the prompts of plain forwards
         self.forced: Tensor | None = None

@@ -21,9 +21,8 @@ from grace_kernels import nearest
 from ..codebook.codebook import Codebook
 from ..keys.prompts import TAIL, PromptReader
 from ..keys.text_keys import TextKeys
-from .positions import Latched
+from .positions import Latched, Witness
 from .precision import without_autocast
-from .state import Witness
 
 _KEPT = 256
 """Prompts whose rows are kept: the steps and the beams of one request make them once."""
