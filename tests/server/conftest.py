@@ -48,9 +48,15 @@ def editor(talker: Path) -> GraceEditor:
 
 
 @pytest.fixture
-def client(editor: GraceEditor) -> Iterator[Client]:
-    """A client of a server that takes changes and keeps them in memory."""
-    app = build_app(editor.family, name="talker", editor=editor, token=TOKEN)
+def client(editor: GraceEditor, request: pytest.FixtureRequest) -> Iterator[Client]:
+    """A client of a server that takes changes and keeps them in memory; see `both`."""
+    app = build_app(
+        editor.family,
+        name="talker",
+        editor=editor,
+        token=TOKEN,
+        batched=getattr(request, "param", False),
+    )
     with serving(app) as found:
         yield found
 

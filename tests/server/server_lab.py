@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import uvicorn
 
 TEMPLATE = (
@@ -23,6 +24,10 @@ LAYER = "transformer.h.0.mlp"
 TOKEN = "a-token"
 WRITER = {"Authorization": f"Bearer {TOKEN}"}
 """Headers of who may change edits."""
+
+
+both = pytest.mark.parametrize("client", [False, True], ids=["alone", "batched"], indirect=True)
+"""Marks a test of requests that are generated one after the other, and in batches."""
 
 
 @dataclass
@@ -47,7 +52,7 @@ class Reply:
         """What the model said, in one piece or in a stream."""
         if "event-stream" not in self.headers["content-type"]:
             choice = self.json["choices"][0]
-            return str(choice.get("text") or choice["message"]["content"])
+            return str(choice["text"] if "text" in choice else choice["message"]["content"])
         lines = self.body.decode().split("\n\n")
         chunks = [json.loads(line[6:])["choices"][0] for line in lines if line]
         return "".join(c.get("text") or c.get("delta", {}).get("content") or "" for c in chunks)

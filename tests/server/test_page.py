@@ -8,7 +8,10 @@ import pytest
 from browser import FOUND, Browser, browsing
 from server_lab import CAPITAL, RIVER, TOKEN, Client
 
-pytestmark = pytest.mark.skipif(FOUND is None, reason="needs chromium")
+pytestmark = [
+    pytest.mark.skipif(FOUND is None, reason="needs chromium"),
+    pytest.mark.parametrize("client", [True], ids=["batched"], indirect=True),
+]
 
 LAST = "document.querySelector('#turns > li:last-child')"
 FOCUS = "document.activeElement"

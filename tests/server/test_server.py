@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from grace_edit import GraceEditor
+from grace_edit import GraceConfig, GraceEditor
+from grace_edit.families.turns import answer_ids
 from grace_edit.server.app import build_app
 from grace_edit.server.keeping import Saving
-from server_lab import CAPITAL, RIVER, TOKEN, WRITER, Client, serving
+from server_lab import CAPITAL, LAYER, RIVER, TOKEN, WRITER, Client, both, serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
+@both
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_a_correction_answers_the_next_request_and_undo_takes_it_back(
     client: Client, stream: bool
@@ -33,6 +36,7 @@ def test_a_correction_answers_the_next_request_and_undo_takes_it_back(
     assert before.version < edited.version < after.version
 
 
+@both
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_who_asks_is_told_which_edit_answered(client: Client, stream: bool) -> None:
     made = client.correct(CAPITAL, "Canberra").json
@@ -48,6 +52,7 @@ def test_who_asks_is_told_which_edit_answered(client: Client, stream: bool) -> N
         assert told == {"version": 1, "edit": made["id"], "distance": 0.0, "radius": 0.5}
 
 
+@both
 def test_plain_completions_and_responses_answer_with_the_edits_too(client: Client) -> None:
     plain = {"prompt": CAPITAL, "max_tokens": 1}
     assert client.ask("POST", "/v1/completions", plain).said == "Perth"
@@ -106,6 +111,7 @@ def test_figures_say_what_was_asked_and_what_answered(client: Client) -> None:
     assert float(figures[asked]) == 3
 
 
+@both
 def test_requests_go_on_while_an_edit_is_made_and_each_is_of_one_version(
     client: Client, editor: GraceEditor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,11 +140,11 @@ def test_requests_go_on_while_an_edit_is_made_and_each_is_of_one_version(
 
 
 def test_a_stream_is_stamped_by_what_answered_it_not_by_what_is_edited_later(
-    client: Client, editor: GraceEditor
+    editor: GraceEditor,
 ) -> None:
     """The edit is committed between the answer to the prompt and the end of the reply."""
     generate = type(editor.model).generate
-    client.correct(CAPITAL, "Canberra")
+    assert editor.edit(*correction(editor, CAPITAL, "Canberra")).success
     book = editor.codebook
     seen = []
 
@@ -157,12 +163,48 @@ def test_a_stream_is_stamped_by_what_answered_it_not_by_what_is_edited_later(
             return generate(editor.model, *args, **kwargs)
 
     editor.model.__dict__["generate"] = Between()
-    try:
+    with serving(build_app(editor.family, name="talker")) as client:
         reply = client.chat(CAPITAL, stream=True, explain=True)
-    finally:
-        del editor.model.__dict__["generate"]
     assert seen == [2]
     assert (reply.said, reply.version, reply.headers["x-grace-edit"]) == ("Canberra", 1, "0")
+
+
+def test_requests_in_one_batch_are_answered_and_stamped_each_for_itself(
+    editor: GraceEditor,
+) -> None:
+    assert editor.edit(*correction(editor, CAPITAL, "Canberra")).success
+    app = build_app(editor.family, name="talker", batched=True)
+    plain = {"prompt": "capital of Egypt ?", "max_tokens": 6, "temperature": 0}
+    with serving(app) as client, ThreadPoolExecutor(8) as pool:
+        alone = client.ask("POST", "/v1/completions", plain).said
+        chats = [CAPITAL, RIVER] * 8
+        found = [
+            pool.submit(client.chat, message, explain=True, stream=bool(n % 3))
+            for n, message in enumerate(chats)
+        ]
+        others = [pool.submit(client.ask, "POST", "/v1/completions", plain) for _ in range(4)]
+        for message, future in zip(chats, found, strict=True):
+            reply = future.result()
+            wanted = ("Canberra", "0") if message == CAPITAL else ("Nile", "none")
+            assert (reply.said, reply.headers["x-grace-edit"]) == wanted
+            assert reply.version == 1
+        assert {future.result().said for future in others} == {alone}
+        # What is chosen otherwise is generated alone, beside the batches.
+        other = client.chat(CAPITAL, frequency_penalty=0.1)
+        assert (other.said, other.version) == ("Canberra", 1)
+
+
+def test_a_model_that_cannot_be_batched_is_refused_with_the_reason(talker: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(talker, attn_implementation="eager").eval()
+    tokenizer = AutoTokenizer.from_pretrained(talker)
+    made = GraceEditor(model, tokenizer, GraceConfig(layer=LAYER, radius=0.5))
+    with pytest.raises(ValueError, match="attention must be sdpa, got eager"):
+        build_app(made.family, name="talker", batched=True)
+
+
+def correction(editor: GraceEditor, message: str, right: str) -> tuple[Any, Any]:
+    turns = [{"role": "user", "content": message}]
+    return turns, answer_ids(editor.model, editor.tokenizer, turns, right)
 
 
 def test_what_was_acknowledged_is_on_disk_and_what_is_not_kept_is_not_made(

@@ -17,7 +17,7 @@ import pytest
 from grace_edit import GraceEditor
 from grace_edit.cli import app as command
 from grace_edit.server.app import build_app
-from server_lab import CAPITAL, RIVER, TOKEN, WRITER, Client, serving
+from server_lab import CAPITAL, RIVER, TOKEN, WRITER, Client, both, serving
 from typer.testing import CliRunner
 
 CHAT, EDITS = "/v1/chat/completions", "/v1/edits"
@@ -160,6 +160,7 @@ def test_an_edit_that_cannot_be_made_says_why_and_changes_nothing(
     assert client.chat(CAPITAL).said == "Sydney"
 
 
+@both
 def test_edits_at_once_are_made_one_by_one_and_all_are_there(client: Client) -> None:
     answers = ["Canberra", "Oslo", "Quito", "Zanzibar"]
     with ThreadPoolExecutor(8) as pool:
@@ -174,6 +175,7 @@ def test_edits_at_once_are_made_one_by_one_and_all_are_there(client: Client) -> 
     assert client.chat(CAPITAL).said == versions[-1][1]
 
 
+@both
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 def test_a_client_that_leaves_ends_its_generation_and_disturbs_nobody(
     client: Client, editor: GraceEditor, stream: bool

@@ -235,6 +235,10 @@ def serve(
             show_default="nobody may",
         ),
     ] = None,
+    continuous_batching: Annotated[
+        bool,
+        typer.Option("--continuous-batching", help="Generate requests in common batches."),
+    ] = False,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any that is free.")
@@ -256,7 +260,17 @@ def serve(
 
     settings = {"layer": layer, "radius": radius, "query": value_of(query)}
     options = Options(
-        model, codebook, follow, token, host, port, name, value_of(dtype), device.value, json
+        model=model,
+        codebook=codebook,
+        follow=follow,
+        token=token,
+        batched=continuous_batching,
+        host=host,
+        port=port,
+        name=name,
+        dtype=value_of(dtype),
+        device=device.value,
+        as_json=json,
     )
     raise typer.Exit(run(options, settings))
 

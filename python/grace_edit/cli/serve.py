@@ -31,6 +31,7 @@ class Options:
     codebook: Path
     follow: bool
     token: str | None
+    batched: bool
     host: str
     port: int
     name: str | None
@@ -57,6 +58,7 @@ def run(options: Options, settings: dict[str, Any]) -> int:
 
 def _serve(options: Options, settings: dict[str, Any], listening: socket.socket) -> int:
     from ..server.app import build_app
+    from ..server.batching import why_not_batched
     from ..server.keeping import Saving
 
     editor = open_editor(options.model, options.codebook, options.dtype, options.device, settings)
@@ -67,6 +69,9 @@ def _serve(options: Options, settings: dict[str, Any], listening: socket.socket)
         keep = Saving(editor, options.codebook)
     name = options.name or _name_of(family)
     transformers_logging.set_verbosity_error()  # it warns of every request
+    refused = why_not_batched(family) if options.batched else None
+    if refused is not None:
+        raise CommandError(USAGE, f"--continuous-batching must be left out: {refused}")
     app = build_app(
         family,
         name=name,
@@ -74,6 +79,7 @@ def _serve(options: Options, settings: dict[str, Any], listening: socket.socket)
         keep=keep,
         token=None if options.token is None else options.token.strip(),
         local=_is_loopback(listening),
+        batched=options.batched,
     )
     _run(app, listening, lambda: _tell(options, family, name, listening))
     return OK

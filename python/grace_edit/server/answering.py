@@ -58,6 +58,7 @@ class Trace:
         error: what its generation failed with.
         gone: the client has left; what it asked for ends as soon as it can.
         version: of an answer that is not generated, to be stamped.
+        body: of a request that generates.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, *, explain: bool = False) -> None:
@@ -66,7 +67,10 @@ class Trace:
         self.submitted = False
         self.error: BaseException | None = None
         self.version: int | None = None
+        self.body: dict[str, Any] = {}
         self._gone = threading.Event()
+        self._left = asyncio.Event()
+        self._leaving: list[Callable[[], None]] = []
         self._loop = loop
         self._known = asyncio.Event()
 
@@ -75,9 +79,20 @@ class Trace:
         return self._gone.is_set()
 
     def leave(self) -> None:
-        """Note that the client has left."""
+        """Note that the client has left, or was answered to the end."""
         self._gone.set()
+        self._left.set()
         self._known.set()
+        while self._leaving:
+            self._leaving.pop()()
+
+    def at_leaving(self, work: Callable[[], None]) -> None:
+        """Have something done in the loop when the client leaves."""
+        self._leaving.append(work)
+
+    async def left(self) -> None:
+        """Wait until the client leaves."""
+        await self._left.wait()
 
     def see(self, book: Codebook, index: Tensor, distance: Tensor, seconds: float) -> None:
         """Take note of a lookup, as a witness of the thread that generates; see `Witness`."""

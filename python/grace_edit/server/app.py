@@ -17,6 +17,7 @@ from transformers.cli.serving.server import build_server
 from ..editor import GraceEditor
 from ..families import Family
 from .answering import current
+from .batching import Batches, why_not_batched
 from .boundary import Boundary, error_body
 from .edits import Edits, Keep, Refused, described
 from .generating import handlers, stamped
@@ -43,6 +44,7 @@ def build_app(
     keep: Keep = lambda change: change(),
     token: str | None = None,
     local: bool = True,
+    batched: bool = False,
     closing: Callable[[], None] = lambda: None,
 ) -> Boundary:
     """Return an ASGI application that serves an attached model and its edits.
@@ -55,11 +57,19 @@ def build_app(
             process.
         token: who sends it may change edits; None: nobody may.
         local: the server listens on the loopback address alone.
+        batched: generate what is to be chosen greedily in common batches.
         closing: called once when the server stops, after the last change.
+
+    Raises:
+        ValueError: `batched`, and the model or its edits do not allow it.
     """
+    refused = why_not_batched(family) if batched else None
+    if refused is not None:
+        raise ValueError(f"continuous batching must suit the model and its edits: {refused}")
     metrics = Metrics(family.adaptor.codebook)
     edits = Edits(family, metrics, editor, keep)
-    app = _transformers_app(family, name)
+    batches = Batches(family) if batched else None
+    app = _transformers_app(family, name, batches)
     _tell_errors(app)
 
     def may_write(request: Request) -> None:
@@ -139,6 +149,8 @@ def build_app(
         )
 
     def close() -> None:
+        if batches is not None:
+            batches.stop()
         edits.close()
         closing()
 
@@ -147,9 +159,9 @@ def build_app(
     return Boundary(app, metrics, longest_body=longest, local=local)
 
 
-def _transformers_app(family: Family, name: str) -> FastAPI:
+def _transformers_app(family: Family, name: str, batches: Batches | None) -> FastAPI:
     """Return transformers' application with the routes that fit, their replies stamped."""
-    made = handlers(family, name)
+    made = handlers(family, name, batches)
     for part, kind in (("chat", "chat"), ("completion", "completion"), ("response", "response")):
         handler = made[f"{part}_handler"]
         handler.handle_request = partial(stamped, kind, handler.handle_request)

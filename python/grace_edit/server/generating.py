@@ -25,6 +25,7 @@ from transformers.cli.serving.utils import GenerateManager, GenerationState
 
 from ..families import Family
 from .answering import Trace, current
+from .batching import Batches, fit, is_greedy
 from .checking import check_request
 
 
@@ -76,14 +77,14 @@ class Generations(GenerateManager):
     def generate_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, **given: Any
     ) -> Any:
-        self._fit(inputs, gen_config)
+        fit(self._family.longest, inputs, gen_config)
         queue, streamer = super().generate_streaming(model, processor, inputs, gen_config, **given)
         return queue, streamer
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: Any, request_id: str
     ) -> Any:
-        self._fit(inputs, gen_config)
+        fit(self._family.longest, inputs, gen_config)
         return await super().generate_non_streaming(
             model, processor, inputs, gen_config, request_id
         )
@@ -116,36 +117,32 @@ class Generations(GenerateManager):
         finally:
             trace.end(error)
 
-    def _fit(self, inputs: Any, config: Any) -> None:
-        """Refuse a prompt that leaves no room for an answer; cut the answer to the room there is.
-
-        Raises:
-            HTTPException: 400.
-        """
-        length, longest = inputs["input_ids"].shape[-1], self._family.longest
-        if not length:
-            raise HTTPException(400, "the prompt must have at least one token, got none")
-        if length >= longest:
-            raise HTTPException(
-                400, f"the prompt must have at most {longest - 1} tokens, got {length}"
-            )
-        config.max_new_tokens = min(config.max_new_tokens or 1024, longest - length)
-
 
 class ClientLeft(Exception):
     """A request was not begun, as its client had left."""
 
 
 class Generator(GenerationState):
-    """Holds the one model's `Generations`."""
+    """Holds what generates for the one model, one by one and in batches.
 
-    def __init__(self, family: Family) -> None:
+    Args:
+        family: of the attached model.
+        batches: None: one request after the other.
+    """
+
+    def __init__(self, family: Family, batches: Batches | None) -> None:
         super().__init__()
-        self._generations = Generations(family)
+        self._generations, self._cb_manager = Generations(family), batches
+        if batches is not None:
+            batches.init_cb(family.model, None)
+
+    def use_continuous_batching(self, model: Any, modality: Any) -> bool:
+        """Say whether the request that is being handled is generated in batches."""
+        return self._cb_manager is not None and is_greedy(current().body, model.generation_config)
 
     def get_manager(self, model_id: str, use_cb: bool = False) -> Any:
         """Return what generates."""
-        return self._generations
+        return self._cb_manager if use_cb else self._generations
 
 
 async def stamped(kind: str, handle: Callable[..., Any], body: dict[str, Any], id: str) -> Any:
@@ -160,6 +157,7 @@ async def stamped(kind: str, handle: Callable[..., Any], body: dict[str, Any], i
     """
     check_request(kind, body)
     trace = current()
+    trace.body = body
     try:
         reply = await handle(body, id)
     except HTTPException:
@@ -178,9 +176,9 @@ async def stamped(kind: str, handle: Callable[..., Any], body: dict[str, Any], i
     return reply
 
 
-def handlers(family: Family, name: str) -> dict[str, Any]:
+def handlers(family: Family, name: str, batches: Batches | None) -> dict[str, Any]:
     """Return what `transformers.cli.serving.server.build_server` takes, for one model."""
-    manager, state = OneModel(family, name), Generator(family)
+    manager, state = OneModel(family, name), Generator(family, batches)
     return {
         "model_manager": manager,
         "chat_handler": ChatCompletionHandler(manager, state),
