@@ -2,9 +2,9 @@
 
 python -m benchmarks.serving --model DIR --out DIR [--seconds 60] [--clients 64] [--entries 10000]
 
-On the loopback address alone, bounded in time. Three servers one after the other, on the same model:
-transformers' own (unedited), `grace serve` that nobody edits, and `grace serve` that one more client
-edits once a second and that is killed (SIGKILL) half way and started again.
+On the loopback address alone, bounded in time. Three servers one after the other, on the same
+model: transformers' own (unedited), `grace serve` that nobody edits, and `grace serve` that one
+more client edits once a second and that is killed (SIGKILL) half way and started again.
 
 Every reply is checked. A fact that is edited must be answered as the edits said that belong to the
 version which the reply names, that version must not be older than the last edit that had been
@@ -276,7 +276,10 @@ def prepare(model_source: str, entries: int, out: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(model_source).eval()
     tokenizer = AutoTokenizer.from_pretrained(model_source)
-    config = GraceConfig(layer="model.layers.24.mlp", query="text", capacity=2 * entries)
+    # Trained behind no other sentences: an edit a second is to be made on few cores.
+    config = GraceConfig(
+        layer="model.layers.24.mlp", query="text", contexts=0, capacity=2 * entries
+    )
     editor = GraceEditor(model, tokenizer, config)
     text = editor.adaptor.text
     assert text is not None
@@ -333,6 +336,7 @@ def edited(server: Server, load: Load, history: History, plain: dict[str, str]) 
         "memory_mb_at_the_end": round(server.memory),
         "edits": len(edits),
         "edits_refused": len(load.failed_edits),
+        "first_refusal": load.failed_edits[0][:300] if load.failed_edits else None,
         "edit_seconds_p50": round(edits[len(edits) // 2], 2) if edits else None,
         "not_answered_while_killed": load.refused,
     }

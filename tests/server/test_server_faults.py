@@ -217,6 +217,7 @@ def test_a_connection_that_is_dropped_before_its_request_is_there_leaves_nothing
     assert client.chat(RIVER).said == "Nile"
 
 
+@both
 def test_requests_of_one_id_get_each_its_own_answer(client: Client) -> None:
     def ask(message: str) -> str:
         body = {"messages": [{"role": "user", "content": message}], "max_tokens": 4}
