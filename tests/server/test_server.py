@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 import threading
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from grace_edit import GraceConfig, GraceEditor
 from grace_edit.families.turns import answer_ids
 from grace_edit.server.app import build_app
+from grace_edit.server.following import Following
 from grace_edit.server.keeping import Saving
 from server_lab import CAPITAL, LAYER, RIVER, TOKEN, WRITER, Client, both, serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -230,6 +234,45 @@ def test_what_was_acknowledged_is_on_disk_and_what_is_not_kept_is_not_made(
         assert "No space left" in failed.error
         assert client.chat(RIVER).said == "Nile"
         assert client.ask("GET", "/v1/edits").json["total"] == 1
+
+
+@pytest.mark.parametrize("batched", [False, True], ids=["alone", "batched"])
+def test_a_follower_answers_as_the_writer_does_at_each_version_it_saved(
+    talker: Path, editor: GraceEditor, tmp_path: Path, batched: bool
+) -> None:
+    where = tmp_path / "edits"
+    editor.save_pretrained(where)
+    model = AutoModelForCausalLM.from_pretrained(talker).eval()
+    other = GraceEditor.from_pretrained(model, AutoTokenizer.from_pretrained(talker), where)
+    following = Following(other.family, where, interval=0.01)
+    app = build_app(other.family, name="talker", batched=batched, closing=following.close)
+    with serving(app) as client:
+        assert client.chat(CAPITAL).said == "Sydney"
+        for right in ("Canberra", "Oslo"):
+            assert editor.edit(*correction(editor, CAPITAL, right)).success
+            assert editor.edit(*correction(editor, RIVER, "Quito")).success
+            editor.save_pretrained(where)  # two versions at once: the first of them is never seen
+            wait_until(lambda: client.ask("GET", "/v1/status").version == editor.codebook.version)
+            reply = client.chat(CAPITAL)
+            assert (reply.said, reply.version) == (right, editor.codebook.version)
+        served = other.codebook.version
+        (where / "edits.jsonl").write_bytes(b"damaged")
+        (where / "grace_config.json").touch()
+        time.sleep(0.1)
+        reply = client.chat(CAPITAL)
+        assert (reply.said, reply.version) == ("Oslo", served)
+        editor.undo()
+        editor.save_pretrained(where)
+        wait_until(lambda: client.ask("GET", "/v1/status").version == editor.codebook.version)
+        assert torch.equal(other.codebook.values, editor.codebook.values)
+        assert client.correct(CAPITAL, "Perth").status == 403
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_a_server_without_an_editor_reads_and_refuses_changes(editor: GraceEditor) -> None:

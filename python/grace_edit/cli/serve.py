@@ -16,8 +16,9 @@ from transformers.utils import logging as transformers_logging
 from ..families import Family
 from ..server import requirements
 from ..terminal import plain
+from .models import holds_edits
 from .opening import open_editor
-from .output import OK, USAGE, CommandError, print_json, quiet
+from .output import NOT_FOUND, OK, USAGE, CommandError, print_json, quiet
 
 _GRACE = 10
 """Seconds that a reply in the midst has to end when the server is told to."""
@@ -59,14 +60,18 @@ def run(options: Options, settings: dict[str, Any]) -> int:
 def _serve(options: Options, settings: dict[str, Any], listening: socket.socket) -> int:
     from ..server.app import build_app
     from ..server.batching import why_not_batched
+    from ..server.following import Following
     from ..server.keeping import Saving
 
+    if options.follow and not holds_edits(options.codebook):
+        raise CommandError(NOT_FOUND, f"--codebook {options.codebook}: no saved edits to follow")
     editor = open_editor(options.model, options.codebook, options.dtype, options.device, settings)
     family = editor.family
     if family.name != "causal":
         raise CommandError(USAGE, f"--model must be a causal language model, got {family.name}")
     with quiet():
-        keep = Saving(editor, options.codebook)
+        following = Following(family, options.codebook) if options.follow else None
+        keep = None if options.follow else Saving(editor, options.codebook)
     name = options.name or _name_of(family)
     transformers_logging.set_verbosity_error()  # it warns of every request
     refused = why_not_batched(family) if options.batched else None
@@ -75,11 +80,12 @@ def _serve(options: Options, settings: dict[str, Any], listening: socket.socket)
     app = build_app(
         family,
         name=name,
-        editor=editor,
+        editor=None if options.follow else editor,
         keep=keep,
         token=None if options.token is None else options.token.strip(),
         local=_is_loopback(listening),
         batched=options.batched,
+        closing=None if following is None else following.close,
     )
     _run(app, listening, lambda: _tell(options, family, name, listening))
     return OK
@@ -150,7 +156,7 @@ def _tell(options: Options, family: Family, name: str, listening: socket.socket)
             }
         )
     else:
-        who = "with the token" if writes else "refused (no --token)"
+        who = "with the token" if writes else "refused"
         print(
             plain(f"{name} with {book.edits} edits, version {book.version}: {url}\n")
             + f"changes of edits: {who}. Ctrl-C stops."

@@ -41,11 +41,11 @@ def build_app(
     *,
     name: str,
     editor: GraceEditor | None = None,
-    keep: Keep = lambda change: change(),
+    keep: Keep | None = None,
     token: str | None = None,
     local: bool = True,
     batched: bool = False,
-    closing: Callable[[], None] = lambda: None,
+    closing: Callable[[], None] | None = None,
 ) -> Boundary:
     """Return an ASGI application that serves an attached model and its edits.
 
@@ -53,7 +53,7 @@ def build_app(
         family: of the attached model: causal, with a tokenizer.
         name: what clients call the model.
         editor: makes edits; None: they are made elsewhere, and changes are refused.
-        keep: runs a change and makes it durable, see `edits.Keep`. Default: edits are lost with the
+        keep: runs a change and makes it durable, see `edits.Keep`. None: edits are lost with the
             process.
         token: who sends it may change edits; None: nobody may.
         local: the server listens on the loopback address alone.
@@ -67,7 +67,7 @@ def build_app(
     if refused is not None:
         raise ValueError(f"continuous batching must suit the model and its edits: {refused}")
     metrics = Metrics(family.adaptor.codebook)
-    edits = Edits(family, metrics, editor, keep)
+    edits = Edits(family, metrics, editor, keep or (lambda change: change()))
     batches = Batches(family) if batched else None
     app = _transformers_app(family, name, batches)
     _tell_errors(app)
@@ -152,7 +152,8 @@ def build_app(
         if batches is not None:
             batches.stop()
         edits.close()
-        closing()
+        if closing is not None:
+            closing()
 
     _at_the_end(app, close)
     longest = min(max(_LEAST_BODY, _BYTES_PER_TOKEN * family.longest), _MOST_BODY)
