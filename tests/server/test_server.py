@@ -19,6 +19,7 @@ from grace_edit.server.following import Following
 from grace_edit.server.keeping import Saving
 from server_lab import CAPITAL, LAYER, RIVER, TOKEN, WRITER, Client, both, serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 
 @both
@@ -196,6 +197,36 @@ def test_requests_in_one_batch_are_answered_and_stamped_each_for_itself(
         # What is chosen otherwise is generated alone, beside the batches.
         other = client.chat(CAPITAL, frequency_penalty=0.1)
         assert (other.said, other.version) == ("Canberra", 1)
+
+
+def test_a_stream_that_is_over_before_anybody_listens_is_heard(
+    editor: GraceEditor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = ContinuousBatchingManager.add_request
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        done = add(*args, **kwargs)
+        time.sleep(0.3)  # the batches go on in their own thread
+        return done
+
+    monkeypatch.setattr(ContinuousBatchingManager, "add_request", late)
+    with serving(build_app(editor.family, name="talker", batched=True)) as client:
+        assert client.chat(CAPITAL, stream=True).said == "Sydney"
+
+
+def test_a_batch_leaves_the_configuration_to_the_forwards_of_other_threads(
+    editor: GraceEditor,
+) -> None:
+    """transformers would have them attend to what comes after a token, while a batch runs."""
+    seen = set()
+    model: Any = editor.model
+    hook = model.transformer.h[0].register_forward_pre_hook(
+        lambda *_: seen.add(getattr(model.config, "is_causal", "as it was"))
+    )
+    with serving(build_app(editor.family, name="talker", batched=True)) as client:
+        assert client.chat(CAPITAL).said == "Sydney"
+    hook.remove()
+    assert seen == {"as it was"}
 
 
 def test_a_model_that_cannot_be_batched_is_refused_with_the_reason(talker: Path) -> None:

@@ -109,11 +109,11 @@ def build_app(
     async def listed(after: int = -1, limit: int = 100) -> Response:
         if not 1 <= limit <= 1000:
             raise HTTPException(422, f"limit must be 1 to 1000, got {limit}")
-        return told(edits.listed(after=after, limit=limit))
+        return told(await edits.listed(after=after, limit=limit))
 
     @app.get("/v1/edits/{id}")
     async def one(id: int) -> Response:
-        return told(edits.one(id))
+        return told(await edits.one(id))
 
     @app.post("/v1/edits/explain")
     async def explain(body: dict[str, Any]) -> Response:

@@ -82,39 +82,48 @@ class Edits:
         with book.lock:
             return {"version": book.version, "edits": book.edits, "entries": book.entries}
 
-    def listed(self, *, after: int, limit: int) -> dict[str, Any]:
+    async def listed(self, *, after: int, limit: int) -> dict[str, Any]:
         """Return the live edits behind an id, oldest first, at most `limit`, and the version."""
+        return await _in(self._reading, self._listed, after, limit)
+
+    def _listed(self, after: int, limit: int) -> dict[str, Any]:
         book = self.family.adaptor.codebook
         with book.lock:
             ids = [id for id in book.ids if id > after]
-            found = [self.shown(book.edit(id)) for id in ids[:limit]]
-            more = len(ids) > limit
-            return {"version": book.version, "edits": found, "more": more, "total": book.edits}
+            found = [self._of(book.edit(id)) for id in ids[:limit]]
+            told = {"version": book.version, "more": len(ids) > limit, "total": book.edits}
+        # Lookups wait for the lock, not for tokenizers.
+        return {**told, "edits": [self._shown(*one) for one in found]}
 
-    def one(self, id: int) -> dict[str, Any]:
+    async def one(self, id: int) -> dict[str, Any]:
         """Return an edit of the history. Raises Refused, 404."""
+        return await _in(self._reading, self._one, id)
+
+    def _one(self, id: int) -> dict[str, Any]:
         book = self.family.adaptor.codebook
         with book.lock:
             try:
-                return {"version": book.version, "edit": self.shown(book.edit(id), full=True)}
+                edit, radius = self._of(book.edit(id))
+                parts, version = book.parts(edit.whole), book.version
             except KeyError:
                 raise _unknown(id) from None
-
-    def shown(self, edit: Edit, *, full: bool = False) -> dict[str, Any]:
-        """Return an edit as JSON holds it; `full`: with its paraphrases and negatives."""
-        book = self.family.adaptor.codebook
-        parts = book.parts(edit.whole) if full else []
         more = {
             "paraphrases": [self._read(part.prompt) for part in parts],
             "negatives": [self._read(prompt) for prompt in edit.negatives],
         }
+        return {"version": version, "edit": {**self._shown(edit, radius), **more}}
+
+    def _of(self, edit: Edit) -> tuple[Edit, float | None]:
+        radii = self.family.adaptor.codebook.radii
+        return edit, float(radii[edit.slot]) if edit.live else None
+
+    def _shown(self, edit: Edit, radius: float | None) -> dict[str, Any]:
         return {
             "id": edit.id,
             "state": edit.state,
             "prompt": self._read(edit.prompt),
             "target": self.family.show(target_of(edit.label)),
-            "radius": float(book.radii[edit.slot]) if edit.live else None,
-            **(more if full else {}),
+            "radius": radius,
         }
 
     def _read(self, prompt: Any) -> str | None:
