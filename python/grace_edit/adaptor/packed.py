@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .positions import Latched, QueryPlan
+from .positions import Latched, QueryPlan, Witness
 
 HOW_TO_REPLACE = {
     # The first position that an answer replaces and the last one + 1, of a prompt so long.
@@ -39,12 +39,19 @@ class Asked:
         replace: which rows an answer replaces, as `GraceAdaptor.replace`.
         edited: False: it is served by the unedited model.
         answer: of this one sequence, where it is known before its prompt runs.
+        witness: is told of the lookup, where it is not.
     """
 
     def __init__(
-        self, prompt_len: int, replace: str, *, edited: bool, answer: Latched | None = None
+        self,
+        prompt_len: int,
+        replace: str,
+        *,
+        edited: bool,
+        answer: Latched | None = None,
+        witness: Witness | None = None,
     ) -> None:
-        self.prompt_len = prompt_len
+        self.prompt_len, self.witness = prompt_len, witness
         self.first, self.last = HOW_TO_REPLACE[replace](prompt_len)
         self.answer = answer
         self._hit: bool | None = None if edited else False
@@ -123,12 +130,20 @@ class PackedPlan:
         asking: of the requests whose prompts end in this forward; None: none.
         writes: of the requests that are answered; None: none.
         reached: the wrapped layer has run under this plan.
+        witnesses: of the requests that ask, in their order.
     """
 
     rows: int
     asking: QueryPlan | None = None
     writes: Writes | None = None
     reached: bool = False
+    witnesses: Sequence[Witness | None] = ()
+
+    def see(self, book: Any, index: Tensor, distance: Tensor, seconds: float) -> None:
+        """Tell the witness of each request that asks of its part of a lookup, as a `Witness`."""
+        for n, witness in enumerate(self.witnesses):
+            if witness is not None:
+                witness(book, index[n : n + 1], distance[n : n + 1], seconds)
 
     @property
     def empty(self) -> bool:
@@ -224,7 +239,7 @@ class PackedRows:
         else:
             asking = sequences if reads else 0
             written = min(rows, len(self.row)) if len(self.row) > len(self.query_row) else sequences
-        plan = PackedPlan(rows)
+        plan = PackedPlan(rows, witnesses=[asked.witness for asked in self.asked])
         if asking:
             places = (self.query_row[:asking], self.first_row[:asking], self.last_row[:asking])
             kept = Latched(self.kept.index[:asking], self.kept.values[:asking])

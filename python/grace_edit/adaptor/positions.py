@@ -7,10 +7,16 @@ T is the length of the piece that this forward computes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+Witness = Callable[[Any, Tensor, Tensor, float], None]
+"""Told of lookups, under the lock of the codebook: it, which slots answer `[B]` (-1: none), how far
+they are `[B]`, and the seconds it took."""
 
 
 @dataclass

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .packed import PackedPlan
-from .positions import Latched, LatchedPlan, QueryPlan
+from .positions import Latched, LatchedPlan, QueryPlan, Witness
 from .told import PromptEnds
 
 _MOST_ROOMS = 8  # batch sizes whose room for answers waits to be used again
@@ -105,6 +105,7 @@ class ThreadState(threading.local):
         self.forced: Tensor | None = None
         self.captures: list[Captured] | None = None
         self.stops = False  # a capture ends its forward
+        self.witness: Witness | None = None
         self.rooms: dict[int, Latched] = {}  # free ones, by the number of sequences
         self.pinned: dict[tuple[str, torch.Size, torch.device], Tensor] = {}
 

@@ -21,7 +21,7 @@ from grace_kernels import nearest
 from ..codebook.codebook import Codebook
 from ..keys.prompts import TAIL, PromptReader
 from ..keys.text_keys import TextKeys
-from .positions import Latched
+from .positions import Latched, Witness
 from .precision import without_autocast
 
 _KEPT = 256
@@ -96,12 +96,18 @@ class TextQueries:
         """Return the key `[D]`, float32 on the CPU, under which an edit of a prompt is stored."""
         return self.rows(ids)[0]
 
-    def answer(self, book: Codebook, prompts: Sequence[Sequence[int]]) -> Latched:
+    def answer(
+        self,
+        book: Codebook,
+        prompts: Sequence[Sequence[int]],
+        witness: Witness | None = None,
+    ) -> Latched:
         """Say which entry answers each of B prompts, and with which value.
 
         Args:
             book: of keys of this width.
             prompts: token ids without padding.
+            witness: is told of the lookup; its seconds are those of keys and lookup together.
 
         Returns:
             On the device of the codebook. Equal prompts have equal answers.
@@ -112,9 +118,12 @@ class TextQueries:
         rows = {ids: self.rows(ids) for ids in known} if book.entries else {}
         with book.lock:
             slots = dict(zip(rows, _decide(book, [*rows.values()]), strict=True)) if rows else {}
-            found = [slots.get(ids, -1) for ids in known]
-            index = torch.tensor(found, dtype=torch.int64, device=book.device)
+            found = [slots.get(ids, (-1, float("inf"))) for ids in known]
+            index = torch.tensor([s for s, _ in found], dtype=torch.int64, device=book.device)
             book.count_answers(index)
+            if witness is not None:
+                near = torch.tensor([d for _, d in found])
+                witness(book, index, near, time.perf_counter() - start)
             answered = Latched(index, book.values[index.clamp(min=0)])
         with self._lock:
             self.requests += len(prompts)
@@ -122,19 +131,20 @@ class TextQueries:
         return answered
 
 
-def _decide(book: Codebook, each: Sequence[Tensor]) -> list[int]:
-    """Return the slot that answers each prompt of queries `[S, D]`, -1: none."""
+def _decide(book: Codebook, each: Sequence[Tensor]) -> list[tuple[int, float]]:
+    """Return the slot that answers each prompt of queries `[S, D]` and how far it is; -1: none."""
     rows = torch.cat(list(each)).to(book.device)
     index, distance = book.lookup(rows)
     slots, distances = index.tolist(), distance.tolist()
-    found: list[int] = []
+    found: list[tuple[int, float]] = []
     doubtful: dict[int, range] = {}
     start = 0
     for number, its in enumerate(each):
         at = range(start, start + len(its))
         start += len(its)
         hits = [row for row in at if slots[row] >= 0]
-        found.append(slots[min(hits, key=distances.__getitem__)] if hits else -1)
+        best = min(hits, key=distances.__getitem__) if hits else at[0]
+        found.append((slots[best], distances[best]))
         # A row that misses may be nearer to a key that does not cover it, which then decides.
         if 0 < len(hits) < len(at):
             doubtful[number] = at
@@ -145,5 +155,6 @@ def _decide(book: Codebook, each: Sequence[Tensor]) -> list[int]:
     for row, near in zip(missed, how_near, strict=True):
         distances[row] = near
     for number, at in doubtful.items():
-        found[number] = slots[min(at, key=distances.__getitem__)]
+        best = min(at, key=distances.__getitem__)
+        found[number] = (slots[best], distances[best])
     return found

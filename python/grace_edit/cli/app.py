@@ -196,6 +196,85 @@ def chat(
     raise typer.Exit(run(options))
 
 
+@app.command()
+def serve(
+    codebook: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR", help="Directory of saved edits; one that is not there yet is made."
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Directory or hub id, or smollm2.", show_default="the one the edits were made on"
+        ),
+    ] = None,
+    layer: Annotated[
+        str | None,
+        typer.Option(help="Layer to wrap, without saved edits.", show_default="none; smollm2's"),
+    ] = None,
+    radius: Annotated[
+        float | None, typer.Option(help="Radius of a new entry.", show_default="1.0")
+    ] = None,
+    query: Annotated[
+        Query | None,
+        typer.Option(help="What asks.", show_default="text where a map fits the model, else last"),
+    ] = None,
+    follow: Annotated[
+        bool,
+        typer.Option("--follow", help="Serve edits that another process makes in DIR; none here."),
+    ] = False,
+    token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="GRACE_TOKEN",
+            show_envvar=True,
+            help="Who sends it may change edits; better by the environment than here, where other "
+            "users of the machine read it.",
+            show_default="nobody may",
+        ),
+    ] = None,
+    continuous_batching: Annotated[
+        bool,
+        typer.Option("--continuous-batching", help="Generate requests in common batches."),
+    ] = False,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any that is free.")
+    ] = 8000,
+    name: Annotated[
+        str | None,
+        typer.Option(help="What clients call the model.", show_default="the model's own"),
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="To load the model in.", show_default="the checkpoint's")
+    ] = None,
+    device: Where = Device.cpu,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object on stdout once it listens.")
+    ] = False,
+) -> None:
+    """Serve an edited model over HTTP: OpenAI's protocol, /v1/edits, /metrics and a page."""
+    from .serve import Options, run
+
+    settings = {"layer": layer, "radius": radius, "query": value_of(query)}
+    options = Options(
+        model=model,
+        codebook=codebook,
+        follow=follow,
+        token=token,
+        batched=continuous_batching,
+        host=host,
+        port=port,
+        name=name,
+        dtype=value_of(dtype),
+        device=device.value,
+        as_json=json,
+    )
+    raise typer.Exit(run(options, settings))
+
+
 app.add_typer(codebook, name="codebook")
 
 

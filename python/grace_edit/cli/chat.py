@@ -10,17 +10,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..adaptor import attach as attaching
 from ..codebook.records import UndoError
-from ..config import GraceConfig
-from ..demo import smollm2
 from ..editor import GraceEditor
 from ..families import target_of
-from ..keys.choice import text_keys
 from .chat_view import JsonView, TextView, View
 from .conversation import Conversation
-from .models import Loaded, attach_edits, load_model, read_edits_of
-from .output import CONFLICT, FAILED, NOT_FOUND, OK, USAGE, CommandError, quiet
+from .opening import open_editor
+from .output import CONFLICT, FAILED, NOT_FOUND, OK, USAGE, quiet
 
 COMMANDS = {
     "/edit": ("[ANSWER]", "correct the last answer; without ANSWER it is asked for"),
@@ -71,57 +67,13 @@ class Lines:
 
 def run(options: Options) -> int:
     """Talk until the end of stdin or `/quit`; returns the exit code."""
-    editor = _editor_of(options)
+    editor = open_editor(
+        options.model, options.codebook, options.dtype, options.device, options.settings
+    )
     view: View = JsonView() if options.as_json else TextView()
     chat = not options.plain and bool(getattr(editor.tokenizer, "chat_template", None))
     conversation = Conversation(editor, chat=chat, max_tokens=options.max_tokens)
     return Chat(conversation, view, Lines(), options.codebook).run()
-
-
-def _editor_of(options: Options) -> GraceEditor:
-    where = options.codebook
-    saved = read_edits_of(where) if where is not None and where.exists() else None
-    source = options.model or (saved.source if saved is not None else "")
-    if not source:
-        raise CommandError(USAGE, "--model must be given, got none")
-    given = {name: value for name, value in options.settings.items() if value is not None}
-    if saved is not None and given:
-        option = min(given).replace("_", "-")
-        raise CommandError(
-            USAGE, f"--{option} must be left out with the saved edits of --codebook {where}"
-        )
-    if saved is None:
-        if source == smollm2.NAME:
-            given.setdefault("layer", smollm2.LAYER)
-        if "layer" not in given:
-            raise CommandError(USAGE, "--layer must be given without saved edits, got none")
-    dtype = options.dtype
-    if saved is not None:
-        dtype = dtype or str(saved.codebook.values.dtype).removeprefix("torch.")
-    loaded = load_model(source, task="auto", dtype=dtype, device=options.device)
-    if not hasattr(loaded.model, "generate") or loaded.task not in ("causal", "seq2seq"):
-        raise CommandError(USAGE, f"--model must be one that generates text, got {loaded.task}")
-    with quiet():
-        if saved is not None and where is not None:
-            return attach_edits(loaded, where)
-        try:
-            attaching.find_layer(loaded.model, given["layer"])
-        except ValueError as error:
-            raise CommandError(NOT_FOUND, f"--layer: {error}") from error
-        if "query" not in given and _takes_text(loaded, given):
-            given["query"] = "text"
-        return GraceEditor(loaded.model, loaded.tokenizer, GraceConfig(**given))
-
-
-def _takes_text(loaded: Loaded, given: dict[str, Any]) -> bool:
-    """Say whether the keys can be made from text: asked for, or a map of ours fits the model."""
-    if "encoder" in given or "text_map" in given:
-        return True
-    try:
-        text_keys(loaded.model, loaded.tokenizer)
-    except ValueError:
-        return False
-    return True
 
 
 class Chat:

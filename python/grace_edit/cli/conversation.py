@@ -13,6 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 from ..codebook.records import EditResult
 from ..editing.explanation import Explanation
 from ..editor import GraceEditor
+from ..families.turns import answer_ids
 from ..keys.prompts import PromptReader
 
 Hear = Callable[[str], None]
@@ -90,7 +91,10 @@ class Conversation:
             raise ValueError("the right answer must not be empty")
         if self.chat:
             turn = [{"role": "user", "content": question}]
-            return self.editor.edit(self._ids(turn), self._answer_ids(turn, right.strip()))
+            return self.editor.edit(
+                self._ids(turn),
+                answer_ids(self.editor.family.model, self.editor.tokenizer, turn, right.strip()),
+            )
         joint = "" if question[-1:].isspace() or right[:1].isspace() else " "
         return self.editor.edit(question, joint + right)
 
@@ -133,26 +137,6 @@ class Conversation:
 
     def _tokens(self, text: str) -> list[int]:
         return list(self.editor.tokenizer(text, add_special_tokens=False).input_ids)
-
-    def _answer_ids(self, turn: list[dict[str, str]], right: str) -> list[int]:
-        """Return the answer as the template writes it, up to the token that ends a turn."""
-        asked = self._rendered(turn, asks=True)
-        whole = self._rendered([*turn, {"role": "assistant", "content": right}], asks=False)
-        ends = self._ends
-        if whole.startswith(asked):
-            ids = self._tokens(whole[len(asked) :])
-            for place, token in enumerate(ids):
-                if token in ends:
-                    return ids[: place + 1]
-        # A template that writes past answers in another way than it asks for one.
-        return [*self._tokens(right), *ends[:1]]
-
-    @property
-    def _ends(self) -> list[int]:
-        model = self.editor.model
-        found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        found = self.editor.tokenizer.eos_token_id if found is None else found
-        return found if isinstance(found, list) else [] if found is None else [found]
 
     @torch.no_grad()
     def _generate(self, ids: list[int], hear: Hear) -> tuple[str, bool]:
