@@ -75,19 +75,19 @@ def _triton() -> Any:
 def _register(name: str) -> dict[str, Any]:
     """Put the Triton kernel and the chooser of one operator in their places; return all of it."""
     operators = {
-        "reference": getattr(torch.ops.grace_reference, name).default,
-        "cpu": getattr(torch.ops.grace, name).default,
-        "triton": getattr(torch.ops.grace_triton, name).default,
-        "cuda": getattr(torch.ops.grace_cuda, name).default,
+        "reference": ops.operator("reference", name),
+        "cpu": ops.operator("", name),
+        "triton": ops.operator("triton", name),
+        "cuda": ops.operator("cuda", name),
     }
 
     def by_triton(*arguments: Any) -> Any:
         return getattr(_triton(), name)(*arguments)
 
     for key in ("CUDA", "CPU"):  # on a CPU for triton's interpreter
-        ops.libraries["grace_triton"].impl(name, by_triton, key)
+        ops.libraries["triton"].impl(name, by_triton, key)
     chosen = by_triton if _ON_CUDA == "triton" else operators[_ON_CUDA]
-    ops.libraries["grace"].impl(name, chosen, "CUDA")
+    ops.libraries[""].impl(name, chosen, "CUDA")
     return operators
 
 
@@ -134,12 +134,12 @@ def _interpreted() -> bool:
 
 def isa() -> str:
     """Return the instruction set of the compiled CPU kernels in use."""
-    return str(torch.ops.grace_cpu.isa())
+    return str(ops.operator("cpu", "isa")())
 
 
 def available_isas() -> list[str]:
     """Return the instruction sets of the compiled CPU kernels that this machine can run."""
-    return str(torch.ops.grace_cpu.isas()).split(",")
+    return str(ops.operator("cpu", "isas")()).split(",")
 
 
 def build_info() -> dict[str, Any]:

@@ -6,7 +6,7 @@
 namespace grace::cuda {
 namespace {
 
-STABLE_TORCH_LIBRARY_IMPL(grace_cuda, CUDA, m) { Operators<Call>::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(GRACE_CUDA_NAMESPACE, CUDA, m) { Operators<Call>::implement(m); }
 
 }  // namespace
 }  // namespace grace::cuda
