@@ -90,17 +90,17 @@ def _by_table(name: str, keys: torch.Tensor, batch: int) -> str:
 def _register(name: str) -> dict[str, Any]:
     """Put the Triton kernel and the chooser of one operator in their places; return all of it."""
     operators = {
-        "reference": getattr(torch.ops.grace_reference, name).default,
-        "cpu": getattr(torch.ops.grace, name).default,
-        "triton": getattr(torch.ops.grace_triton, name).default,
-        "cuda": getattr(torch.ops.grace_cuda, name).default,
+        "reference": ops.operator("reference", name),
+        "cpu": ops.operator("", name),
+        "triton": ops.operator("triton", name),
+        "cuda": ops.operator("cuda", name),
     }
 
     def by_triton(*arguments: Any) -> Any:
         return getattr(_triton(), name)(*arguments)
 
     for key in ("CUDA", "CPU"):  # on a CPU for triton's interpreter
-        ops.libraries["grace_triton"].impl(name, by_triton, key)
+        ops.libraries["triton"].impl(name, by_triton, key)
     # Where the batch and the keys are among the arguments.
     asks, has = (2, 5) if name.endswith("adapt_") else (0, 1)
 
@@ -110,7 +110,7 @@ def _register(name: str) -> dict[str, Any]:
         return operators["cuda"](*arguments)
 
     only = by_triton if _ON_CUDA[0] == "triton" else operators[_ON_CUDA[0]]
-    ops.libraries["grace"].impl(name, only if len(_ON_CUDA) == 1 else by_table, "CUDA")
+    ops.libraries[""].impl(name, only if len(_ON_CUDA) == 1 else by_table, "CUDA")
     return operators
 
 
@@ -164,12 +164,12 @@ def _interpreted() -> bool:
 
 def isa() -> str:
     """Return the instruction set of the compiled CPU kernels in use."""
-    return str(torch.ops.grace_cpu.isa())
+    return str(ops.operator("cpu", "isa")())
 
 
 def available_isas() -> list[str]:
     """Return the instruction sets of the compiled CPU kernels that this machine can run."""
-    return str(torch.ops.grace_cpu.isas()).split(",")
+    return str(ops.operator("cpu", "isas")()).split(",")
 
 
 def build_info() -> dict[str, Any]:

@@ -18,9 +18,9 @@ std::string in_use() {
   return names;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(grace_cuda, CUDA, m) { Operators<Call>::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(GRACE_CUDA_NAMESPACE, CUDA, m) { Operators<Call>::implement(m); }
 
-STABLE_TORCH_LIBRARY_IMPL(grace_cuda_forms, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(GRACE_CUDA_FORMS_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("use", TORCH_BOX(&use));
   m.impl("in_use", TORCH_BOX(&in_use));
 }
