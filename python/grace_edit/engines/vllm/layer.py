@@ -124,8 +124,7 @@ class EditedLayer:
                 f"the layer {self.name} must take and give {self.width} numbers a token, got "
                 f"{list(source.shape)} and {list(hidden.shape)}"
             )
-        captured = hidden.is_cuda and torch.cuda.is_current_stream_capturing()
-        n = len(self._first) if captured else self._asking
+        n = self._rows_now(hidden)
         if n == 0:
             return
         rows = hidden.view(-1, self.width)
@@ -152,6 +151,10 @@ class EditedLayer:
         self.asked += asked
         if answered:
             self._hits += answered
+
+    def _rows_now(self, hidden: Tensor) -> int:
+        captured = hidden.is_cuda and torch.cuda.is_current_stream_capturing()
+        return len(self._first) if captured else self._asking
 
     def _there(self, tensor: Tensor) -> Tensor:
         # Memory of its own each time: the copy may still be read when the next step is prepared.
