@@ -135,7 +135,8 @@ def test_under_activations_no_prompt_shares_the_block_with_its_end(served):
     core = Admission(it.engine, Options(it.at))
     core.admit(request("a", run_of(3, 5)))
     core.admit(request("b", run_of(9, 5)))
-    assert private_key("a", 4, 8) and private_key("b", 4, 8)
+    assert private_key("a", 4, 8)
+    assert private_key("b", 4, 8)
     assert private_key("a", 4, 8) != private_key("b", 4, 8)
     assert not private_key("a", 0, 4)
 
@@ -252,7 +253,8 @@ def test_the_layer_is_found_by_name_or_end_and_refused_with_what_is_near():
 
 def test_the_option_is_read_and_its_mistakes_are_named(tmp_path, monkeypatch):
     at = str(tmp_path)
-    assert read({}) is None and read(None) is None
+    assert read({}) is None
+    assert read(None) is None
     assert read({"grace": {"codebook": at}}) == Options(at)
     for wrong in ({"codebooks": at}, at, {"codebook": at, "unchecked": "yes"}, {"codebook": "no"}):
         with pytest.raises(NotServed, match="grace"):
@@ -320,7 +322,8 @@ def test_a_scheduler_sends_the_news_with_each_step_and_refuses_edits_it_cannot_s
             return step(["a"])
 
     telling = _telling(Scheduler)
-    assert telling is _telling(Scheduler) and telling.__name__ == "Scheduler"
+    assert telling is _telling(Scheduler)
+    assert telling.__name__ == "Scheduler"
     it.engine.cache_config = SimpleNamespace(enable_prefix_caching=False)
     it.engine.additional_config = {}
     assert not hasattr(telling(it.engine, block_size=4).schedule(), "grace")

@@ -38,7 +38,9 @@ STEPS = {
 
 def v1_of(step: dict[str, tuple[int, int, int]]) -> tuple[Any, dict[str, int]]:
     # The runner's arrays are longer than the batch and hold what was there before.
-    column = [np.array([*values, 0, 3], dtype=np.int32) for values in zip(*step.values())]
+    column = [
+        np.array([*values, 0, 3], dtype=np.int32) for values in zip(*step.values(), strict=True)
+    ]
     batch = SimpleNamespace(
         num_reqs=len(step),
         req_ids=list(step),
@@ -49,7 +51,7 @@ def v1_of(step: dict[str, tuple[int, int, int]]) -> tuple[Any, dict[str, int]]:
 
 
 def v2_of(step: dict[str, tuple[int, int, int]]) -> tuple[Any, Any]:
-    computed, prompt, scheduled = map(np.array, zip(*step.values()))
+    computed, prompt, scheduled = map(np.array, zip(*step.values(), strict=True))
     n = len(step)
     states = SimpleNamespace(
         req_id_to_index={id: 2 * n - i for i, id in enumerate(step)},
