@@ -31,6 +31,7 @@ os.environ.update(
 import pytest
 import torch
 from grace_edit import GraceConfig, GraceEditor
+from grace_edit.codebook import store
 from grace_edit.engines.vllm import admission
 from grace_edit.engines.vllm.options import NotServed
 
@@ -321,7 +322,8 @@ def free_port() -> int:
 
 def serve(place: str, log: Path, port: int, **environment: str) -> subprocess.Popen[bytes]:
     own = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", **environment}
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", place]
+    # What `vllm serve` runs; that command itself misses its version in the package for CPUs.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", place]
     given = ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "8"]
     where = [
         "--enforce-eager",
@@ -412,14 +414,12 @@ def test_a_server_with_a_warm_cache_asks_at_the_end_of_each_prompt_anew(server):
 
 
 def test_a_server_does_not_start_where_the_edits_have_no_place(place, tmp_path, text):
-    other = GraceEditor(
-        text.editor.model, text.tokenizer, GraceConfig(layer="model.layers.3.mlp.down_proj")
-    )
-    other.save_pretrained(tmp_path / "edits")
-    other.detach()
+    book, described, beside = store.load_all(text.at)
+    described["serving"]["layer"] = LAYER + ".down_proj"
+    store.save(book, tmp_path / "edits", described, beside)
     process = serve(place, tmp_path / "log", free_port(), GRACE_CODEBOOK=str(tmp_path / "edits"))
     try:
         assert process.wait(300) != 0
     finally:
         stop(process)
-    assert "model.layers.3.mlp.down_proj cannot be edited in vLLM" in (tmp_path / "log").read_text()
+    assert f"{LAYER}.down_proj cannot be edited in vLLM" in (tmp_path / "log").read_text()
