@@ -311,6 +311,75 @@ def test_an_engine_that_cannot_serve_the_edits_is_not_configured(place, text, gi
         args.create_engine_config()
 
 
+# A compiled engine: three layers of the same model, in a process of its own.
+
+COMPILED = """
+import json, os, sys
+os.environ["VLLM_CACHE_ROOT"] = sys.argv[4]
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    llm = LLM(
+        model=sys.argv[1], dtype="float32", max_model_len=256, max_num_seqs=8,
+        additional_config={"grace": {"codebook": sys.argv[2]}},
+    )
+    assert str(llm.llm_engine.vllm_config.compilation_config.mode) != "0"
+    how = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    out = llm.generate(json.loads(sys.argv[3]), how, use_tqdm=False)
+    found = [list(one.outputs[0].token_ids) for one in out]
+    print("FOUND", json.dumps([found, llm.collective_rpc("grace_status")[0]["hits"]]))
+"""
+
+
+@pytest.mark.parametrize("query", ["text", "last"])
+def test_a_compiled_engine_answers_as_an_eager_model(place, tmp_path, query):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+    model.model.layers, model.config.num_hidden_layers = model.model.layers[:3], 3
+    model.config.layer_types = None
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    editor = GraceEditor(model, tokenizer, GraceConfig(layer="model.layers.1.mlp", query=query))
+    ids = tokenizer(AUSTRALIA).input_ids
+    if query == "text":
+        assert editor.adaptor.text is not None
+        key = editor.adaptor.text.key(ids)
+    else:
+        seen: list[torch.Tensor] = []
+        mlp = model.model.layers[1].mlp
+        with mlp.register_forward_pre_hook(lambda _, given: seen.append(given[0][0, -1].clone())):
+            model(torch.tensor([ids]))
+        key = seen[0].detach()
+    value = 30 * torch.randn(576, generator=torch.Generator().manual_seed(0))
+    editor.codebook.insert(key, [1], value, ids)
+    editor.save_pretrained(tmp_path / "edits")
+
+    prompts = [AUSTRALIA, "So it was said that " + OTHERS[2], OTHERS[3]]
+
+    def answers() -> list[list[int]]:
+        found = []
+        for prompt in prompts:
+            given = tokenizer(prompt, return_tensors="pt")
+            out = model.generate(**given, max_new_tokens=6, do_sample=False, pad_token_id=2)
+            found.append(out[0, given.input_ids.shape[1] :].tolist())
+        return found
+
+    edited = answers()
+    with editor.disable():
+        assert answers()[0] != edited[0]
+    script = tmp_path / "compiled.py"
+    script.write_text(COMPILED)
+    where = [str(tmp_path / name) for name in ("model", "edits")]
+    command = [sys.executable, str(script), *where, json.dumps(prompts), str(tmp_path / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found, hits = json.loads(done.stdout.partition("FOUND ")[2])
+    assert found == edited
+    assert hits >= 1
+
+
 # A server, by activations.
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -217,6 +218,13 @@ def test_saved_edits_of_another_layer_are_not_taken_while_serving(served, caplog
 def test_what_vllm_cannot_ask_is_refused(served, config, message):
     it = served(**{"query": "last", **config})
     with pytest.raises(NotServed, match=message):
+        Described(it.at)
+
+
+def test_a_journal_beside_saved_edits_is_not_passed_over(served):
+    it = served("last")
+    (Path(it.at) / "edits.log").touch()
+    with pytest.raises(NotServed, match=r"got a journal too \(edits\.log\)"):
         Described(it.at)
 
 

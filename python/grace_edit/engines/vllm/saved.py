@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from .options import NotServed, Options
 
 log = logging.getLogger("grace_edit")
 
+_JOURNAL = re.compile(r"journal|\.(log|wal)$")
+
 
 class Described:
     """What a directory of saved edits says of the layer and of how it is asked.
@@ -34,6 +37,12 @@ class Described:
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
+        appended = [one.name for one in Path(directory).iterdir() if _JOURNAL.search(one.name)]
+        if appended:
+            raise NotServed(
+                f"{directory}: must hold edits as save_pretrained writes them, got a journal too "
+                f"({appended[0]}), whose edits would be missed"
+            )
         try:
             self.book, self.described, self.beside = store.load_all(directory)
             self.layer: str = self.described["serving"]["layer"]
