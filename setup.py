@@ -215,9 +215,13 @@ if why_not is not None:
 setup(
     packages=[
         *find_packages(".", include=["grace_kernels", "grace_kernels.*"]),
-        *find_packages("python", include=["grace_edit", "grace_edit.*"]),
+        *find_packages("python", include=["grace_edit", "grace_edit.*", "grace_vllm"]),
     ],
-    package_dir={"grace_kernels": "grace_kernels", "grace_edit": "python/grace_edit"},
+    package_dir={
+        "grace_kernels": "grace_kernels",
+        "grace_edit": "python/grace_edit",
+        "grace_vllm": "python/grace_vllm",
+    },
     include_package_data=False,  # not whatever MANIFEST.in puts into the source distribution
     package_data={
         "grace_kernels": ["py.typed"],

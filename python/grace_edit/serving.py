@@ -161,8 +161,8 @@ def attach_saved(
             f"the layer {found} (saved from {saved['class']}, got {type(model).__name__})"
         )
     if adaptor.query == "text":
-        adaptor.text = _text_of(model, tokenizer, config, serving["text"], beside, directory)
-        _check_reading(adaptor.text, codebook, directory)
+        adaptor.text = text_of(model, tokenizer, config, serving["text"], beside, directory)
+        check_reading(adaptor.text, codebook, directory)
     codebook.to(next(model.parameters()).device)
     family = family_of(model, tokenizer)
     family.attach(found, adaptor)
@@ -175,14 +175,27 @@ def attach_saved(
     return family, config
 
 
-def _text_of(
-    model: nn.Module,
+def text_of(
+    model: Any,
     tokenizer: Any,
     config: GraceConfig,
     saved: dict[str, Any],
     beside: dict[str, bytes],
     directory: str | Path,
 ) -> TextQueries:
+    """Return what makes the queries of saved edits with `query="text"`.
+
+    Args:
+        model: only `get_input_embeddings()` is used, and only with `encoder="tokens"`.
+        tokenizer: of the model.
+        config: of the saved edits, with the encoder to use.
+        saved, beside: what their description says of the text, and the files beside it.
+        directory: where they lie, for errors.
+
+    Raises:
+        StoreError: another text map or encoder.
+        ValueError: a tokenizer or an encoder is needed and was not given.
+    """
     if tokenizer is None:
         raise ValueError(
             f'tokenizer must be given for the edits of {directory}, whose query="text" reads the '
@@ -202,7 +215,7 @@ def _text_of(
     except (OSError, ValueError) as error:
         raise StoreError(f"{directory}: {error}") from error
     # An encoder's numbers differ in their last bits between machines: that it fits its map was
-    # checked, and `_check_reading` follows.
+    # checked, and `check_reading` follows.
     now = keys.fingerprint() if keys.dense.kind == TOKENS else text_map.fingerprint()
     wanted = saved["fingerprint" if keys.dense.kind == TOKENS else "map_fingerprint"]
     if now != wanted:
@@ -213,7 +226,7 @@ def _text_of(
     return TextQueries(keys, PromptReader(tokenizer))
 
 
-def _check_reading(text: TextQueries, book: Codebook, directory: str | Path) -> None:
+def check_reading(text: TextQueries, book: Codebook, directory: str | Path) -> None:
     """Refuse another tokenizer, under which the prompts of the edits are other texts."""
     live = [edit for edit in book.history if edit.live and edit.prompt is not None]
     for edit in live[:_READ_AGAIN]:

@@ -94,7 +94,7 @@ BY_TABLE = """
             return answer
 
     for name in ("lookup", "adapt_"):
-        ops.libraries["grace_cuda"].impl(name, getattr(Asked("cuda"), name), "CPU")
+        ops.libraries["cuda"].impl(name, getattr(Asked("cuda"), name), "CPU")
 
     def ask(batch, keys, dim, dtype=torch.bfloat16):
         rows = torch.zeros(batch, dtype=torch.int64)

@@ -218,7 +218,8 @@ def test_without_a_compiler_there_is_a_pure_wheel_and_the_sdist_is_whole(tmp_pat
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"grace_kernels/api.py", "grace_kernels/py.typed", "grace_edit/__init__.py"} <= names
     tops = {name.partition("/")[0] for name in names}
-    assert {top for top in tops if ".dist-info" not in top} == {"grace_kernels", "grace_edit"}
+    ours = {"grace_kernels", "grace_edit", "grace_vllm"}
+    assert {top for top in tops if ".dist-info" not in top} == ours
     assert [name for name in names if name.endswith((".so", ".cpp", ".cu"))] == []
 
     (sdist,) = dist.glob("*.tar.gz")

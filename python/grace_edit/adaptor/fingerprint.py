@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +25,32 @@ def fingerprint(model: nn.Module, layer: str) -> dict[str, str]:
         model: the model, attached or not.
         layer: full name of the wrapped layer.
     """
+    named = model.named_parameters(remove_duplicate=False)
+    return fingerprint_of(
+        ((name, tuple(p.shape), p.dtype, sample(p.detach())) for name, p in named), layer
+    )
+
+
+def fingerprint_of(
+    parameters: Iterable[tuple[str, tuple[int, ...], torch.dtype, bytes]], layer: str
+) -> dict[str, str]:
+    """Return the fingerprint of a model that is not at hand, from its parameters.
+
+    Args:
+        parameters: name, shape, dtype and `sample` of each, in the order of `named_parameters`,
+            shared ones under each of their names.
+        layer: full name of the wrapped layer.
+    """
     parts = {"below": hashlib.sha256(), "above": hashlib.sha256()}
     block = _block_of(layer)
     passed = False
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, shape, dtype, sampled in parameters:
         in_layer = f"{name}.".startswith(layer + ".")
         in_block = f"{name}.".startswith(block + ".")
         passed = passed or in_layer or in_block
         part = "above" if in_layer or (passed and not in_block) else "below"
-        parts[part].update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        parts[part].update(_sample(parameter.detach()))
+        parts[part].update(f"{name} {shape} {dtype}".encode())
+        parts[part].update(sampled)
     return {name: digest.hexdigest() for name, digest in parts.items()}
 
 
@@ -44,8 +61,9 @@ def _block_of(layer: str) -> str:
     return ".".join(parts[: numbered[-1] + 1]) if numbered else layer
 
 
-def _sample(tensor: Tensor) -> bytes:
+def sample(tensor: Tensor, dtype: torch.dtype | None = None) -> bytes:
+    """Return the bytes of at most 4096 evenly strided elements, as `dtype` holds them if given."""
     flat = tensor.reshape(-1)
     step = max(1, -(-flat.numel() // SAMPLES))
-    picked = flat[::step].cpu().contiguous()
+    picked = flat[::step].to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
     return picked.view(torch.uint8).numpy().tobytes() if picked.numel() else b""

@@ -1,0 +1,216 @@
+"""The saved edits that an engine serves, read again whenever they were saved again."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...adaptor.text_queries import TextQueries
+from ...codebook import store
+from ...codebook.codebook import Codebook
+from ...codebook.store import StoreError
+from ...config import GraceConfig
+from ...serving import check_reading, text_of
+from .checkpoint import Checkpoint, Unreadable
+from .options import NotServed, Options
+
+log = logging.getLogger("grace_edit")
+
+_JOURNAL = re.compile(r"journal|\.(log|wal)$")
+
+
+class Described:
+    """What a directory of saved edits says of the layer and of how it is asked.
+
+    Args:
+        directory: of saved edits.
+
+    Raises:
+        NotServed: the directory holds no edits that can be read, or of a kind that vLLM cannot ask
+            for.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+        appended = [one.name for one in Path(directory).iterdir() if _JOURNAL.search(one.name)]
+        if appended:
+            raise NotServed(
+                f"{directory}: must hold edits as save_pretrained writes them, got a journal too "
+                f"({appended[0]}), whose edits would be missed"
+            )
+        try:
+            self.book, self.described, self.beside = store.load_all(directory)
+            self.layer: str = self.described["serving"]["layer"]
+            self.query: str = self.described["serving"]["query"]
+            self.replace: str = self.described["serving"]["replace"]
+            self.model: dict[str, Any] = self.described["model"]
+        except (StoreError, KeyError, TypeError) as error:
+            raise NotServed(f"grace.codebook: {error}") from error
+        if self.query not in ("last", "text"):
+            raise NotServed(
+                f"{directory}: query must be 'text' or 'last' in vLLM, which computes prompts in "
+                f"chunks, got {self.query!r}"
+            )
+        if self.replace != "last":
+            raise NotServed(
+                f"{directory}: replace must be 'last' in vLLM, whose cache shares the other rows "
+                f"of a prompt, got {self.replace!r}"
+            )
+
+    def check_dtype(self, dtype: torch.dtype, width: int) -> None:
+        """Refuse a model of another dtype or width than the edits.
+
+        Raises:
+            NotServed: with what to do.
+        """
+        book = self.book
+        asked = book.keys.dtype if self.query == "last" else dtype
+        if book.values.dtype != dtype or asked != dtype:
+            raise NotServed(
+                f"{self.directory}: dtype must be that of the edits, got {dtype} for edits made in "
+                f"{book.values.dtype}; start with --dtype {str(book.values.dtype)[6:]}"
+            )
+        key_width = book.keys.shape[1] if self.query == "last" else width
+        if book.values.shape[1] != width or key_width != width:
+            raise NotServed(
+                f"{self.directory}: the layer must take and give {width} numbers a token, the "
+                f"model's width, got edits of {key_width} and {book.values.shape[1]}"
+            )
+
+
+class SavedEdits:
+    """Saved edits with what asks them, at the state of the last `refresh`.
+
+    Args:
+        config: a `VllmConfig`.
+        options: the option `grace`.
+
+    Raises:
+        NotServed: the edits are another model's, or cannot be read.
+    """
+
+    def __init__(self, config: Any, options: Options) -> None:
+        self._config, self._options = config, options
+        self._place = Path(options.codebook) / store.CONFIG
+        self._seen = self._look()
+        now = Described(options.codebook)
+        now.check_dtype(config.model_config.dtype, config.model_config.get_hidden_size())
+        self._now = now
+        try:
+            checkpoint = Checkpoint(config)
+            self._check_model(checkpoint, now)
+        except Unreadable as error:
+            self._unchecked(f"the model cannot be compared with that of the edits: {error}")
+            checkpoint = None
+        self.text = self._text(checkpoint, now)
+
+    @property
+    def book(self) -> Codebook:
+        """The codebook, on the CPU."""
+        return self._now.book
+
+    @property
+    def query(self) -> str:
+        """`"text"` or `"last"`."""
+        return self._now.query
+
+    def refresh(self) -> bool:
+        """Read what was saved since; return whether there was anything.
+
+        Saved edits that cannot be served, of another model or layer, are logged as an error and
+        those before them are kept. What is asked costs a `stat` of one file where nothing changed.
+        """
+        seen = self._look()
+        if seen == self._seen:
+            return False
+        self._seen = seen
+        try:
+            now = Described(self._options.codebook)
+            now.check_dtype(self._now.book.values.dtype, self._now.book.values.shape[1])
+            for name in ("serving", "model"):
+                old, new = self._now.described[name], now.described[name]
+                if {**old, "source": ""} != {**new, "source": ""}:
+                    raise NotServed(
+                        f"{self._options.codebook}: {name} must be as when the engine was started "
+                        f"({old}), got {new}; start it again"
+                    )
+        except NotServed as error:
+            log.error("saved edits are not served, those before them are: %s", error)
+            return False
+        self._now = now
+        return True
+
+    def _look(self) -> tuple[int, int, int]:
+        try:
+            at = os.stat(self._place)
+        except OSError as error:
+            raise NotServed(f"{self._place}: cannot be read ({error.strerror})") from error
+        return at.st_ino, at.st_mtime_ns, at.st_size
+
+    def _check_model(self, checkpoint: Checkpoint, now: Described) -> None:
+        prints = checkpoint.fingerprint(now.layer)
+        wanted = now.model["fingerprint"]
+        different = [part for part in ("below", "above") if prints[part] != wanted.get(part)]
+        if different:
+            raise NotServed(
+                f"{now.directory}: edits of another model: the checkpoint differs "
+                f"{' and '.join(different)} the layer {now.layer} (saved from "
+                f"{now.model['class']}, got {checkpoint.model_class})"
+            )
+
+    def _unchecked(self, why: str) -> None:
+        if not self._options.unchecked:
+            raise NotServed(
+                f"{self._options.codebook}: {why}; if it is the same model, say so: "
+                '{"grace": {"codebook": ..., "unchecked": true}}'
+            )
+        log.warning("%s: %s; served unchecked, as asked", self._options.codebook, why)
+
+    def _text(self, checkpoint: Checkpoint | None, now: Described) -> TextQueries | None:
+        if now.query != "text":
+            return None
+        config, options = self._config.model_config, self._options
+        asked = GraceConfig(
+            **{
+                **now.described["config"],
+                **({} if options.encoder is None else {"encoder": options.encoder}),
+            }
+        )
+        tokenizer = _tokenizer(config)
+        saved = now.described["serving"]["text"]
+        try:
+            made = text_of(
+                _Missing() if checkpoint is None else checkpoint,
+                tokenizer,
+                asked,
+                saved,
+                now.beside,
+                now.directory,
+            )
+            check_reading(made, now.book, now.directory)
+        except (StoreError, Unreadable, ValueError) as error:
+            raise NotServed(str(error)) from error
+        return made
+
+
+class _Missing:
+    def get_input_embeddings(self) -> Any:
+        raise Unreadable(
+            "edits with encoder='tokens' need the embeddings of the checkpoint, which cannot be "
+            "read"
+        )
+
+
+def _tokenizer(config: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(
+        config.tokenizer,
+        revision=config.tokenizer_revision,
+        trust_remote_code=config.trust_remote_code,
+    )

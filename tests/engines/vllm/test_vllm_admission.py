@@ -1,0 +1,355 @@
+"""What the engine core does, with stand-ins for vLLM's configuration and the model's checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from grace_edit import GraceConfig, GraceEditor
+from grace_edit.engines.vllm import admission, checkpoint
+from grace_edit.engines.vllm.admission import Admission, private_key
+from grace_edit.engines.vllm.layer import find_layer
+from grace_edit.engines.vllm.news import changes
+from grace_edit.engines.vllm.options import NotServed, Options, check_engine, read, with_variable
+from grace_edit.engines.vllm.saved import Described, SavedEdits
+from grace_edit.engines.vllm.seams import _extra_keys, _telling
+from text_models import NEIGHBOUR, OTHER, QUESTION, TARGET, text_editor, tokenizer
+from tiny_models import LAYERS, build, run_of
+from torch import nn
+
+WORDS = tokenizer()
+IDS = {text: WORDS(text).input_ids for text in (QUESTION, NEIGHBOUR, OTHER)}
+
+
+def engine_of(model: Any, **changed: Any) -> Any:
+    """Return as much of a `VllmConfig` as is read."""
+    about = {
+        "hf_config": model.config,
+        "dtype": torch.float32,
+        "quantization": None,
+        "trust_remote_code": False,
+        "enforce_eager": True,
+        "runner_type": "generate",
+        "is_encoder_decoder": False,
+        "tokenizer": "",
+        "tokenizer_revision": None,
+        "get_hidden_size": lambda: model.config.hidden_size,
+        **changed,
+    }
+    return SimpleNamespace(model_config=SimpleNamespace(**about), load_config=None)
+
+
+@pytest.fixture
+def served(trained, tmp_path, monkeypatch):
+    """Return a model with an edit saved, and what an engine would read of its checkpoint."""
+    monkeypatch.setattr("grace_edit.engines.vllm.saved._tokenizer", lambda config: WORDS)
+
+    def made(query: str = "text", **config: Any):
+        model = trained("llama")
+        weights = dict(model.state_dict())
+        if query == "text":
+            editor = text_editor(model, "llama", **config)
+            assert editor.edit(QUESTION, TARGET).success
+        else:
+            layer = LAYERS["llama"]
+            editor = GraceEditor(model, None, GraceConfig(layer=layer, query=query, **config))
+            assert editor.edit(run_of(3, 5), run_of(20, 3)).success
+        editor.save_pretrained(tmp_path)
+        weights = {k: v for k, v in weights.items() if k != "lm_head.weight" or not tied(model)}
+        monkeypatch.setattr(checkpoint, "_weights", lambda config: iter(weights.items()))
+        return SimpleNamespace(
+            editor=editor, engine=engine_of(model), weights=weights, at=str(tmp_path)
+        )
+
+    return made
+
+
+def tied(model: Any) -> bool:
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def request(id: str, ids: list[int] | None, **more: Any) -> Any:
+    given = {"prompt_embeds": None, "prompt_is_token_ids": None, "resumable": False, **more}
+    return SimpleNamespace(request_id=id, prompt_token_ids=ids, **given)
+
+
+def step(new: list[str] = (), finished: tuple[str, ...] = ()) -> Any:  # type: ignore[assignment]
+    requests = [SimpleNamespace(req_id=id) for id in new]
+    return SimpleNamespace(scheduled_new_reqs=requests, finished_req_ids=set(finished))
+
+
+@pytest.fixture(autouse=True)
+def no_request_left():
+    yield
+    admission._private.clear()
+
+
+def test_a_prompt_that_is_answered_takes_the_value_along_and_others_take_nothing(served):
+    it = served()
+    core = Admission(it.engine, Options(it.at))
+    for name, text in (("a", QUESTION), ("b", NEIGHBOUR), ("c", OTHER)):
+        core.admit(request(name, IDS[text]))
+    news = core.news(step(["b", "a"]))
+    book = it.editor.codebook
+    assert list(news.values) == ["a"]
+    assert torch.equal(news.values["a"], book.values[0])
+    assert news.version == book.version
+    assert core.news(step(["a"])).values, "a request that was preempted may be scheduled anew"
+    assert core.news(step([], ("a",))).finished == {"a"}
+    assert not core.news(step(["a"])).values
+    assert not admission._private
+
+
+def test_a_request_that_comes_after_a_save_is_answered_with_it(served):
+    it = served()
+    core = Admission(it.engine, Options(it.at))
+    core.admit(request("before", IDS[QUESTION]))
+    it.editor.edit(QUESTION, " ".join(WORDS.convert_ids_to_tokens(run_of(30, 3))))
+    it.editor.save_pretrained(it.at)
+    core.admit(request("after", IDS[QUESTION]))
+    it.editor.undo()
+    it.editor.undo()
+    it.editor.save_pretrained(it.at)
+    core.admit(request("deleted", IDS[QUESTION]))
+    values = core.news(step(["before", "after", "deleted"])).values
+    assert list(values) == ["before", "after"]
+    assert not torch.equal(values["before"], values["after"])
+
+
+def test_only_the_block_an_answered_prompt_ends_in_is_its_own_and_what_follows_it(served):
+    it = served()
+    core = Admission(it.engine, Options(it.at))
+    core.admit(request("hit", IDS[QUESTION]))
+    core.admit(request("miss", IDS[NEIGHBOUR]))
+    n = len(IDS[QUESTION])
+    assert private_key("hit", n - 1, n + 3) == private_key("hit", 0, n) != ()
+    for start, end in ((0, n - 1), (n, n + 4)):
+        assert private_key("hit", start, end) == (), "before it is shared, behind it is chained"
+    assert private_key("miss", 0, 99) == ()
+
+
+def test_under_activations_no_prompt_shares_the_block_with_its_end(served):
+    it = served("last")
+    core = Admission(it.engine, Options(it.at))
+    core.admit(request("a", run_of(3, 5)))
+    core.admit(request("b", run_of(9, 5)))
+    assert private_key("a", 4, 8)
+    assert private_key("b", 4, 8)
+    assert private_key("a", 4, 8) != private_key("b", 4, 8)
+    assert not private_key("a", 0, 4)
+
+
+def test_workers_are_sent_everything_once_and_then_what_changed(served):
+    it = served("last")
+    core = Admission(it.engine, Options(it.at))
+    (first,) = core.news(step()).changed
+    assert first.slots.tolist() == [0]
+    assert torch.equal(first.values[0], it.editor.codebook.values[0])
+    assert core.news(step()).changed == []
+    it.editor.edit(run_of(40, 5), run_of(9, 3))
+    it.editor.save_pretrained(it.at)
+    core.admit(request("a", run_of(40, 5)))
+    (then,) = core.news(step()).changed
+    assert then.count == 2
+    assert then.slots.tolist() == [1]
+    assert torch.equal(then.keys[0], it.editor.codebook.keys[1])
+
+
+def test_changes_are_rows_that_differ_in_key_value_or_radius():
+    keys, values, radii = torch.rand(5, 3), torch.rand(5, 2), torch.rand(5)
+    old = (keys.clone(), values.clone(), radii.clone())
+    keys[0, 2] += 1
+    values[2, 0] += 1
+    radii[3] = -torch.inf
+    changed = changes((old[0][:4], old[1][:4], old[2][:4]), (keys, values, radii), 5)
+    assert changed.slots.tolist() == [0, 2, 3, 4]
+    assert torch.equal(changed.keys, keys[[0, 2, 3, 4]])
+    assert changes((keys, values, radii), (keys, values, radii), 3).slots.tolist() == []
+
+
+def test_another_model_is_refused_by_its_checkpoint(served):
+    it = served()
+    it.weights["model.layers.2.mlp.up_proj.weight"] += 1
+    with pytest.raises(NotServed, match=r"edits of another model: the checkpoint differs above"):
+        SavedEdits(it.engine, Options(it.at))
+    it.weights["model.layers.0.mlp.up_proj.weight"] += 1
+    with pytest.raises(NotServed, match="differs below and above the layer"):
+        SavedEdits(it.engine, Options(it.at))
+
+
+def test_what_cannot_be_checked_is_refused_unless_the_option_says_so(served, caplog):
+    it = served("last")
+    it.engine.model_config.quantization = "fp8"
+    with pytest.raises(NotServed, match=r"weights are quantised \(fp8\).*\"unchecked\": true"):
+        SavedEdits(it.engine, Options(it.at))
+    SavedEdits(it.engine, Options(it.at, unchecked=True))
+    assert "served unchecked" in caplog.text
+    it.engine.model_config.quantization = None
+    del it.weights["model.norm.weight"]
+    with pytest.raises(NotServed, match=r"it has no model\.norm\.weight"):
+        SavedEdits(it.engine, Options(it.at))
+
+
+def test_saved_edits_of_another_layer_are_not_taken_while_serving(served, caplog):
+    it = served("last")
+    edits = SavedEdits(it.engine, Options(it.at))
+    version = edits.book.version
+    it.editor.detach()
+    other = GraceEditor(it.editor.model, None, GraceConfig(layer="model.layers.2.mlp"))
+    other.save_pretrained(it.at)
+    assert not edits.refresh()
+    assert edits.book.version == version
+    assert "start it again" in caplog.text
+    assert not edits.refresh()
+    assert caplog.text.count("start it again") == 1, "said once, not with each request"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"query": "mean"}, "query must be 'text' or 'last'"),
+        ({"replace": "prompt"}, "replace must be 'last'"),
+    ],
+    ids=lambda x: str(x),
+)
+def test_what_vllm_cannot_ask_is_refused(served, config, message):
+    it = served(**{"query": "last", **config})
+    with pytest.raises(NotServed, match=message):
+        Described(it.at)
+
+
+def test_a_journal_beside_saved_edits_is_not_passed_over(served):
+    it = served("last")
+    (Path(it.at) / "edits.log").touch()
+    with pytest.raises(NotServed, match=r"got a journal too \(edits\.log\)"):
+        Described(it.at)
+
+
+def test_another_dtype_is_refused_with_the_one_to_choose(served):
+    it = served("last")
+    with pytest.raises(NotServed, match="start with --dtype float32"):
+        Described(it.at).check_dtype(torch.bfloat16, 48)
+    with pytest.raises(NotServed, match="take and give 64 numbers"):
+        Described(it.at).check_dtype(torch.float32, 64)
+
+
+def test_requests_whose_prompt_cannot_be_told_are_refused_one_by_one(served):
+    it = served()
+    core = Admission(it.engine, Options(it.at))
+    with pytest.raises(ValueError, match="no streaming sessions"):
+        core.admit(request("a", [5], resumable=True))
+    with pytest.raises(ValueError, match="got embeddings"):
+        core.admit(request("a", None, prompt_embeds=torch.zeros(3, 48)))
+
+
+def test_the_layer_is_found_by_name_or_end_and_refused_with_what_is_near():
+    model = build("llama")
+    assert find_layer(model, "model.layers.1.mlp") is model.model.layers[1].mlp
+    inside = nn.ModuleDict({"language_model": model})
+    assert find_layer(inside, "model.layers.1.mlp") is model.model.layers[1].mlp
+    with pytest.raises(NotServed, match=r"got 0; near: model\.layers\.0\.mlp"):
+        find_layer(model, "transformer.h.1.mlp")
+    with pytest.raises(NotServed, match="fuses it with others"):
+        find_layer(model, "model.layers.1.mlp.down_proj")
+
+
+# The option, and the functions that are wrapped.
+
+
+def test_the_option_is_read_and_its_mistakes_are_named(tmp_path, monkeypatch):
+    at = str(tmp_path)
+    assert read({}) is None
+    assert read(None) is None
+    assert read({"grace": {"codebook": at}}) == Options(at)
+    for wrong in ({"codebooks": at}, at, {"codebook": at, "unchecked": "yes"}, {"codebook": "no"}):
+        with pytest.raises(NotServed, match="grace"):
+            read({"grace": wrong})
+    monkeypatch.delenv("GRACE_CODEBOOK", raising=False)
+    assert with_variable({"a": 1}) == {"a": 1}
+    monkeypatch.setenv("GRACE_CODEBOOK", at)
+    assert read(with_variable({"a": 1})) == Options(at)
+    explicit = {"grace": {"codebook": "elsewhere"}}
+    assert with_variable(explicit) == explicit
+
+
+def parts_of_engine() -> Any:
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(
+            pipeline_parallel_size=1,
+            use_ubatching=False,
+            prefill_context_parallel_size=1,
+            decode_context_parallel_size=1,
+        ),
+        compilation_config=SimpleNamespace(
+            pass_config=SimpleNamespace(fuse_norm_quant=True, fuse_act_quant=False)
+        ),
+        model_config=SimpleNamespace(
+            runner_type="generate", is_encoder_decoder=False, quantization=None
+        ),
+        cache_config=SimpleNamespace(kv_sharing_fast_prefill=False),
+        speculative_config=None,
+        kv_transfer_config=None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "said"),
+    [
+        ("parallel_config", "pipeline_parallel_size", 2, "pipeline parallelism"),
+        ("parallel_config", "use_ubatching", True, "enable_dbo"),
+        ("parallel_config", "prefill_context_parallel_size", 2, "context parallel prefill"),
+        ("parallel_config", "decode_context_parallel_size", 2, "context parallel decoding"),
+        ("model_config", "quantization", "fp8", "fused quantisation"),
+        ("model_config", "runner_type", "pooling", "do not generate"),
+        ("model_config", "is_encoder_decoder", True, "encoder-decoder"),
+        ("cache_config", "kv_sharing_fast_prefill", True, "fast prefill"),
+        (None, "speculative_config", object(), "speculative decoding"),
+        (None, "kv_transfer_config", object(), "KV transfer"),
+    ],
+    ids=lambda x: str(x) if isinstance(x, str) else "",
+)
+def test_what_edits_were_not_tried_with_stops_the_engine_by_name(part, name, value, said):
+    config = parts_of_engine()
+    check_engine(config)
+    setattr(getattr(config, part) if part else config, name, value)
+    with pytest.raises(NotServed, match=said):
+        check_engine(config)
+
+
+def test_a_scheduler_sends_the_news_with_each_step_and_refuses_edits_it_cannot_serve(served):
+    it = served()
+
+    class Scheduler:
+        def __init__(self, vllm_config: Any, block_size: int) -> None:
+            self.block_size = block_size
+
+        def schedule(self, throttle: bool = False) -> Any:
+            return step(["a"])
+
+    telling = _telling(Scheduler)
+    assert telling is _telling(Scheduler)
+    assert telling.__name__ == "Scheduler"
+    it.engine.cache_config = SimpleNamespace(enable_prefix_caching=False)
+    it.engine.additional_config = {}
+    assert not hasattr(telling(it.engine, block_size=4).schedule(), "grace")
+    it.engine.additional_config = {"grace": {"codebook": it.at}}
+    made = telling(vllm_config=it.engine, block_size=4)
+    made.grace.admit(request("a", IDS[QUESTION]))
+    assert made.block_size == 4
+    assert list(made.schedule(throttle=True).grace.values) == ["a"]
+    it.weights["model.norm.weight"] += 1
+    with pytest.raises(NotServed, match="another model"):
+        telling(vllm_config=it.engine, block_size=4)
+
+
+def test_the_hash_of_a_block_holds_the_mark_beside_what_it_held():
+    admission._private["a"] = 6
+    salted = lambda request, start, end, i: ((("cache_salt", "s"),), i)  # noqa: E731
+    plain = lambda request, start, end, i: (None, i)  # noqa: E731
+    one = SimpleNamespace(request_id="a")
+    assert _extra_keys(plain, one, 0, 4, 7) == (None, 7)
+    assert _extra_keys(plain, one, 4, 8, 7) == ((("grace", "a"),), 7)
+    assert _extra_keys(salted, one, 4, 8, 7) == ((("cache_salt", "s"), ("grace", "a")), 7)
