@@ -6,6 +6,7 @@ caches so small that requests are thrown out and computed again.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import Any
 
@@ -338,3 +339,41 @@ def test_detached_it_serves_the_unedited_model(edited):
     unedited = alone(edited.model, PROMPTS)
     assert unedited != want
     assert steps.run(PROMPTS) == unedited
+
+
+class _Stream:
+    """What asynchronous batching asks of a stream and an event, on a CPU."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or _Stream()
+
+
+@pytest.fixture
+def streams(monkeypatch) -> None:
+    """Let asynchronous batching run on a CPU: in its order, with its two sets of inputs."""
+    from transformers.generation import continuous_batching as batching
+
+    inputs = batching.input_outputs
+    monkeypatch.setattr(inputs.ContinuousBatchingAsyncIOs, "_supported_device_types", ("cpu",))
+    monkeypatch.setattr(inputs, "create_device_stream", _Stream)
+    monkeypatch.setattr(torch, "Event", _Stream)
+    for module in (inputs, batching.continuous_api, batching.model_runner):
+        monkeypatch.setattr(module, "stream_context", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(
+        batching.offloading_manager, "stream_context", lambda _: contextlib.nullcontext()
+    )
+
+
+@pytest.mark.usefixtures("streams")
+def test_asynchronous_batches_have_rows_of_their_own(edited):
+    want = alone(edited.model, PROMPTS, 12)
+    small = {"length": 12, "num_blocks": 14, "max_batch_tokens": 8}
+    assert batched(edited.model, PROMPTS, use_async_batching=True, **small) == want
