@@ -482,8 +482,13 @@ class Storage:
     def nearest(self, query: Tensor, radii: Tensor | None = None) -> tuple[int, float]:
         """Return slot and distance of the entry nearest to `[D]`; see `Slots.nearest`."""
         with self.lock:
-            self.slots.tell_sketch()  # of what this change has written so far: it spares a scan
+            self._ready_sketch()
             return self.slots.nearest(query, radii)
+
+    def _ready_sketch(self) -> None:
+        # Of what this change has written so far; only on a CPU does it spare a scan.
+        if self.slots.device.type == "cpu":
+            self.slots.tell_sketch()
 
     def distance_to_other_label(
         self, query: Tensor, label: Label, radii: Tensor | None = None
@@ -494,7 +499,7 @@ class Storage:
         """
         number = self._label_numbers.get(self.settings.label_key(label), -1)
         with self.lock:
-            self.slots.tell_sketch()
+            self._ready_sketch()
             return self.slots.nearest_of_other_label(query, number, radii)
 
     def lookup(self, query: Tensor) -> tuple[Tensor, Tensor]:
