@@ -294,6 +294,19 @@ class Sketch:
         out.active = self._active
         return out
 
+    def within(self, reach: float) -> Sketch:
+        """Return this sketch for lookups in which each live slot has the radius `reach`, not NaN.
+
+        It shares the codes and sees what is told of keys; what is counted is counted apart.
+        """
+        out = Sketch(0, self.centre.shape[0], self.dtype, self.centre.device)
+        for name in _STATE:
+            setattr(out, name, getattr(self, name))
+        out.radius_bound = torch.full_like(self.radius_bound, reach)
+        out.outliers = torch.full_like(self.outliers, -1)
+        out.rows, out._active = self.rows, self._active
+        return out
+
     def to(self, device: torch.device | str) -> Sketch:
         """Return this sketch if it is on `device`, otherwise a copy there."""
         # A device may be named without its number; tensors know where they are.

@@ -309,6 +309,7 @@ class Codebook(Contents):
         capacity: int | None = None,
         drift: float = 0.0,
         max_radius: float | None = None,
+        copy: bool = True,
     ) -> Codebook:
         """Return a codebook of given entries, millions at once; row i becomes slot i and edit i.
 
@@ -322,17 +323,21 @@ class Codebook(Contents):
             labels: N labels.
             radius, policy, drift, max_radius: as for a new codebook.
             capacity: slots to allocate; None means N.
+            copy: False: `keys` and `values` become the codebook's own memory where they fill it,
+                and nobody else writes to them from then on.
 
         Raises:
             ValueError: a shape, dtype or value is not as said.
         """
         importing.check_shapes(keys, values, radii, labels, capacity)
+        capacity = max(1, len(keys)) if capacity is None else capacity
+        adopt = not copy and capacity == len(keys)
         book = cls(
             keys.shape[1],
             values.shape[1],
             radius=radius,
             policy=policy,
-            capacity=max(1, len(keys)) if capacity is None else capacity,
+            capacity=1 if adopt else capacity,
             dtype=keys.dtype,
             value_dtype=values.dtype,
             drift=drift,
@@ -340,7 +345,7 @@ class Codebook(Contents):
             device=keys.device,
         )
         tensors = (keys.detach(), values.detach(), radii.detach())
-        importing.fill(book.storage, *tensors, labels)
+        importing.fill(book.storage, *tensors, labels, adopt=adopt)
         return book
 
     def to(self, device: torch.device | str) -> Codebook:

@@ -39,10 +39,16 @@ def fill(
     values: Tensor,
     radii: Tensor,
     labels: Sequence[Sequence[int]],
+    *,
+    adopt: bool = False,
 ) -> None:
-    """Make row i of the tensors slot and edit i of an empty codebook; nothing is decided."""
+    """Make row i of the tensors slot and edit i of an empty codebook; nothing is decided.
+
+    Args:
+        adopt: keys and values become its memory, whatever its capacity was.
+    """
     for name, tensor in (("keys", keys), ("values", values)):
-        if not torch.isfinite(tensor).all():
+        if not _all_finite(tensor):
             raise ValueError(f"{name} must be finite, got NaN or infinity")
     if not storage.settings.paper:
         if not (radii >= 0).all():
@@ -54,12 +60,18 @@ def fill(
     ids = [tuple(label) for label in labels]
     if not all(ids):
         raise ValueError(f"labels must hold at least one id each, got none at [{ids.index(())}]")
-    storage.slots.fill(keys, values, radii)
+    (storage.slots.adopt if adopt else storage.slots.fill)(keys, values, radii)
     storage.fill(Imported(ids, radii.cpu().clone()), {}, {}, {})
     storage.next_id = storage.next_value_id = len(ids)
     storage.version = 1
     storage.journal.forget("the entries were imported")
     storage.slots.maintain_sketch()
+
+
+def _all_finite(rows: Tensor) -> bool:
+    # A piece at a time: what torch makes for the answer is as large as what it is asked about.
+    step = max(1, _CHUNK // max(1, rows.shape[1]))
+    return all(bool(torch.isfinite(piece).all()) for piece in rows.split(step))
 
 
 def equal_rows(keys: Tensor) -> tuple[int, int] | None:

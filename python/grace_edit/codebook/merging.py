@@ -283,7 +283,7 @@ class _Merging:
         by_query = storage.earlier_edit(None, query)
         if by_query is not None:
             met.add(by_query)
-        slot, distance = storage.slots.nearest(query)
+        slot, distance = storage.nearest(query)
         entry = storage.entry(slot)
         if entry is not None and distance == 0.0:
             met |= {entry.owner} if entry.label == key.label else set(entry.members)

@@ -43,13 +43,13 @@ def propose(
             replaced.add(storage.edit(earlier).whole)
             query = storage.query_of(storage.edit(earlier))
 
-    slot, distance = slots.nearest(query)
+    slot, distance = storage.nearest(query)
     radii: Tensor | None = None
     if distance > 0.0 and (going := storage.owned_slots(replaced)):
         # The entries of what is superseded go with it, unless the edit takes one over.
         radii = slots.radii[: slots.in_use].clone()
         radii[going] = -math.inf
-        slot, distance = slots.nearest(query, radii)
+        slot, distance = storage.nearest(query, radii)
     entry = storage.entry(slot)
     radius = None if entry is None else slots.radii[slot].item()
     same = entry is not None and settings.label_key(entry.label) == settings.label_key(ids)

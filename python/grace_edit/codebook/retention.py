@@ -150,7 +150,7 @@ def _adopt(storage: Storage, orphans: Iterable[int]) -> set[int]:
     for id in live:
         edit = replace(storage.edit(id), slot=-1)
         storage.put_edit(edit)
-        slot, distance = storage.slots.nearest(storage.query_of(edit))
+        slot, distance = storage.nearest(storage.query_of(edit))
         storage.queries.set_answer(edit.query_index, slot, distance)
     return live
 

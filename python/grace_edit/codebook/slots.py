@@ -19,6 +19,7 @@ from .tensors import resized, same_bits
 
 _KEY_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _VECTORS = ("keys", "values")
+_SAMPLE = 2048  # keys from which to guess how far the nearest is
 _FILLS = {"keys": 0, "values": 0, "radii": -math.inf, "label_ids": -1}
 
 
@@ -227,6 +228,15 @@ class Slots:
         self.keys[:count], self.values[:count], self.radii[:count] = keys, values, radii
         self._set_in_use(count)
 
+    def adopt(self, keys: Tensor, values: Tensor, radii: Tensor) -> None:
+        """Let `keys` and `values` be the memory of an empty codebook, all of it, without a copy."""
+        with torch.inference_mode(False):
+            labels = torch.full((len(keys),), -1, dtype=torch.int64, device=keys.device)
+            own = {"keys": keys.contiguous(), "values": values.contiguous(), "label_ids": labels}
+            upkeep = SketchUpkeep.beside(own["keys"])
+            vars(self).update(own, radii=radii.clone(), sketch_upkeep=upkeep)
+        self._set_in_use(len(keys))
+
     def fill_labels(self, numbers: Sequence[int]) -> None:
         """Number the labels of all slots that were filled; -1: the slot is free."""
         if numbers:
@@ -242,8 +252,27 @@ class Slots:
         """
         count = self.in_use
         radii = self.radii[:count] if radii is None else radii
-        slot, distance = nearest(query.to(self.device)[None], self.keys[:count], radii)
+        asked = query.to(self.device)[None]
+        slot, distance = self._nearest_by_sketch(asked, radii) or nearest(
+            asked, self.keys[:count], radii
+        )
         return int(slot), distance.item()
+
+    def _nearest_by_sketch(self, query: Tensor, radii: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Find the same, where the sketch spares reading most keys: on a CPU; None elsewhere.
+
+        The nearest of a few keys tells how far the nearest of all is at most. Were that the radius
+        of all, the nearest would always answer.
+        """
+        sketch, count = self.sketch, len(radii)
+        if sketch is None or not sketch.active or self.device.type != "cpu" or count < _SAMPLE:
+            return None
+        step = count // _SAMPLE
+        reach = nearest(query, self.keys[:count:step], radii[::step])[1].item()
+        if not math.isfinite(reach):
+            return None
+        reaches = torch.where(radii == -math.inf, -math.inf, reach)
+        return lookup(query, self.keys[:count], reaches, sketch=sketch.within(reach))
 
     def nearest_two(self, query: Tensor) -> list[tuple[int, float]]:
         """Return slots and distances of the two entries nearest to `[D]`, of fewer if need be."""

@@ -152,8 +152,13 @@ def _number(name: str, item: Any) -> Any:
     return float(item) if name in _FLOATS and isinstance(item, str) else item
 
 
-def fill_tensors(storage: Storage, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
+def fill_tensors(
+    storage: Storage, tensors: dict[str, Tensor], settings: dict[str, Any], *, adopt: bool = False
+) -> None:
     """Fill the slots, and the sketch, of an empty codebook on a CPU.
+
+    Args:
+        adopt: keys and values become its memory, whatever its capacity was.
 
     Raises:
         KeyError, TypeError, ValueError: a tensor is missing or not what the settings say.
@@ -179,7 +184,8 @@ def fill_tensors(storage: Storage, tensors: dict[str, Tensor], settings: dict[st
         got = tensors[name]
         if got.dtype != dtype or list(got.shape) != shape:
             raise ValueError(f"{name} must be {dtype} {shape}, got {got.dtype} {list(got.shape)}")
-    slots.fill(tensors["keys"], tensors["values"], tensors["radii"])
+    fill = slots.adopt if adopt else slots.fill
+    fill(tensors["keys"], tensors["values"], tensors["radii"])
     slots.sketch_upkeep.restore(tensors, slots.keys, slots.radii, slots.in_use)
 
 

@@ -479,6 +479,17 @@ class Storage:
         self._label_numbers = {x: n for x, n in self._label_numbers.items() if n in held}
         self._most_labels = max(_LABELS, 2 * len(self._label_numbers))
 
+    def nearest(self, query: Tensor, radii: Tensor | None = None) -> tuple[int, float]:
+        """Return slot and distance of the entry nearest to `[D]`; see `Slots.nearest`."""
+        with self.lock:
+            self._ready_sketch()
+            return self.slots.nearest(query, radii)
+
+    def _ready_sketch(self) -> None:
+        # Of what this change has written so far; only on a CPU does it spare a scan.
+        if self.slots.device.type == "cpu":
+            self.slots.tell_sketch()
+
     def distance_to_other_label(
         self, query: Tensor, label: Label, radii: Tensor | None = None
     ) -> float:
@@ -487,7 +498,9 @@ class Storage:
         `radii` `[in_use]` are read instead of the codebook's; -inf leaves an entry out.
         """
         number = self._label_numbers.get(self.settings.label_key(label), -1)
-        return self.slots.nearest_of_other_label(query, number, radii)
+        with self.lock:
+            self._ready_sketch()
+            return self.slots.nearest_of_other_label(query, number, radii)
 
     def lookup(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Find the entries that answer `[B, D]`, as in serving."""

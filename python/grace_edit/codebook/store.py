@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as parse_tensors
-from safetensors.torch import save as render_tensors
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from . import snapshot
 from .codebook import Codebook
@@ -39,6 +40,7 @@ CONFIG = "grace_config.json"
 TENSORS = "codebook.safetensors"
 EDITS = "edits.jsonl"
 _NEW = ".new"
+_PIECE = 1 << 22  # bytes read at a time
 _READINGS = 1000  # of files that somebody renames each time
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float16, torch.bfloat16)}
 _DTYPES["float64"] = torch.float64
@@ -81,21 +83,26 @@ def save(
 def _save(
     codebook: Codebook, directory: Path, config: dict[str, Any], beside: dict[str, bytes] | None
 ) -> None:
+    _render(config)  # raises before anything is written
+    if (directory / (CONFIG + _NEW)).exists():
+        _complete(directory)
+    new = directory / (TENSORS + _NEW)
     with codebook.changing() as storage:
+        # Straight from the codebook's memory: its tensors may be most of what the machine has.
         tensors, records = snapshot.content_of(storage)
         settings, number = snapshot.settings_of(storage), snapshot.format_of(storage)
-        files = {TENSORS: render_tensors(tensors), EDITS: records.encode(), **(beside or {})}
+        _write_tensors(tensors, new)
+    del tensors
+    files = {EDITS: records.encode(), **(beside or {})}
+    checksums = {TENSORS: _sha256_of(new), **{name: _sha256(files[name]) for name in files}}
     described: dict[str, Any] = {
         "format": number,
         "codebook": settings,
         "config": config,
-        "files": {name: _sha256(content) for name, content in files.items()},
+        "files": checksums,
     }
     described["checksum"] = _checksum(described)
     files[CONFIG] = _render(described)
-
-    if (directory / (CONFIG + _NEW)).exists():
-        _complete(directory)
     for name, content in files.items():
         with open(directory / (name + _NEW), "wb") as file:
             file.write(content)
@@ -105,21 +112,41 @@ def _save(
     _rename(directory, described)
 
 
+def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # which has no number, and says what the file system said
+        raise OSError(f"{path}: {error}") from error
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
 def load(
-    directory: str | Path, device: torch.device | str = "cpu"
+    directory: str | Path, device: torch.device | str = "cpu", *, mapped: bool = False
 ) -> tuple[Codebook, dict[str, Any]]:
     """Read what `save` wrote: the codebook, equal to the bit, and the caller's `config`.
+
+    Args:
+        directory, device, mapped: as for `load_all`.
 
     Raises:
         StoreError: as `load_all`.
     """
-    return load_all(directory, device)[:2]
+    return load_all(directory, device, mapped=mapped)[:2]
 
 
 def load_all(
-    directory: str | Path, device: torch.device | str = "cpu"
+    directory: str | Path, device: torch.device | str = "cpu", *, mapped: bool = False
 ) -> tuple[Codebook, dict[str, Any], dict[str, bytes]]:
     """Read what `save` wrote: codebook, `config`, and the files that were saved beside.
+
+    Args:
+        directory: what `save` wrote.
+        device: where the codebook is to be.
+        mapped: on a CPU, let the keys and values of a full codebook stay in the file, mapped into
+            memory: it takes no copy, and what is changed stays out of the file. Saving to the
+            directory again is safe; nobody may write *into* the file meanwhile, as `cp` over it
+            does.
 
     Raises:
         StoreError: naming the file: it is missing, truncated, altered, of a newer format, or does
@@ -127,16 +154,15 @@ def load_all(
     """
     directory = Path(directory)
     described, files = _read(directory)
+    tensors = files.pop(TENSORS)
     try:
-        tensors = parse_tensors(files[TENSORS])
-    except Exception as error:  # safetensors raises its own kinds
-        raise StoreError(f"{directory / TENSORS}: not a safetensors file ({error})") from error
-    try:
-        book = _empty(described["codebook"])
+        settings = described["codebook"]
+        adopt = mapped and settings["rows"] == settings["capacity"] > 0
+        book = _empty(settings, 1 if adopt else settings["capacity"])
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{directory / CONFIG}: bad settings ({error!r})") from error
     try:
-        snapshot.fill_tensors(book.storage, tensors, described["codebook"])
+        snapshot.fill_tensors(book.storage, tensors, settings, adopt=adopt)
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{directory / TENSORS}: bad tensors ({error!r})") from error
     try:
@@ -144,7 +170,7 @@ def load_all(
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise StoreError(f"{directory / EDITS}: bad record ({error!r})") from error
     book.to(device).storage.slots.maintain_sketch()
-    beside = {name: found for name, found in files.items() if name not in (TENSORS, EDITS)}
+    beside = {name: found for name, found in files.items() if name != EDITS}
     return book, described["config"], beside
 
 
@@ -167,6 +193,14 @@ def _render(described: dict[str, Any]) -> bytes:
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def _sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _checksum(described: dict[str, Any]) -> str:
@@ -203,8 +237,8 @@ def _sync(directory: Path) -> None:
         os.close(handle)
 
 
-def _read(directory: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Return the configuration and the contents it vouches for."""
+def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the configuration and the contents it vouches for: tensors by name, and bytes."""
     unchanged = 0
     for _ in range(_READINGS):
         before = _places(directory)
@@ -226,12 +260,15 @@ def _places(directory: Path) -> dict[str, tuple[int, int, int]]:
             if entry.name.startswith(LOCK):
                 continue
             with contextlib.suppress(OSError):
-                at = entry.stat()
-                found[entry.name] = (at.st_ino, at.st_mtime_ns, at.st_size)
+                found[entry.name] = _place(entry.stat())
     return found
 
 
-def _read_once(directory: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+def _place(at: os.stat_result) -> tuple[int, int, int]:
+    return at.st_ino, at.st_mtime_ns, at.st_size
+
+
+def _read_once(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         described = _read_config(directory / CONFIG)
         return described, _read_files(directory, described)
@@ -262,23 +299,49 @@ def _read_config(path: Path) -> dict[str, Any]:
     return described
 
 
-def _read_files(directory: Path, described: dict[str, Any]) -> dict[str, bytes]:
-    contents = {}
+def _read_files(directory: Path, described: dict[str, Any]) -> dict[str, Any]:
+    contents: dict[str, Any] = {}
     named = described.get("files", {})
     for name in dict.fromkeys((TENSORS, EDITS, *named)):
         if Path(name).name != name:
             raise StoreError(f"{directory / CONFIG}: files must lie beside it, got {name!r}")
-        wanted = named.get(name)
+        read = _map_tensors if name == TENSORS else _read_checked
         for candidate in (directory / name, directory / (name + _NEW)):
             if candidate.exists():
-                content = _read_bytes(candidate)
-                if _sha256(content) == wanted:
-                    contents[name] = content
+                found = read(candidate, named.get(name))
+                if found is not None:
+                    contents[name] = found
                     break
         else:
             _read_bytes(directory / name)  # raises where it is missing
             raise StoreError(f"{directory / name}: checksum differs, truncated or altered")
     return contents
+
+
+def _read_checked(path: Path, wanted: str | None) -> bytes | None:
+    """Return what a file holds, None where that has another checksum."""
+    content = _read_bytes(path)
+    return content if _sha256(content) == wanted else None
+
+
+def _map_tensors(path: Path, wanted: str | None) -> dict[str, Tensor] | None:
+    """Return the tensors of a file as they lie there, None where it has another checksum.
+
+    Their memory is the file's, read when it is looked at; what is written to them stays outside.
+    """
+    try:
+        before = _place(path.stat())
+        if _sha256_of(path) != wanted:
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except Exception as error:  # safetensors raises its own kinds
+            raise StoreError(f"{path}: not a safetensors file ({error})") from error
+        # Renamed over in between: what was opened is not what was checked.
+        return tensors if _place(path.stat()) == before else None
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def _read_bytes(path: Path) -> bytes:
@@ -288,14 +351,14 @@ def _read_bytes(path: Path) -> bytes:
         raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _empty(settings: dict[str, Any]) -> Codebook:
+def _empty(settings: dict[str, Any], capacity: int) -> Codebook:
     maximum, autocast = settings["max_radius"], settings.get("autocast")
     book = Codebook(
         settings["key_dim"],
         settings["value_dim"],
         radius=settings["radius"],
         policy=settings["policy"],
-        capacity=settings["capacity"],
+        capacity=capacity,
         dtype=_DTYPES[settings["dtype"]],
         value_dtype=_DTYPES[settings["value_dtype"]],
         drift=settings["drift"],
