@@ -256,6 +256,16 @@ def test_what_was_acknowledged_is_on_disk_and_what_is_not_kept_is_not_made(
         assert again.codebook.version == editor.codebook.version
         again.detach()
 
+        other = GraceEditor.from_pretrained(model, AutoTokenizer.from_pretrained(talker), where)
+        assert other.edit(*correction(other, RIVER, "Oslo")).success
+        other.save_pretrained(where)
+        dropped = client.correct(RIVER, "Quito")
+        assert dropped.status == 507
+        assert "was saved by another process" in dropped.error
+        assert client.chat(RIVER).said == "Nile"
+        editor.save_pretrained(where)
+        keep._saved = keep._state()
+
         def full(*_: Any) -> None:
             raise OSError(28, "No space left on device")
 
