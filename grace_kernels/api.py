@@ -55,7 +55,7 @@ def nearest(
         BackendUnavailable: `backend` cannot answer here.
     """
     check_codebook("query", query, keys, radii, count)
-    op = select("nearest", backend, query.device)
+    op = select("nearest", backend, keys, query.shape[0])
     keys, radii, rows = _in_use(keys, radii, count)
     index, distance = op(_plain(query), _plain(keys), _plain(radii), rows)
     return index, distance
@@ -92,7 +92,7 @@ def lookup(
     """
     check_codebook("query", query, keys, radii, count)
     tensors = check_sketch(sketch, keys)
-    op = select("pruned_lookup" if tensors else "lookup", backend, query.device)
+    op = select("pruned_lookup" if tensors else "lookup", backend, keys, query.shape[0])
     keys, radii, rows = _in_use(keys, radii, count)
     index, distance = op(_plain(query), _plain(keys), _plain(radii), rows, *tensors)
     return index, distance
@@ -149,7 +149,7 @@ def adapt_(
             "call adapt, or call adapt_ under torch.no_grad()"
         )
     tensors = check_sketch(sketch, keys)
-    op = select("pruned_adapt_" if tensors else "adapt_", backend, source.device)
+    op = select("pruned_adapt_" if tensors else "adapt_", backend, keys, query_row.shape[0])
     keys, radii, rows = _in_use(keys, radii, count)
     index, distance = op(
         hidden,
@@ -203,7 +203,7 @@ def adapt(
     """
     check_adapt(hidden, source, query_row, first_row, last_row, keys, radii, values, count)
     tensors = check_sketch(sketch, keys)
-    op = select("pruned_adapt_" if tensors else "adapt_", backend, source.device)
+    op = select("pruned_adapt_" if tensors else "adapt_", backend, keys, query_row.shape[0])
     keys, radii, rows = _in_use(keys, radii, count)
     source, keys, radii = _plain(source), _plain(keys), _plain(radii)
     wanted = torch.is_grad_enabled() and (hidden.requires_grad or values.requires_grad)

@@ -1,5 +1,7 @@
 """Every operator of this package: schema, fake kernel, handle. Read this file first.
 
+Its names begin with `grace`, or with what else `namespace.py` says.
+
 `grace::*` is what callers get: the reference sits at `CompositeExplicitAutograd`, that is, on every
 device for which nothing faster is registered. On a CPU the compiled library answers (`CPU` key), on
 a GPU what `backends.py` chooses (`CUDA` key). One dispatch key holds one kernel, so every further
@@ -13,10 +15,13 @@ The `pruned_` operators answer like those without, sooner: they take the tensors
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import reference
+from .namespace import NAMESPACE
 
 _CODEBOOK = "Tensor keys, Tensor radii"
 _ROWS = "Tensor source, Tensor query_row, Tensor first_row, Tensor last_row"
@@ -85,36 +90,56 @@ _FAKES = {
 }
 
 LOOKUPS = ("nearest", "lookup", "adapt_", "pruned_lookup", "pruned_adapt_")
-libraries = {}  # a Library unregisters its operators when it is collected
-for _namespace, _names in {
-    "grace": tuple(_SCHEMAS),
-    "grace_reference": tuple(_SCHEMAS),
-    "grace_triton": LOOKUPS,
-    "grace_cuda": LOOKUPS,
+
+
+def namespace(implementation: str) -> str:
+    """Return where the operators of an implementation are; "": those that callers get."""
+    return f"{NAMESPACE}_{implementation}" if implementation else NAMESPACE
+
+
+def operator(implementation: str, name: str) -> Any:
+    """Return the handle of an operator of an implementation; "": the one that callers get."""
+    return getattr(getattr(torch.ops, namespace(implementation)), name).default
+
+
+libraries = {}  # by implementation; a Library unregisters its operators when it is collected
+for _implementation, _names in {
+    "": tuple(_SCHEMAS),
+    "reference": tuple(_SCHEMAS),
+    "triton": LOOKUPS,
+    "cuda": LOOKUPS,
 }.items():
-    _library = torch.library.Library(_namespace, "DEF")
+    _library = torch.library.Library(namespace(_implementation), "DEF")
     for _name in _names:
         _library.define(_name + _SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
-        torch.library.register_fake(f"{_namespace}::{_name}", _FAKES[_name], lib=_library)
-        if _namespace in ("grace", "grace_reference"):
+        _fake = f"{namespace(_implementation)}::{_name}"
+        torch.library.register_fake(_fake, _FAKES[_name], lib=_library)
+        if _implementation in ("", "reference"):
             _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
-    libraries[_namespace] = _library
+    libraries[_implementation] = _library
 
 # Filled in by the compiled library: the instruction set in use, those this machine can run (comma
 # separated, best first), and a switch for tests.
-_library = torch.library.Library("grace_cpu", "DEF")
+_library = torch.library.Library(namespace("cpu"), "DEF")
 _library.define("isa() -> str")
 _library.define("isas() -> str")
 _library.define("use_isa(str name) -> ()")
-libraries["grace_cpu"] = _library
+libraries["cpu"] = _library
 
-nearest = torch.ops.grace.nearest.default
-lookup = torch.ops.grace.lookup.default
-adapt_ = torch.ops.grace.adapt_.default
-pruned_lookup = torch.ops.grace.pruned_lookup.default
-pruned_adapt_ = torch.ops.grace.pruned_adapt_.default
-adapt_backward = torch.ops.grace.adapt_backward.default
+# Of the compiled CUDA library: forms of its kernels that are off by default, by names with commas
+# between them; for tests and benchmarks, as csrc/cuda/forms.h says.
+_library = torch.library.Library(namespace("cuda_forms"), "DEF")
+_library.define("use(str names) -> ()")
+_library.define("in_use() -> str")
+libraries["cuda_forms"] = _library
 
-reference_lookup = torch.ops.grace_reference.lookup.default
-reference_adapt_ = torch.ops.grace_reference.adapt_.default
-reference_adapt_backward = torch.ops.grace_reference.adapt_backward.default
+nearest = operator("", "nearest")
+lookup = operator("", "lookup")
+adapt_ = operator("", "adapt_")
+pruned_lookup = operator("", "pruned_lookup")
+pruned_adapt_ = operator("", "pruned_adapt_")
+adapt_backward = operator("", "adapt_backward")
+
+reference_lookup = operator("reference", "lookup")
+reference_adapt_ = operator("reference", "adapt_")
+reference_adapt_backward = operator("reference", "adapt_backward")

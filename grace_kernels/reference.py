@@ -24,14 +24,25 @@ _BUDGET = 1 << 22  # fp64 differences held at a time (32 MiB)
 
 def squared_distances(query: Tensor, keys: Tensor) -> Tensor:
     """Return the canonical s of every query and key, `[B, N]` fp32; NaN where an element is NaN."""
-    pad = -query.shape[1] % (LANES * RUN)  # 0 - 0 adds nothing to the end of a lane
-    x = F.pad(query.double(), (0, pad))[:, None, :]
-    k = F.pad(keys.double(), (0, pad))[None, :, :]
-    squares = (x - k).square().unflatten(-1, (-1, LANES, RUN))
-    lanes = squares.new_zeros(*squares.shape[:2], LANES)
-    for chunk in range(squares.shape[2]):
+    return _squared_length(_padded(query)[:, None, :] - _padded(keys)[None, :, :])
+
+
+def paired_squared_distances(query: Tensor, keys: Tensor) -> Tensor:
+    """Return the canonical s of each query and the key in its row, `[B]` fp32; NaN as above."""
+    return _squared_length(_padded(query) - _padded(keys))
+
+
+def _padded(rows: Tensor) -> Tensor:
+    # 0 - 0 adds nothing to the end of a lane.
+    return F.pad(rows.double(), (0, -rows.shape[1] % (LANES * RUN)))
+
+
+def _squared_length(difference: Tensor) -> Tensor:
+    squares = difference.square().unflatten(-1, (-1, LANES, RUN))
+    lanes = squares.new_zeros(*squares.shape[:-3], LANES)
+    for chunk in range(squares.shape[-3]):
         for element in range(RUN):
-            lanes = lanes + squares[:, :, chunk, :, element]
+            lanes = lanes + squares[..., chunk, :, element]
     width = LANES
     while width > 1:
         width //= 2
@@ -99,7 +110,7 @@ def adapt_(
 ) -> tuple[Tensor, Tensor]:
     """Write the values of hits into rows of `hidden`; see `grace_kernels.adapt_`."""
     if hidden.device.type == "cpu":
-        _check_rows(query_row, first_row, last_row, source.shape[0], hidden.shape[0])
+        check_rows(query_row, first_row, last_row, source.shape[0], hidden.shape[0])
     asks = (query_row >= 0) & (query_row < source.shape[0])
     if source.shape[0] > 0:
         query = source[torch.where(asks, query_row, 0)]
@@ -178,10 +189,10 @@ def _check_count(count: Tensor, capacity: int) -> None:
         raise ValueError(f"count must lie in [0, {capacity}], got {int(count)}")
 
 
-def _check_rows(
+def check_rows(
     query_row: Tensor, first_row: Tensor, last_row: Tensor, source_rows: int, rows: int
 ) -> None:
-    """Raise where an index argument of a sequence that asks lies outside its range."""
+    """Raise where an index argument of a sequence that asks lies outside its range; reads them."""
     for b, row in enumerate(query_row.tolist()):
         if row < 0:
             continue

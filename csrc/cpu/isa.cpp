@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "../operators.h"
+
 namespace grace::cpu {
 namespace {
 
@@ -70,7 +72,7 @@ const Kernels& chosen_kernels() {
   return *kernels;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(grace_cpu, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(GRACE_CPU_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));
   m.impl("isas", TORCH_BOX(&names));
   m.impl("use_isa", TORCH_BOX(&use_isa));

@@ -155,7 +155,7 @@ class Call {
   std::optional<Tensor> query_row_, first_row_, last_row_;
 };
 
-STABLE_TORCH_LIBRARY_IMPL(grace, CPU, m) { Operators<Call>::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(GRACE_NAMESPACE, CPU, m) { Operators<Call>::implement(m); }
 
 }  // namespace
 }  // namespace grace::cpu

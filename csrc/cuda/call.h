@@ -17,9 +17,20 @@ namespace grace::cuda {
 
 constexpr int64_t kLaunchQueries = 4096;  // more queries are several launches
 
+// Not torch::stable::empty, which looks the operator up by its name and boxes six arguments: a call
+// of ours has three of these.
 inline Tensor allocate(const char* what, int64_t size, ScalarType dtype, const Tensor& like) {
+  const int32_t kind = dtype == ScalarType::Long    ? aoti_torch_dtype_int64()
+                       : dtype == ScalarType::Float ? aoti_torch_dtype_float32()
+                                                    : aoti_torch_dtype_uint8();
   try {
-    return torch::stable::empty({size}, dtype, std::nullopt, like.device());
+    int32_t device = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+    AtenTensorHandle made = nullptr;
+    const int64_t stride = 1;
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(1, &size, &stride, kind, device, like.get_device_index(), &made));
+    return Tensor(made);
   } catch (const std::exception& error) {
     const int64_t element = dtype == ScalarType::Long ? 8 : dtype == ScalarType::Float ? 4 : 1;
     throw std::runtime_error(
@@ -129,12 +140,17 @@ class Call {
     Tensor index = allocate("index", p_.batch, ScalarType::Long, source_);
     Tensor distance = allocate("distance", p_.batch, ScalarType::Float, source_);
     if (p_.batch == 0) return {index, distance};
-    const Device& device = State::get().device(source_.get_device_index());
+    const int device_index = source_.get_device_index();
+    const Device& device = State::get().device(device_index);
     const bool pruned = p_.sketch.counters != nullptr;
-    const Kernel kernel = pruned ? with_sketch(choose(device)) : choose(device);
-    State::get().prepare(source_.get_device_index(), kernel);
+    const Launches launches = choose(device, pruned);
+    const Kernel& kernel = launches.scan;
+    State::get().prepare(device_index, kernel);
+    if (launches.before) State::get().prepare(device_index, *launches.before);
+    if (launches.behind) State::get().prepare(device_index, *launches.behind);
     // A block may write while another one still reads its queries.
-    if (p_.batch > kernel.queries && hidden_meets_source()) {
+    const int64_t written_by_one = launches.behind ? 1 : kernel.queries;
+    if (p_.batch > written_by_one && hidden_meets_source()) {
       source_ = torch::stable::clone(source_);
       set_source();
     }
@@ -144,22 +160,26 @@ class Call {
     p_.index = static_cast<int64_t*>(index.mutable_data_ptr());
     p_.distance = static_cast<float*>(distance.mutable_data_ptr());
     void* current = nullptr;
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_get_current_cuda_stream(source_.get_device_index(), &current));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &current));
     const cudaStream_t stream = static_cast<cudaStream_t>(current);
     // All that may fail comes before anything is written, if it can: parts run one after the other
     // and share the workspace and the tickets.
-    const dim3 first = grid(device, kernel, std::min(kLaunchQueries, p_.batch));
+    const int64_t at_once = std::min(kLaunchQueries, p_.batch);
+    const dim3 first = grid(device, kernel, at_once);
     const dim3 last = grid(device, kernel, (p_.batch - 1) % kLaunchQueries + 1);
     const int64_t records = std::max(int64_t{first.x} * first.y, int64_t{last.x} * last.y);
     const int64_t bytes = records * (kernel.queries + 1) * static_cast<int64_t>(sizeof(Partial));
-    const Tensor workspace = allocate("workspace", bytes, ScalarType::Byte, source_);
+    const int64_t sums = launches.before ? at_once * parts_of(p_.dim) * kQuerySums : 0;
+    const Tensor workspace = allocate(
+        "workspace", bytes + sums * static_cast<int64_t>(sizeof(float)), ScalarType::Byte, source_);
     p_.partials = workspace.mutable_data_ptr();
-    p_.tickets =
-        State::get().tickets.take(source_.get_device_index(), stream, static_cast<int>(first.y));
+    if (launches.before) {
+      p_.sums = reinterpret_cast<float*>(static_cast<char*>(p_.partials) + bytes);
+    }
+    p_.tickets = State::get().tickets.take(device_index, stream, static_cast<int>(first.y));
     for (int64_t at = 0; at < p_.batch; at += kLaunchQueries) {
-      const Problem p = part(at, std::min(kLaunchQueries, p_.batch - at));
-      const cudaError_t status = launch(kernel, grid(device, kernel, p.batch), p, stream);
+      const cudaError_t status =
+          launch(launches, device, part(at, std::min(kLaunchQueries, p_.batch - at)), stream);
       if (status == cudaSuccess) continue;
       std::string what = "the launch";
       if (at > 0) {
@@ -190,17 +210,43 @@ class Call {
     return p_.hidden < end && begin < hidden_end_;
   }
 
-  Kernel choose(const Device& device) const {
-    const bool aligned = p_.keys_aligned && p_.source_aligned;
-    const int64_t bytes_each =
-        p_.capacity * p_.dim * static_cast<int64_t>(keys_.element_size()) / device.processors;
+  // The launches of a call: the scan, and where a form asks for it one before or behind.
+  struct Launches {
+    Kernel scan;
+    std::optional<Kernel> before, behind;
+  };
+
+  template <class T>
+  Launches choose(const Asked& asked) const {
+    const unsigned forms = forms_in_use();
+    Launches found{cuda::choose<T>(asked, forms), std::nullopt, std::nullopt};
+    if (asked.pruned) {
+      found.scan = with_sketch(found.scan);
+      // More queries of a block share the directions.
+      if (forms & kFormCoordinates && asked.batch <= 64 && asked.dim > 0)
+        found.before = coordinates<T>();
+    } else if (forms & kFormApart && found.scan.margin != &no_margin) {
+      found.behind = apart<T>();
+    }
+    return found;
+  }
+
+  Launches choose(const Device& device, bool pruned) const {
+    const Asked asked = {p_.batch,
+                         p_.capacity,
+                         p_.dim,
+                         p_.keys_aligned && p_.source_aligned,
+                         pruned,
+                         device.processors,
+                         device.shared_limit,
+                         device.capability};
     switch (keys_.scalar_type()) {
       case ScalarType::Float:
-        return cuda::choose<float>(p_.batch, aligned, bytes_each, device.shared_limit);
+        return choose<float>(asked);
       case ScalarType::Half:
-        return cuda::choose<Half>(p_.batch, aligned, bytes_each, device.shared_limit);
+        return choose<Half>(asked);
       case ScalarType::BFloat16:
-        return cuda::choose<BFloat>(p_.batch, aligned, bytes_each, device.shared_limit);
+        return choose<BFloat>(asked);
       default:
         STD_TORCH_CHECK(false, "keys must be float32, float16 or bfloat16");
     }
@@ -238,12 +284,29 @@ class Call {
     return dim3(static_cast<unsigned>(slices), static_cast<unsigned>(query_blocks));
   }
 
-  static cudaError_t launch(const Kernel& kernel, dim3 grid, Problem p, cudaStream_t stream) {
-    void* arguments[] = {&p};
+  cudaError_t launch(const Launches& launches, const Device& device, Problem p,
+                     cudaStream_t stream) const {
     cudaGetLastError();  // an error of somebody else's
-    const cudaError_t status = cudaLaunchKernel(kernel.function, grid, dim3(kThreads), arguments,
-                                                kernel.shared_bytes, stream);
-    return status == cudaSuccess ? cudaGetLastError() : status;
+    const auto one = [&](const Kernel& kernel, dim3 blocks) {
+      void* arguments[] = {&p};
+      const cudaError_t status = cudaLaunchKernel(kernel.function, blocks, dim3(kThreads),
+                                                  arguments, kernel.shared_bytes, stream);
+      return status == cudaSuccess ? cudaGetLastError() : status;
+    };
+    const auto batch = static_cast<unsigned>(p.batch);
+    if (launches.before) {
+      const dim3 blocks(parts_of(p.dim), (batch + kTogether - 1) / kTogether);
+      const cudaError_t status = one(*launches.before, blocks);
+      if (status != cudaSuccess) return status;
+    }
+    const dim3 blocks = grid(device, launches.scan, p.batch);
+    if (launches.behind) {
+      p.apart_slices = static_cast<int>(blocks.x);
+      p.apart_queries = launches.scan.queries;
+    }
+    const cudaError_t status = one(launches.scan, blocks);
+    if (status != cudaSuccess || !launches.behind) return status;
+    return one(*launches.behind, dim3(batch));
   }
 
   Tensor source_, keys_, radii_;

@@ -19,9 +19,16 @@ struct Device {
           "cudaDeviceGetAttribute");
     check(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, index),
           "cudaDeviceGetAttribute");
+    int major = 0, minor = 0;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index),
+          "cudaDeviceGetAttribute");
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index),
+          "cudaDeviceGetAttribute");
+    capability = 10 * major + minor;
   }
   int processors = 0;    // multiprocessors
   int shared_limit = 0;  // bytes a block can have
+  int capability = 0;    // 90 for 9.0
   std::set<const void*> prepared;
 };
 

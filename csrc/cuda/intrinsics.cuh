@@ -40,6 +40,17 @@ __device__ __forceinline__ uint4 load16(const void* from) {
   return v;
 }
 
+// The same for what other multiprocessors have written in this launch: not from L1, which may hold
+// what stood there before.
+__device__ __forceinline__ uint4 load16_of_others(const void* from) {
+  uint4 v;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(from)
+               : "memory");
+  return v;
+}
+
 // Start copying 16 bytes to shared memory. Bypasses L1: keys are read once, and partials come from
 // other multiprocessors.
 __device__ __forceinline__ void copy16(void* shared, const void* global) {

@@ -120,7 +120,7 @@ __device__ __forceinline__ float limit_of(float radius) {
 
 // The same of all slots, not only the slice's: its nearest may stand in the way of a farther hit
 // elsewhere.
-__device__ __noinline__ float limit_of_all(const Problem& p) {
+inline __device__ __noinline__ float limit_of_all(const Problem& p) {
   const int64_t n = slots_in_use(p);
   float largest = -infinity();
 #pragma unroll 8
@@ -217,29 +217,31 @@ __device__ __forceinline__ int64_t clamp_row(int64_t row, int64_t rows) {
   return row < 0 ? 0 : row > rows ? rows : row;
 }
 
+// All threads: the value of slot `slot` to the rows of batch item b.
+__device__ __forceinline__ void write_hit(const Problem& p, int64_t b, int64_t slot) {
+  const int64_t first = clamp_row(p.first_row[b * p.first_row_stride], p.hidden_rows);
+  const int64_t last = clamp_row(p.last_row[b * p.last_row_stride], p.hidden_rows);
+  switch (p.unit) {
+    case 2:
+      write_rows<uint16_t>(p, slot, first, last);
+      break;
+    case 4:
+      write_rows<uint32_t>(p, slot, first, last);
+      break;
+    case 8:
+      write_rows<uint2>(p, slot, first, last);
+      break;
+    case 16:
+      write_rows<uint4>(p, slot, first, last);
+      break;
+  }
+}
+
 template <int Q>
 __device__ __forceinline__ void write_hits(const Problem& p, int64_t first_query,
                                            const Shared<Q>& shared) {
   for (int q = 0; q < Q; ++q) {
-    const int64_t slot = shared.hit[q];
-    if (slot < 0) continue;
-    const int64_t b = first_query + q;
-    const int64_t first = clamp_row(p.first_row[b * p.first_row_stride], p.hidden_rows);
-    const int64_t last = clamp_row(p.last_row[b * p.last_row_stride], p.hidden_rows);
-    switch (p.unit) {
-      case 2:
-        write_rows<uint16_t>(p, slot, first, last);
-        break;
-      case 4:
-        write_rows<uint32_t>(p, slot, first, last);
-        break;
-      case 8:
-        write_rows<uint2>(p, slot, first, last);
-        break;
-      case 16:
-        write_rows<uint4>(p, slot, first, last);
-        break;
-    }
+    if (shared.hit[q] >= 0) write_hit(p, first_query + q, shared.hit[q]);
   }
 }
 
@@ -385,6 +387,7 @@ __device__ __forceinline__ void conclude(const Problem& p, float largest, int64_
     for (int w = 0; w < kWarps; ++w) largest = fmaxf(largest, shared.largest[w]);
     partials_of_slice<Q>(p)[Q] = {largest, largest, scored};
   }
+  if (p.apart_slices != 0) return;  // the rest is a launch of its own
   if (!arrive_last(p.tickets + blockIdx.y, &shared.arrived)) return;
   for (int q = threadIdx.x; q < Q; q += kThreads) shared.hit[q] = -1;
   __syncthreads();

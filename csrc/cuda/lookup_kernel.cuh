@@ -7,14 +7,17 @@
 // turns them into at most one slot per query, and the last block to arrive scores those slots
 // canonically, decides, and writes the values of hits. Nothing spins, nothing needs to be reset.
 // Blocks of queries: 1, 4 or 8 on CUDA cores, 16 or 64 on tensor cores, see choose() in kernels.h.
-// With a sketch of the keys a block first lets that resolve its slice, see lookup_pruned.cuh.
+// With a sketch of the keys a block first lets that resolve its slice, see lookup_pruned.cuh. Forms
+// that are off by default (forms.h) scan exactly, answer apart or begin sketches apart.
 // Bytes read: every key once per block of queries, so ceil(B / 8) times for B > 8 fp32 or unaligned
 // queries and ceil(B / 64) times for 16-bit ones, though blocks of one slice may meet in L2; 16
 // bytes per slice and query. Limit: the bandwidth of the memory for one block of queries on tensor
 // cores or a few queries on CUDA cores, instructions beyond. Counted, not measured.
 #pragma once
 
+#include "lookup_apart.cuh"
 #include "lookup_direct.cuh"
+#include "lookup_exact.cuh"
 #include "lookup_pruned.cuh"
 #include "lookup_tensor.cuh"
 
@@ -59,6 +62,23 @@ __global__ void __launch_bounds__(kThreads, Shape::kBlocks)
   Shared<Shape::kQueries>& shared = shared_of<Shape>();
   conclude<T, Shape::kQueries>(p, resolved.largest, resolved.scored, dynamic_shared(), shared);
   tally<T, Shape::kQueries>(p, shared);
+}
+
+template <class T, int Q, int R>
+__global__ void __launch_bounds__(kThreads, ExactScan<T, Q, R>::kBlocks)
+    exact_kernel(const __grid_constant__ Problem p) {
+  exact_lookup<T, Q, R>(p, slice_of(p, blockIdx.x, 1), shared_of<ExactScan<T, Q, R>>());
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2) apart_kernel(const __grid_constant__ Problem p) {
+  answer_apart<T>(p, *reinterpret_cast<Apart*>(dynamic_shared()));
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads, 2)
+    coordinates_kernel(const __grid_constant__ Problem p) {
+  begin_sketches<T>(p);
 }
 
 }  // namespace grace::cuda

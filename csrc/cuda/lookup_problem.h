@@ -74,7 +74,14 @@ struct Problem {
   void* partials;
   unsigned* tickets;
 
+  // Where answers are a launch of their own, see lookup_apart.cuh: the slices of the scan and the
+  // queries of its blocks. Otherwise 0.
+  int apart_slices, apart_queries;
+
   SketchView sketch;  // for the pruned operators only
+  // Where the sketches of queries are begun in a launch of their own, see lookup_coordinates.cuh:
+  // kSums numbers per part of the width and query. Otherwise null.
+  float* sums;
 };
 
 // What one slice of the keys knows of one query: lo <= s <= hi for the s of the nearest of its

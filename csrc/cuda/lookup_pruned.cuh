@@ -19,7 +19,7 @@
 // not measured.
 #pragma once
 
-#include "lookup_sketch.cuh"
+#include "lookup_coordinates.cuh"
 
 namespace grace::cuda {
 
@@ -198,6 +198,11 @@ __device__ __forceinline__ void filter(const Problem& p, const Slice& slice, Pru
     for (int q = q0; q < q0 + kAtOnce; ++q) {
       const Sketched& query = pruning.query[q];
       if (!query.looks) continue;
+      // One query may have shown that the sketch is of no use here; each costs seven round trips.
+      if (p.sums != nullptr && q > q0) {
+        const unsigned found = *static_cast<volatile unsigned*>(&pruning.survivors);
+        if (ballot(found > room) != 0) break;
+      }
       const float wide = pruning.wide[q];
       float gap[4];
       unsigned left = here;
@@ -246,12 +251,17 @@ __device__ __forceinline__ Resolved resolve_by_sketch(const Problem& p, const Sl
     return {-infinity(), 0};
   }
   if (threadIdx.x == 0) pruning.survivors = pruning.unclear = 0;
-  project<T, Q>(p, first_query, pruning.sums);
+  if (p.sums == nullptr) project<T, Q>(p, first_query, pruning.sums, 0, p.dim);
   __syncthreads();
   for (int q = warp_id(); q < Q; q += kWarps) {
     const T* query = query_of<T>(p, first_query + q);
     Sketched& sketched = pruning.query[q];
-    const bool clear = query == nullptr || measure<Q>(p.sketch, pruning.sums, q, sketched);
+    bool clear = true;
+    if (query != nullptr) {
+      const Projected all =
+          p.sums == nullptr ? projected<Q>(pruning.sums, q) : projected_before(p, first_query + q);
+      clear = measure(p.sketch, all, sketched);
+    }
     // A NaN is a miss, and no reason to scan.
     const bool asks = query != nullptr && (clear || !holds_nan(p, query));
     if (lane_id() != 0) continue;

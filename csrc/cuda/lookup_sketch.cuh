@@ -29,9 +29,11 @@ struct Projection {
   static constexpr int kSums = kDirections + 1;  // per query and turn, the last one of |y|^2
 };
 
-// Every warp's share of P y and |y|^2 of all queries, sums[turn][query][kSums].
+// Every warp's share of P y and |y|^2 of all queries, sums[turn][query][kSums], of the elements
+// from..to-1.
 template <class T, int Q>
-__device__ __forceinline__ void project(const Problem& p, int64_t first_query, float* sums) {
+__device__ __forceinline__ void project(const Problem& p, int64_t first_query, float* sums,
+                                        int from, int to) {
   using Shape = Projection<Q>;
   constexpr int kTiles = Shape::kTiles, kHalves = Shape::kHalves, kSums = Shape::kSums;
   constexpr int kEights = kDirections / 8 / Shape::kParts;  // of directions
@@ -59,7 +61,7 @@ __device__ __forceinline__ void project(const Problem& p, int64_t first_query, f
     }
   }
 #pragma unroll 1
-  for (int base = turn * 32; base < p.dim; base += Shape::kTurns * 32) {
+  for (int base = from + turn * 32; base < to; base += Shape::kTurns * 32) {
     // The eight elements of a lane are columns 2 j, 2 j + 1, 2 j + 8 and 2 j + 9 of two steps.
     const int at = base + lane % 4 * 8;
     uint4 b[kEights];
@@ -134,20 +136,32 @@ __device__ __forceinline__ float sum_over_warp(float v) {
   return v;
 }
 
-// One warp: the sketch of query q from the sums of all warps. False: it cannot be told.
+// One warp's lane: coordinates `lane` and `lane + 32` of a query, and |y|^2, all as computed.
+struct Projected {
+  float a, b, square;
+};
+
+// Of query q, from the sums of all warps.
 template <int Q>
-__device__ __forceinline__ bool measure(const SketchView& sketch, const float* sums, int q,
-                                        Sketched& out) {
+__device__ __forceinline__ Projected projected(const float* sums, int q) {
   using Shape = Projection<Q>;
   const int lane = lane_id();
-  float a = 0, b = 0, square = 0;
+  Projected all = {0, 0, 0};
 #pragma unroll
   for (int turn = 0; turn < Shape::kTurns; ++turn) {
     const float* part = sums + (turn * Q + q) * Shape::kSums;
-    a += part[lane];
-    b += part[lane + 32];
-    square += part[kDirections];
+    all.a += part[lane];
+    all.b += part[lane + 32];
+    all.square += part[kDirections];
   }
+  return all;
+}
+
+// One warp: the sketch of a query. False: it cannot be told.
+__device__ __forceinline__ bool measure(const SketchView& sketch, const Projected& projected,
+                                        Sketched& out) {
+  const int lane = lane_id();
+  const auto [a, b, square] = projected;
   const float coordinates_square = sum_over_warp(fmaf(a, a, b * b));
   const float norm = fmaf(__fsqrt_rn(square), sketch.margin.norm, 0x1p-56f);
   const float error = fmaf(norm, sketch.margin.coordinates, 0x1p-60f);

@@ -30,10 +30,10 @@ LATE = """<testcase name="test_d[1]"><skipped message="not run: the time was ove
 @pytest.mark.parametrize(
     ("cases", "status", "good", "told"),
     [
-        ("", 0, True, ["tests: 2 passed, 1 skipped"]),
-        ("", 1, False, ["tests: 2 passed, 1 skipped"]),
-        (FAILED, 1, False, ["tests: 2 passed, 1 skipped, 1 failure", "failure: test_c[3]"]),
-        (LATE, 0, False, ["tests: 2 passed, 1 skipped, 2 not run", "not run: test_d (2)"]),
+        ("", 0, True, ["tests, cuda: 2 passed, 1 skipped"]),
+        ("", 1, False, ["tests, cuda: 2 passed, 1 skipped"]),
+        (FAILED, 1, False, ["tests, cuda: 2 passed, 1 skipped, 1 failure", "failure: test_c[3]"]),
+        (LATE, 0, False, ["tests, cuda: 2 passed, 1 skipped, 2 not run", "not run: test_d (2)"]),
     ],
 )
 def test_what_failed_and_what_was_not_run_is_told_and_is_not_good(
@@ -47,19 +47,36 @@ def test_what_failed_and_what_was_not_run_is_told_and_is_not_good(
 ) -> None:
     def ran(command: list[str], log: Path, seconds: float, **variables: str) -> int:
         assert command[:2] == ["-m", "pytest"]
-        assert "--gpu" in command
+        assert command[command.index("--gpu") + 1] == "--only=cuda"
         (record,) = [word.partition("=")[2] for word in command if word.startswith("--junitxml")]
         Path(record).write_text(RECORD.format(cases))
         return status
 
     monkeypatch.setattr(gpu_check, "run", ran)
-    assert gpu_check.test(tmp_path / "a-tests.txt", 9, rehearse=False) is good
+    log = tmp_path / "a-tests.txt"
+    assert gpu_check.test("cuda", ["--only=cuda"], log, 9, rehearse=False) is good
     assert capsys.readouterr().out.split("\n")[:-1] == [*told, *[""] * (len(told) == 1)]
+
+
+def test_of_the_last_tests_those_there_was_no_time_for_are_told_and_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "a-tests.txt"
+
+    def ran(*told: Any, **variables: str) -> int:
+        log.with_suffix(".xml").write_text(RECORD.format(LATE))
+        return 0
+
+    monkeypatch.setattr(gpu_check, "run", ran)
+    assert gpu_check.test("triton", [], log, 9, rehearse=False) is False
+    assert gpu_check.test(gpu_check.LAST[0], [], log, 9, rehearse=False) is True
+    assert capsys.readouterr().out.count("not run: test_d (2)") == 2
+    assert not log.with_suffix(".xml").exists()
 
 
 def test_without_a_record_nothing_is_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "run", lambda *told, **variables: 0)
-    assert gpu_check.test(tmp_path / "a-tests.txt", 9, rehearse=False) is False
+    assert gpu_check.test("cuda", [], tmp_path / "a-tests.txt", 9, rehearse=False) is False
 
 
 @pytest.mark.parametrize(
@@ -101,22 +118,23 @@ def test_each_step_has_what_those_before_it_left_and_one_that_fails_stops_none(
         steps.append((command, log, round(seconds, -1)))
         return 0
 
+    def tested(name: str, told: list[str], log: Path, seconds: float, rehearse: bool) -> bool:
+        steps.append((name, log.name, round(seconds)))
+        return True
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200 (SXM)")
-
-    def built_or_tested(log: Path, seconds: float, rehearse: bool | None = None) -> bool:
-        steps.append((log.name, seconds))
-        return rehearse is not None
-
-    monkeypatch.setattr(gpu_check, "build", built_or_tested)
-    monkeypatch.setattr(gpu_check, "test", built_or_tested)
+    monkeypatch.setattr(gpu_check, "build", lambda log, seconds: log.name.startswith("no"))
+    monkeypatch.setattr(gpu_check, "test", tested)
     monkeypatch.setattr(gpu_check, "run", ran)
     assert gpu_check.main() == 1  # the build is not good
-    (built, a), (tested, b), (command, _, left) = steps
-    assert (built, tested) == ("nvidia-h200-sxm-build.txt", "nvidia-h200-sxm-tests.txt")
-    assert (round(a), round(b), left) == (30, 60, 100)
+    log = "nvidia-h200-sxm-tests.txt"
+    assert steps[:2] == [("cuda", log, 30), ("triton", log, 35)]
+    command, _, seconds = steps[2]
     assert command[:2] == ["-m", "benchmarks"]
     assert "--device=cuda" in command
+    assert seconds == 80
+    assert steps[3] == ("all", log, 70)
 
 
 PLANTED = """

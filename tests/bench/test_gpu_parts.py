@@ -23,6 +23,7 @@ from benchmarks.peers import Book
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 OURS = gpu.ours(CPU)[0]
+FORMS = ("", ", exact-always", ", apart", ", rows", ", apart, rows", ", coordinates")
 ON_CUDA = Settings("cuda")
 
 
@@ -58,13 +59,20 @@ def test_a_rehearsal_writes_flat_files_that_say_what_they_are(rehearsed: Path, r
 
 def test_every_part_of_a_rehearsal_is_measured_and_ours_are_exact(run: Run) -> None:
     assert {one.device for one in run.measured} == {"rehearsal"}
-    assert {one.part for one in run.measured} == {"ceilings", "lookup", "adapt_", "pruned"}
+    assert {one.part for one in run.measured} == {
+        "ceilings",
+        "forms",
+        "lookup",
+        "adapt_",
+        "pruned",
+    }
     mine = [one for one in run.measured if one.kind == "ours" and one.unit == "us"]
     assert {one.answers for one in mine} == {"exact"}
     for part, names in (
         ("lookup", {OURS}),
         ("adapt_", {OURS}),
         ("pruned", {OURS, f"{OURS}, sketch"}),
+        ("forms", {f"cuda{of}" for of in FORMS}),
     ):
         found = {(one.name, one.cache) for one in mine if one.part == part}
         assert found == {(name, cache) for name in names for cache in ("cold", "warm", "eager")}
@@ -206,7 +214,7 @@ def test_what_the_time_does_not_reach_is_named_and_no_failure(
 
 
 def test_the_most_telling_shapes_come_first_and_none_is_lost() -> None:
-    assert list(suite.ON_A_GPU) == ["ceilings", "operators", "pruned", "more"]
+    assert list(suite.ON_A_GPU) == ["ceilings", "forms", "operators", "pruned", "more"]
     first, others = gpu_operators.first_shapes(ON_CUDA), gpu_operators.other_shapes(ON_CUDA)
     assert {(s.part, s.dim, s.keys, s.batch) for s in first} == {
         ("lookup", dim, n, batch)

@@ -22,18 +22,26 @@ import grace_kernels
 from grace_kernels import backends
 
 from . import interpreter
-from .problems import Place, poisoned
+from .problems import CPU, Place, poisoned
 
 COMPILED = grace_kernels.build_info()["cpu"]["available"]
 ISAS = backends.available_isas() if COMPILED else []
 ON_CPU = ["reference", *(f"cpu-{isa}" for isa in ISAS)]
 if importlib.util.find_spec("triton") is not None:
     ON_CPU.append("triton")
-ON_GPU = ["triton-gpu", "cuda-gpu"]
+FORMS = ("exact-always,coordinates", "apart,rows")
+"""Of the CUDA kernels, those that are off by default (csrc/cuda/forms.h): what goes together."""
+ON_GPU = ["triton-gpu", "cuda-gpu", *(f"cuda-gpu-{forms}" for forms in FORMS)]
 PLACES_ON = {
     True: ON_GPU,
     False: ["cpu" if COMPILED else "reference", *ON_CPU[1 + len(ISAS) :]],
 }
+
+
+def on_this(config: pytest.Config, names: list[str]) -> list[str]:
+    """Leave of the implementations what the command line leaves."""
+    only = config.getoption("--only")
+    return [name for name in names if only is None or name.partition("-")[0] == only]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -44,7 +52,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         names = PLACES_ON[gpu]
         if "too_long_interpreted" in marks:
             names = [name for name in names if name != "triton"]
-        metafunc.parametrize("place", names, indirect=True)
+        metafunc.parametrize("place", on_this(metafunc.config, names), indirect=True)
     if "backend" not in metafunc.fixturenames:
         return
     names = list(ON_GPU if gpu else ON_CPU)
@@ -54,16 +62,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         names = [name for name in names if name != "triton"]
     if "on_a_cpu" in marks:
         names = [name for name in names if name not in ON_GPU]
-    metafunc.parametrize("backend", names, indirect=True)
+    metafunc.parametrize("backend", on_this(metafunc.config, names), indirect=True)
 
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The name to pass as `backend`."""
     name, _, where = request.param.partition("-")
-    if where == "gpu":
+    if where.partition("-")[0] == "gpu":
         on_the_gpu(monkeypatch)
-        with poisoned():
+        with poisoned(), place_of(request.param).in_use():
             yield name
     elif name == "cpu":
         with using_isa(where):
@@ -75,23 +83,32 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         yield name
 
 
-@contextmanager
-def place_of(param: str) -> Iterator[Place]:
-    """Let an implementation answer, on a CPU or on a GPU."""
+def place_of(param: str) -> Place:
+    """Return an implementation and its device."""
     name, _, where = param.partition("-")
+    where, _, forms = where.partition("-")
     if where == "gpu":
-        yield Place(torch.device("cuda", 0), name, "cpu" if COMPILED else "reference")
-    elif name == "triton":
+        return Place(torch.device("cuda", 0), name, "cpu" if COMPILED else "reference", forms)
+    return Place(CPU, name, "reference")
+
+
+@contextmanager
+def answering(param: str) -> Iterator[Place]:
+    """Let an implementation answer, on a CPU or on a GPU."""
+    found = place_of(param)
+    if found.backend == "triton" and not found.gpu:
         with interpreter.interpreting():
-            yield Place(torch.device("cpu"), name, "reference")
+            yield found
     else:
-        yield Place(torch.device("cpu"), name, "reference")
+        yield found
 
 
 @pytest.fixture
-def place(request: pytest.FixtureRequest) -> Iterator[Place]:
-    """An implementation and its device."""
-    with place_of(request.param) as found:
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    """An implementation and its device, in its form."""
+    with answering(request.param) as found, found.in_use():
+        if found.forms:
+            monkeypatch.setenv("GRACE_KERNELS_CUDA_FORMS", found.forms)  # of what the test starts
         yield found
 
 
@@ -99,8 +116,8 @@ def place(request: pytest.FixtureRequest) -> Iterator[Place]:
 def places(request: pytest.FixtureRequest) -> Iterator[list[Place]]:
     """All of them, for a test whose inputs take longer to make than to answer."""
     with ExitStack() as stack:
-        gpu = request.config.getoption("--gpu")
-        yield [stack.enter_context(place_of(name)) for name in PLACES_ON[gpu]]
+        names = on_this(request.config, PLACES_ON[request.config.getoption("--gpu")])
+        yield [stack.enter_context(answering(name)) for name in names]
 
 
 @pytest.fixture(params=ISAS or [pytest.param("", marks=pytest.mark.skip(reason="not compiled"))])

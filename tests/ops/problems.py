@@ -34,11 +34,27 @@ Tensors = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Place:
-    """An implementation, the device it runs on, and the one that says what is right on a CPU."""
+    """An implementation, the device it runs on, and the one that says what is right on a CPU.
+
+    `forms`: of the CUDA kernels, those of csrc/cuda/forms.h that are to be in use.
+    """
 
     device: torch.device
     backend: Backend
     truth: Backend
+    forms: str = ""
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Have the forms in use inside the block."""
+        if not self.forms:
+            yield
+            return
+        torch.ops.grace_cuda_forms.use(self.forms)
+        try:
+            yield
+        finally:
+            torch.ops.grace_cuda_forms.use("")
 
     @property
     def gpu(self) -> bool:
@@ -161,7 +177,7 @@ def compare(
     asked = (*operations, "written")
     right = {name: right[name] for name in right if name.partition(" ")[0] in asked}
     mine = onto(problem, place.device)
-    with poisoned():
+    with poisoned(), place.in_use():
         wrong = differences(right, answers(mine, place.backend, operations))
     for name in ("query", "keys", "radii", "values", "query_row", "first_row", "last_row"):
         if not testing.same_bits(getattr(mine, name).cpu(), getattr(problem, name)):
@@ -220,11 +236,11 @@ def _compare_sketched(
 ) -> list[str]:
     sketch = sketch.to(place.device)
     told = [tensor.clone() for tensor in sketch.tensors()[:-1]]  # all but the counters
-    with poisoned():
+    with poisoned(), place.in_use():
         wrong = differences(right, sketched(case, place.device, sketch, place.backend))
     if not all(map(torch.equal, sketch.tensors()[:-1], told)):
         wrong.append("the sketch was written to")
-    return [f"{place.backend}: {told}" for told in wrong]
+    return [f"{place.backend} {place.forms}: {told}" for told in wrong]
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,13 @@ PRETENDED = """
 @pytest.mark.parametrize(
     ("hidden", "library", "chosen", "why"),
     [
-        ("", True, "triton", "triton is installed"),
-        ("", False, "triton", "triton is installed"),
+        ("", True, "cuda", "faster at most shapes where measured, on compute capability 9.0"),
+        (
+            "",
+            False,
+            "triton",
+            "triton is installed; the compiled library _C_cuda.so was not built",
+        ),
         ("triton", True, "cuda", "triton is not installed; the compiled library is there"),
         (
             "triton",
@@ -55,7 +60,7 @@ PRETENDED = """
     ],
 )
 @needs_triton
-def test_on_a_gpu_triton_answers_then_the_compiled_library_then_the_reference(
+def test_on_a_gpu_answers_what_is_there_and_of_two_the_one_measured_to_be_faster(
     tmp_path: Path, hidden: str, library: bool, chosen: str, why: str
 ) -> None:
     package = tmp_path / "grace_kernels"
@@ -67,6 +72,63 @@ def test_on_a_gpu_triton_answers_then_the_compiled_library_then_the_reference(
     ).splitlines()
     assert printed[:2] == [chosen, why]
     assert printed[2].startswith("None" if library else "install the CUDA toolkit (nvcc) and")
+
+
+BY_TABLE = """
+    import torch
+    from grace_kernels import backends, ops
+    asked = []
+    backends._triton = lambda: Asked("triton")
+    backends._capability = lambda device: (9, 0)
+
+    class Asked:
+        def __init__(self, name):
+            self.name = name
+
+        def __getattr__(self, operator):
+            def answer(*arguments):
+                asked.append(self.name)
+                keys = arguments[5 if operator.endswith("adapt_") else 1]
+                batch = len(arguments[2 if operator.endswith("adapt_") else 0])
+                return keys.new_zeros(batch, dtype=torch.int64), keys.new_zeros(batch).float()
+            return answer
+
+    for name in ("lookup", "adapt_"):
+        ops.libraries["grace_cuda"].impl(name, getattr(Asked("cuda"), name), "CPU")
+
+    def ask(batch, keys, dim, dtype=torch.bfloat16):
+        rows = torch.zeros(batch, dtype=torch.int64)
+        query, book = torch.zeros(1, dtype=dtype).expand(batch, dim), torch.zeros(1, dtype=dtype)
+        book, radii = book.expand(keys, dim), torch.zeros(1).expand(keys)
+        ops.lookup._op_dk(torch.DispatchKey.CUDA, query, book, radii, None)
+        hidden = torch.zeros(batch, 4)
+        ops.adapt_._op_dk(
+            torch.DispatchKey.CUDA, hidden, query, rows, rows, rows, book, radii,
+            torch.zeros(1).expand(keys, 4), None,
+        )
+        print(*dict.fromkeys(asked), backends._by_table("lookup", book, batch))
+        asked.clear()
+
+    ask(8, 100_000, 4096)
+    ask(8, 10_000, 4096)
+    ask(8, 10_000, 4096, torch.float32)
+    ask(512, 10_000, 4096)
+    ask(512, 10_000, 768)
+    backends._capability = lambda device: (8, 0)
+    ask(8, 100_000, 4096)
+"""
+
+
+@needs_triton
+def test_a_call_on_a_gpu_is_answered_by_what_the_table_says(tmp_path: Path) -> None:
+    package = tmp_path / "grace_kernels"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (package / "_C_cuda.so").touch()
+    printed = in_a_fresh_process(
+        "    hidden = ''\n" + PRETENDED + BY_TABLE, PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="1"
+    ).splitlines()
+    expected = ["cuda", "triton", "cuda", "triton", "cuda", "triton"]
+    assert printed[3:] == [f"{chosen} {chosen}" for chosen in expected]
 
 
 @needs_triton

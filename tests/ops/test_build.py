@@ -179,11 +179,12 @@ def test_an_nvcc_that_fails_costs_the_cuda_kernels_and_nothing_else(tmp_path: Pa
     tree = tmp_path / "tree"
     for name in ("csrc", "grace_kernels"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns(*BUILT))
-    # One short source for the CPU, and one that nvcc refuses; a torch as if built for CUDA.
+    # One short source for the CPU, and some that nvcc refuses; a torch as if built for CUDA.
     for path in (tree / "csrc" / "cpu").glob("*.cpp"):
         path.unlink()
     (tree / "csrc" / "cpu" / "nothing.cpp").write_text("int nothing() { return 0; }\n")
-    (tree / "csrc" / "cuda" / "lookup.cu").write_text("#error not today\n")
+    for path in (tree / "csrc" / "cuda").glob("*.cu"):
+        path.write_text("#error not today\n")
     shutil.copy(ROOT / "pyproject.toml", tree)
     (tree / "README.md").touch()
     (tree / "LICENSE").touch()

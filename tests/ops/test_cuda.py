@@ -20,6 +20,7 @@ from .test_library import ALLOWED, ALLOWED_TORCH
 
 ROOT = Path(__file__).parents[2]
 KERNELS = 2 * 13  # 3 of direct_kernel for each of three dtypes, 2 of tensor_kernel for two; pruned
+FORMS = 3 * (4 + 1 + 1)  # for each dtype 4 of exact_kernel, apart_kernel, coordinates_kernel
 
 
 def tool(name: str) -> str | None:
@@ -135,7 +136,7 @@ def test_no_kernel_spills_registers_or_has_a_stack(built: Built) -> None:
         built.said,
     )
     assert sorted({arch for _, arch, *_ in found}) == ["sm_80", "sm_90"]
-    assert len(found) == 2 * KERNELS
+    assert len(found) == 2 * (KERNELS + FORMS)
     assert [entry for entry in found if entry[2:] != ("0", "0", "0")] == []
     functions = re.findall(r"\d+ bytes spill stores, \d+ bytes spill loads", built.said)
     assert set(functions) == {"0 bytes spill stores, 0 bytes spill loads"}
@@ -194,8 +195,52 @@ def test_the_sketch_of_a_query_takes_tensor_cores_and_16_byte_loads(built: Built
             assert "ld.global.v4" in body, name
             assert ".f64" not in body, name
             found.add(name)
-    assert len(found) == KERNELS // 2
-    assert all("_pruned_kernel" in name for name in found)
+    pruned = {name for name in found if "_pruned_kernel" in name}
+    assert len(pruned) == KERNELS // 2
+    # A block of those has 32 elements a warp: the compiler may see that this is no loop.
+    assert all("coordinates_kernel" in name for name in found - pruned)
+
+
+def test_the_exact_scan_copies_16_bytes_at_a_time_and_adds_doubles_unfused(built: Built) -> None:
+    ptx = cuobjdump(built, "--dump-ptx")
+    scans: dict[str, list[list[str]]] = {}
+    for name, lines in loops(ptx):
+        body = "\n".join(lines)
+        ours = re.search("exact_kernel|apart_kernel", name)
+        if ours and "cp.async.cg" in body and "sub.rn.f64" in body:
+            scans.setdefault(name, []).append(lines)
+    assert len(scans) == 3 * (4 + 1)
+    for name, found in scans.items():
+        body = "\n".join(min(found, key=len))
+        assert re.search(r"cp\.async\.cg\.shared\.global\S* \[%\w+\], \[%\w+\], 16;", body), name
+        assert "ld.shared.v4" in body, name
+        assert "mul.rn.f64" in body, name
+        assert "add.rn.f64" in body, name
+        assert not re.search(r"ld\.global\.(nc\.)?[usbf]\d+ ", body), name
+        assert ".local" not in body, name
+
+
+def functions(sass: str) -> Iterator[tuple[str, str]]:
+    """Yield the name and the machine code of every kernel of an architecture."""
+    for part in re.split(r"\bFunction : ", sass)[1:]:
+        name, _, code = part.partition("\n")
+        yield name.strip(), code
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_the_machine_code_of_the_exact_form_is_what_was_meant(built: Built, arch: str) -> None:
+    told = {}
+    for name, code in functions(cuobjdump(built, "--dump-sass", "-arch", arch)):
+        if "exact_kernel" in name or "apart_kernel" in name:
+            told[name] = code
+    assert len(told) == 3 * (4 + 1)
+    for name, code in told.items():
+        assert re.search(r"\bDADD\b", code), name
+        assert re.search(r"\bDMUL\b", code), name
+        assert not re.search(r"\bDFMA\b", code), name
+        assert re.search(r"\bLDGSTS\S*\.128\b", code), name
+        assert re.search(r"\bLDS\.128\b", code), name
+        assert not re.search(r"\b(LDL|STL)\b", code), name
 
 
 def test_the_canonical_sum_is_not_fused(built: Built) -> None:

@@ -140,6 +140,7 @@ def test_the_nodes_of_a_graph_are_counted_right(place: Place) -> None:
 def test_a_captured_call_is_one_kernel_node_and_nothing_else(operation: str, place: Place) -> None:
     if not place.gpu:
         pytest.skip("there are no graphs without a GPU")
+    apart = "coordinates" if "pruned" in operation else "apart"
     for batch, used in ((1, 1000), (8, 1000), (64, 1000), (512, 1000), (1, 20_000), (8, 0)):
         book = make_book(place.device, max(1000, used), 768, batch, 768, seed=1, used=used)
         arguments = book.query, book.keys, book.radii, book.count
@@ -152,7 +153,8 @@ def test_a_captured_call_is_one_kernel_node_and_nothing_else(operation: str, pla
         else:
             call = partial(grace_kernels.lookup, *arguments, sketch=sketch, **how)
         captured = Captured(call, place.device, keep=True)
-        assert nodes_of(captured) == {"kernel": 1}, (batch, used)
+        two = apart in place.forms.split(",") and (apart == "apart" or batch <= 64)
+        assert nodes_of(captured) == {"kernel": 2 if two else 1}, (batch, used)
         captured.replay()
         torch.cuda.synchronize()
 

@@ -59,7 +59,7 @@ def test_random_codebooks_are_answered_as_on_the_cpu(places: list[Place], number
             if place.gpu or place.backend != "triton" or quick(problem.query, problem.keys):
                 operations = problems.operations_of(place, number)
                 told = compare(place, problem, operations, right)
-                assert told == [], (place.backend, problem.name)
+                assert told == [], (place.backend, place.forms, problem.name)
 
 
 def test_random_codebooks_with_a_sketch_are_answered_as_without(

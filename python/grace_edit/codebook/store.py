@@ -148,6 +148,19 @@ def load_all(
     return book, described["config"], beside
 
 
+def describe(directory: str | Path) -> dict[str, Any]:
+    """Read what `save` wrote about a codebook, without its tensors and records.
+
+    Returns:
+        A dict with `format`, `codebook` (sizes, dtypes, policy, version), `config` (the caller's)
+        and `files` (checksums).
+
+    Raises:
+        StoreError: it is missing, altered or of a newer format.
+    """
+    return _read_config(Path(directory) / CONFIG)
+
+
 def _render(described: dict[str, Any]) -> bytes:
     return (json.dumps(described, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 

@@ -201,12 +201,14 @@ struct Controls {
   int fail_launch = 0, fail_malloc = 0;  // error codes
   int good_launches = 0;                 // before one fails
   int shared_limit = 227 << 10;
+  int capability = 90;
   int launches = 0, mallocs = 0;
   int64_t scored = 0;  // pairs of rows, canonically
   unsigned grid_x = 0, grid_y = 0;
   int shared_bytes = 0;
   const void* tickets = nullptr;
   int tickets_left = 0;  // words that a launch left different from 0
+  const void* kernel = nullptr;
 };
 
 inline Controls& controls() {

@@ -22,7 +22,7 @@ from grace_kernels import ops
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
-NAMESPACE = "grace_cuda_emulated"
+NAMESPACE, FORMS = "grace_cuda_emulated", "grace_cuda_forms_emulated"
 COMPILER = shlex.split(os.environ.get("CXX", "c++")) or ["c++"]
 
 
@@ -39,6 +39,7 @@ class Controls(ctypes.Structure):
         ("fail_malloc", ctypes.c_int),
         ("good_launches", ctypes.c_int),
         ("shared_limit", ctypes.c_int),
+        ("capability", ctypes.c_int),
         ("launches", ctypes.c_int),
         ("mallocs", ctypes.c_int),
         ("scored", ctypes.c_int64),
@@ -47,6 +48,7 @@ class Controls(ctypes.Structure):
         ("shared_bytes", ctypes.c_int),
         ("tickets", ctypes.c_void_p),
         ("tickets_left", ctypes.c_int),
+        ("kernel", ctypes.c_void_p),
     )
 
 
@@ -86,9 +88,13 @@ class Emulator:
         self._library = torch.library.Library(NAMESPACE, "DEF")
         for name in ops.LOOKUPS:
             self._library.define(name + ops._SCHEMAS[name])
+        self._forms = torch.library.Library(FORMS, "DEF")
+        self._forms.define("use(str names) -> ()")
+        self._forms.define("in_use() -> str")
         torch.ops.load_library(str(library))
         loaded = ctypes.CDLL(str(library))
         loaded.emulation_controls.restype = ctypes.POINTER(Controls)
+        self._default_forms = ""
         self._reset = loaded.emulation_reset
         self._take = loaded.emulation_take
         self._take.restype, self._take.argtypes = ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_int)
@@ -96,13 +102,34 @@ class Emulator:
         self.controls: Controls = loaded.emulation_controls().contents
         self.defaults = {name: getattr(self.controls, name) for name, _ in Controls._fields_}
 
+    def use(self, forms: str) -> None:
+        """Let these forms of csrc/cuda/forms.h be in use."""
+        getattr(torch.ops, FORMS).use(forms)
+
+    def forms(self) -> str:
+        """Return the forms in use."""
+        return str(getattr(torch.ops, FORMS).in_use())
+
     @contextmanager
-    def device(self, **settings: Any) -> Iterator[Controls]:
-        """A fresh device with these settings, for the time of the block."""
+    def default_forms(self, forms: str) -> Iterator[None]:
+        """Inside the block, the forms of devices for which none are named."""
+        self._default_forms = forms
+        try:
+            yield
+        finally:
+            self._default_forms = ""
+
+    @contextmanager
+    def device(self, forms: str | None = None, **settings: Any) -> Iterator[Controls]:
+        """A fresh device with these settings and forms of csrc/cuda/forms.h, inside the block."""
+        self.use(self._default_forms if forms is None else forms)
         for name, value in {**self.defaults, **settings}.items():
             setattr(self.controls, name, value)
         self._reset()
-        yield self.controls
+        try:
+            yield self.controls
+        finally:
+            self.use("")
 
     def take(self, stream: int, words: int) -> int:
         """Return the address of tickets for a launch, all of which are 0."""

@@ -10,6 +10,7 @@
 #define __global__
 #define __device__
 #define __forceinline__ inline
+#define __host__
 #define __noinline__
 #define __launch_bounds__(...)
 #define __grid_constant__
@@ -117,6 +118,8 @@ inline uint4 load16(const void* from) {
   std::memcpy(&v, from, 16);
   return v;
 }
+
+inline uint4 load16_of_others(const void* from) { return load16(from); }
 
 // A copy takes place when it is waited for, and spoils its target before.
 inline void copy16(void* shared, const void* global) {

@@ -11,9 +11,14 @@
 
 // The registration at the end of lookup.cu then reads (grace_cuda_emulated, CPU, m).
 #define grace_cuda grace_cuda_emulated
+#define grace_cuda_forms grace_cuda_forms_emulated
 #define CUDA CPU
+#include "../../../csrc/cuda/kernels_bf16.cu"
+#include "../../../csrc/cuda/kernels_fp16.cu"
+#include "../../../csrc/cuda/kernels_fp32.cu"
 #include "../../../csrc/cuda/lookup.cu"
 #undef CUDA
+#undef grace_cuda_forms
 #undef grace_cuda
 
 extern "C" {
@@ -58,6 +63,7 @@ cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 threads, void**
     return static_cast<cudaError_t>(controls.fail_launch);
   }
   ++controls.launches;
+  controls.kernel = kernel;
   controls.grid_x = grid.x;
   controls.grid_y = grid.y;
   controls.shared_bytes = static_cast<int>(shared);

@@ -1,0 +1,73 @@
+"""Saved edits read by rank. More ranks than this one: `tests/ops/sharded_ranks.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from grace_edit import Codebook, StoreError
+from grace_edit.codebook import store
+from grace_edit.codebook.sharding import load_sharded
+
+from grace_kernels.testing import same_bits
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo"
+)
+
+
+@pytest.fixture
+def group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A group of this process alone."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    store = dist.FileStore(str(tmp_path / "group"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Codebook, Path]:
+    """A codebook of bfloat16 with a deleted and a changed entry, and where it is saved."""
+    generator = torch.Generator().manual_seed(3)
+    book = Codebook(16, 5, radius=2.0, dtype=torch.bfloat16, capacity=64)
+    for n in range(40):
+        query = torch.randn(16, generator=generator).bfloat16()
+        book.insert(query, [n], torch.randn(5, generator=generator).bfloat16())
+    book.delete(7)
+    store.save(book, tmp_path / "edits", {})
+    return book, tmp_path / "edits"
+
+
+def test_what_is_read_by_rank_answers_as_the_codebook_does(
+    group: None, saved: tuple[Codebook, Path]
+) -> None:
+    book, directory = saved
+    sharded = load_sharded(directory, block=8, sketch=True)
+    assert sharded.capacity == 64
+    assert sharded.shard.sketch is not None
+    query = torch.cat([book.keys[:40] + 0.01, torch.randn(4, 16).bfloat16()])
+    got, wanted = sharded.lookup(query), book.lookup(query)
+    assert all(map(same_bits, got, wanted))
+    assert (got[0] >= 0).sum() > 20
+    hit = got[0] >= 0
+    assert same_bits(sharded.values_at(got[0])[hit], book.values[got[0][hit]])
+
+
+def test_tensors_of_another_save_are_refused(group: None, saved: tuple[Codebook, Path]) -> None:
+    book, directory = saved
+    before = (directory / store.TENSORS).read_bytes()
+    book.insert(torch.ones(16).bfloat16() * 40, [99], torch.ones(5).bfloat16())
+    book.insert(torch.ones(16).bfloat16() * 50, [98], torch.ones(5).bfloat16())
+    store.save(book, directory, {})
+    (directory / store.TENSORS).write_bytes(before)
+    with pytest.raises(StoreError, match=r"codebook.safetensors: keys must have shape \[41, 16\]"):
+        load_sharded(directory)
+    (directory / store.TENSORS).write_bytes(before[:50])
+    with pytest.raises(StoreError, match=r"codebook.safetensors: not a safetensors file"):
+        load_sharded(directory)
+    with pytest.raises(StoreError, match=r"grace_config.json: cannot be read"):
+        load_sharded(directory / "elsewhere")
