@@ -10,6 +10,8 @@ from .codebook.codebook import Codebook
 from .codebook.records import CapacityError, EditResult, UndoError
 from .codebook.store import StoreError
 from .config import GraceConfig
+from .durable.following import Follower, follow
+from .durable.publishing import Publisher, publish
 from .editing.explanation import Explanation
 from .editing.scoring import Score
 from .editing.verification import Misfire
@@ -22,18 +24,22 @@ __all__ = [
     "Codebook",
     "EditResult",
     "Explanation",
+    "Follower",
     "GraceAdaptor",
     "GraceConfig",
     "GraceEditor",
     "LayerSuggestion",
     "Misfire",
+    "Publisher",
     "QueryPlan",
     "RadiusSuggestion",
     "Score",
     "StoreError",
     "UndoError",
     "detach",
+    "follow",
     "load",
+    "publish",
     "suggest_layer",
     "suggest_radius",
 ]

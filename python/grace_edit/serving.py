@@ -74,6 +74,12 @@ def save(
     Args:
         further: what JSON can hold, kept in the description by these names until the next save.
     """
+    described, beside = describe(family, config)
+    store.save(family.adaptor.codebook, directory, {**described, **(further or {})}, beside)
+
+
+def describe(family: Family, config: GraceConfig) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Return what is kept beside a codebook: the description, and further files by name."""
     adaptor, model = family.adaptor, family.model
     described = {
         "config": config.to_dict(),
@@ -91,10 +97,8 @@ def save(
             "source": getattr(model, "name_or_path", ""),
             "fingerprint": fingerprint(model, family.layer),
         },
-        **(further or {}),
     }
-    beside = {} if adaptor.text is None else adaptor.text.keys.map.files()
-    store.save(adaptor.codebook, directory, described, beside)
+    return described, {} if adaptor.text is None else adaptor.text.keys.map.files()
 
 
 def attach_saved(
@@ -105,6 +109,7 @@ def attach_saved(
     encoder: Callable[[list[str]], Any] | str | None = None,
     allow_above: bool = False,
     progress: bool = False,
+    saved: store.Saved | None = None,
 ) -> tuple[Family, GraceConfig]:
     """Attach saved edits to `model`, whether to serve them or to go on editing.
 
@@ -116,6 +121,7 @@ def attach_saved(
         encoder: that of edits with `query="text"`, where it was a callable or lies elsewhere now.
         allow_above: accept a model that differs only above the layer, after proving every edit.
         progress: show a progress bar while proving.
+        saved: what was read of the directory already; None: it is read.
 
     Returns:
         The family of the attached model, and the settings of the edits.
@@ -126,12 +132,13 @@ def attach_saved(
         ValueError: a tokenizer or an encoder is needed and was not given.
     """
     model = attaching.core_of(model)
-    codebook, described, beside = store.load_all(directory)
+    read = store.load_saved(directory) if saved is None else saved
+    codebook, described, beside = read.codebook, read.config, read.beside
     try:
         config = GraceConfig(**described["config"])
         config = config if encoder is None else dataclasses.replace(config, encoder=encoder)
-        serving, saved = described["serving"], described["model"]
-        layer, prints = serving["layer"], saved["fingerprint"]
+        serving, made_on = described["serving"], described["model"]
+        layer, prints = serving["layer"], made_on["fingerprint"]
         adaptor = GraceAdaptor(
             codebook,
             query=serving["query"],
@@ -158,12 +165,12 @@ def attach_saved(
     if different and not (allow_above and different == ["above"]):
         raise StoreError(
             f"{directory}: edits of another model: its parameters differ {' and '.join(different)} "
-            f"the layer {found} (saved from {saved['class']}, got {type(model).__name__})"
+            f"the layer {found} (saved from {made_on['class']}, got {type(model).__name__})"
         )
     if adaptor.query == "text":
         adaptor.text = text_of(model, tokenizer, config, serving["text"], beside, directory)
         check_reading(adaptor.text, codebook, directory)
-    codebook.to(next(model.parameters()).device)
+    codebook.to(next(model.parameters()).device).storage.slots.maintain_sketch()
     family = family_of(model, tokenizer)
     family.attach(found, adaptor)
     if different:

@@ -174,7 +174,8 @@ class Codebook(Contents):
                 value = planning.check_value(value, storage.slots.values)
             elif proposal.slot < 0 or proposal.case == "update":
                 raise ValueError(f"value must be a tensor for the case {proposal.case}, got None")
-            with storage.lock, storage.transaction():
+            # The outer one tells the watcher, who may wait for a disk: readers must not.
+            with storage.transaction(), storage.lock, storage.transaction():
                 storage.gather_hits()
                 return retention.commit(storage, proposal, value, answers)
 
@@ -212,7 +213,7 @@ class Codebook(Contents):
         """
         if result.id is None:
             raise KeyError("id must be that of an edit in the history, got None")
-        with self.changing() as storage, storage.lock, storage.transaction():
+        with self.changing() as storage, storage.transaction(), storage.lock:
             storage.put_edit(replace(storage.edit(result.id), result=result))
 
     def insert(
@@ -255,7 +256,7 @@ class Codebook(Contents):
         Raises:
             KeyError: the id is unknown, or that of a part.
         """
-        with self.changing() as storage, storage.lock:
+        with self.changing() as storage, storage.transaction(), storage.lock:
             replay.delete(storage, id, purge)
 
     def compact(self, keep: int = 0) -> int:
@@ -281,8 +282,16 @@ class Codebook(Contents):
         """
         if type(keep) is not int or keep < 0:
             raise ValueError(f"keep must be a whole number of at least 0, got {keep!r}")
-        with self.changing() as storage, storage.lock:
-            return past.compact(storage, keep)
+        with self.changing() as storage:
+            if storage.journal.is_open:
+                raise ValueError("cannot compact inside a transaction: end it first")
+            with storage.transaction(), storage.lock:
+                forgotten = past.compact(storage, keep)
+            with storage.lock:
+                past.pack(storage)
+            if storage.watcher is not None:
+                storage.watcher.settled(storage, anew=True)
+            return forgotten
 
     def undo(self) -> None:
         """Take the last operation or transaction back, to the bit; up to `undo_limit` times.
@@ -382,19 +391,23 @@ class Codebook(Contents):
         Raises:
             ValueError: a transaction is open.
         """
-        with self.changing() as old, old.lock:
+        with self.changing() as old:
             if old.journal.is_open:
                 raise ValueError("cannot replace the content inside a transaction: end it first")
             new = other.storage
             new.next_id = max(new.next_id, old.next_id)
             new.version = max(old.version + 1, version)
             new.journal.forget(reason)
-            if old.hits.on:
-                old.gather_hits()
-                new.hits.start(old.hits.gathered)
-            new.journal.limit, new.history_limit = old.journal.limit, old.history_limit
-            new.lock, new.changing = old.lock, old.changing  # others are waiting for these
-            self.storage = new
+            if old.watcher is not None:
+                old.watcher.replace(new)
+            with old.lock:
+                if old.hits.on:
+                    old.gather_hits()
+                    new.hits.start(old.hits.gathered)
+                new.journal.limit, new.history_limit = old.journal.limit, old.history_limit
+                new.watcher = old.watcher
+                new.lock, new.changing = old.lock, old.changing  # others are waiting for these
+                self.storage = new
 
     def check(self) -> None:
         """Verify everything a codebook promises, the retention of every live edit first of all.

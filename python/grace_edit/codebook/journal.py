@@ -31,7 +31,10 @@ class Part(Protocol):
         """Let a place hold again what `held` returned for it."""
 
 
-_Step = dict[tuple[Part, str, Any], Any]  # in the order of the first change of each place
+Place = tuple[Part, str, Any]
+"""A part, a table of it and a key."""
+
+_Step = dict[Place, Any]  # in the order of the first change of each place
 
 
 class Journal:
@@ -43,6 +46,7 @@ class Journal:
         self._beginning = "the codebook was made"
         self._limit = UNDO_LIMIT
         self._dropped = False
+        self._undone: _Step = {}
 
     @property
     def is_open(self) -> bool:
@@ -77,6 +81,11 @@ class Journal:
         if place not in self._open[-1]:
             self._open[-1][place] = part.held(table, key)
 
+    def write(self, part: Part, table: str, key: Any, new: Any) -> None:
+        """Let a place hold what `held` returned elsewhere, within a transaction."""
+        self.note(part, table, key)
+        part.put_back(table, key, new)
+
     def begin(self) -> None:
         """Open a transaction."""
         self._open.append({})
@@ -95,6 +104,12 @@ class Journal:
         if changed:
             self._steps.append(changed)
             self._drop_oldest()
+
+    def changed(self) -> list[Place] | None:
+        """Return the places that the open transaction left different; None: it is not the last."""
+        if len(self._open) > 1:
+            return None
+        return [place for place, old in self._open[-1].items() if not _holds(place, old)]
 
     def noted(self, table: str) -> Iterator[Any]:
         """Return what undoing or rolling back could put into the places of a table."""
@@ -120,9 +135,18 @@ class Journal:
         """Return what `undo` would put back in a place; None where it leaves that as it is."""
         return self._steps[-1].get((part, table, key))
 
-    def undo(self) -> None:
-        """Take the last step back."""
-        _put_back(self._steps.pop())
+    def undo(self) -> dict[Place, Any]:
+        """Take the last step back; return what `redo` needs, by the places that it changed."""
+        step = self._steps.pop()
+        redo = {place: place[0].held(*place[1:]) for place in reversed(step)}
+        _put_back(step)
+        self._undone = step
+        return redo
+
+    def redo(self, redo: dict[Place, Any]) -> None:
+        """Take back the `undo` that has just returned this."""
+        _put_back(redo)
+        self._steps.append(self._undone)
 
     def forget(self, event: str) -> None:
         """Let nothing that was done before now be undone, for the reason of `event`.

@@ -15,7 +15,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ log = logging.getLogger("grace_edit")
 LOCK = "codebook.lock"
 _MADE = LOCK + ".made"  # there only while it is held, where files cannot be locked
 _GUARD = LOCK + ".guard"
+_SHORT = 2.0  # seconds to wait for who says that it lasts
 _PATIENCE = 1.0  # seconds of waiting that nobody is told of
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -78,21 +79,59 @@ def writing(directory: str | Path, timeout: float = 600.0) -> Iterator[None]:
                 path.rmdir()
 
 
-def _take(directory: Path, timeout: float) -> tuple[Path, int]:
+def take(directory: Path, timeout: float) -> Callable[[], None]:
+    """Be the only one that writes to a directory until what is returned is called.
+
+    The thread does not matter, and nobody waits long for it: the lock says that it lasts.
+
+    Raises:
+        TimeoutError, OSError: as `writing`.
+    """
+    path, handle = _take(directory, timeout, lasting=True)
+    return lambda: _let_go(path, handle)
+
+
+def is_held(directory: Path) -> bool:
+    """Say whether somebody is writing to a directory; no, if it cannot be told."""
+    if (directory / _MADE).exists():
+        return not _is_stale(directory / _MADE)
+    if fcntl is None:
+        return False
+    try:
+        handle = os.open(directory / LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return False
+
+
+def owner_of(directory: Path) -> str | None:
+    """Return who is writing to a directory, None: nobody."""
+    return _owner(directory) if is_held(directory) else None
+
+
+def _take(directory: Path, timeout: float, lasting: bool = False) -> tuple[Path, int]:
     start, told = time.monotonic(), False
     while True:
         directory.mkdir(parents=True, exist_ok=True)
         try:
-            taken = _try(directory)
+            taken = _try(directory, lasting)
         except FileNotFoundError:  # the directory was taken away again
             continue
         if taken is not None:
             return taken
         waited = time.monotonic() - start
-        if waited > timeout:
+        if waited > (min(timeout, _SHORT) if _lasts(directory) else timeout):
             raise TimeoutError(
                 f"{directory}: must be written by one process at a time, got "
-                f"{_owner(directory)} that is still writing after {timeout:.0f} s; if it is gone, "
+                f"{_owner(directory)} that is still writing after {waited:.0f} s; if it is gone, "
                 f"remove {directory / LOCK}*"
             )
         if waited > _PATIENCE and not told:
@@ -101,17 +140,22 @@ def _take(directory: Path, timeout: float) -> tuple[Path, int]:
         time.sleep(min(0.2, 0.01 + waited / 20))
 
 
-def _try(directory: Path) -> tuple[Path, int] | None:
+def _lasts(directory: Path) -> bool:
+    owner = _signed(directory / LOCK) or _signed(directory / _MADE)
+    return bool(owner.get("lasting"))
+
+
+def _try(directory: Path, lasting: bool) -> tuple[Path, int] | None:
     """Return file and handle of the lock, None while somebody else holds it."""
     if fcntl is None:
-        return _make(directory)
+        return _make(directory, lasting)
     path = directory / LOCK
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # The one before may have removed the file between our two calls.
         if os.path.samestat(os.fstat(handle), os.stat(path)):
-            _sign(handle)
+            _sign(handle, lasting)
             return path, handle
     except BlockingIOError:
         pass
@@ -121,7 +165,7 @@ def _try(directory: Path) -> tuple[Path, int] | None:
             raise
         os.close(handle)
         path.unlink(missing_ok=True)
-        return _make(directory)
+        return _make(directory, lasting)
     os.close(handle)
     return None
 
@@ -135,13 +179,14 @@ def _let_go(path: Path, handle: int) -> None:
         os.close(handle)
 
 
-def _sign(handle: int) -> None:
-    owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.ctime()}
+def _sign(handle: int, lasting: bool) -> None:
+    owner: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
+    owner |= {"since": time.ctime(), **({"lasting": True} if lasting else {})}
     os.ftruncate(handle, 0)
     os.write(handle, json.dumps(owner).encode())
 
 
-def _make(directory: Path) -> tuple[Path, int] | None:
+def _make(directory: Path, lasting: bool) -> tuple[Path, int] | None:
     """Take the lock by making its file; None: it is there and its owner lives."""
     path = directory / _MADE
     if _is_stale(path):
@@ -160,7 +205,7 @@ def _make(directory: Path) -> tuple[Path, int] | None:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     except FileExistsError:
         return None
-    _sign(handle)
+    _sign(handle, lasting)
     return path, handle
 
 

@@ -37,19 +37,16 @@ def forget(storage: Storage, keep: int) -> int:
 
 
 def compact(storage: Storage, keep: int) -> int:
-    """Do what `Codebook.compact` says; return how many edits were forgotten."""
-    if storage.journal.is_open:
-        raise ValueError("cannot compact inside a transaction: end it first")
+    """Forget edits as `Codebook.compact` says, which calls `pack` then; return how many."""
     with storage.transaction():
         forgotten = forget(storage, keep)
         storage.end_change()
-    storage.journal.forget("the codebook was compacted")
-    _pack(storage)
     return forgotten
 
 
-def _pack(storage: Storage) -> None:
+def pack(storage: Storage) -> None:
     """Move what is stored together; no place is what it was, so nothing may be undone."""
+    storage.journal.forget("the codebook was compacted")
     held = {entry.value_id for entry in storage.entry_records.values() if entry is not None}
     held |= {*range(len(storage.imported.labels)), *storage.retired_values}
     records: dict[int, Edit | None] = {}

@@ -73,15 +73,24 @@ class Queries:
             self._free.discard(index)
         else:
             index = self.count
-            if index == len(self.owners):
-                for name in _TENSORS:
-                    setattr(self, name, resized(getattr(self, name), max(64, 2 * index), 0))
+            self.reserve(index + 1)
             self._journal.note(self, "count")
             self.count = index + 1
         self.write(index, query)
         self._own(index, edit_id)
         self.clear_answer(index)
         return index
+
+    def of(self, journal: Journal) -> Queries:
+        """Return these queries, whose changes another journal takes note of from now on."""
+        self._journal = journal
+        return self
+
+    def reserve(self, rows: int) -> None:
+        """Have room for so many."""
+        if rows > len(self.owners):
+            for name in _TENSORS:
+                setattr(self, name, resized(getattr(self, name), max(64, 2 * rows), 0))
 
     def fill(self, vectors: Tensor, owners: list[int], slots: list[int], distances: Tensor) -> None:
         """Let there be these alone, without a note in the journal."""

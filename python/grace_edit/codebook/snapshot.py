@@ -93,33 +93,47 @@ def _tensors(storage: Storage, at: Tensor) -> dict[str, Tensor]:
 
 def _records(storage: Storage, rows: dict[int, int]) -> Iterator[dict[str, Any]]:
     for id, edit in sorted(storage.edit_records.items()):
-        if edit is None:
-            yield {"purged": id}
-            continue
-        yield {
-            "edit": id,
-            "state": edit.state,
-            "superseded_by": edit.superseded_by,
-            "label": edit.label,
-            "prompt": edit.prompt,
-            "query": rows.get(id, -1),
-            "slot": edit.slot,
-            "value": edit.value_id,
-            "verified": None if edit.verified is None else sorted(edit.verified),
-            **_result(edit.result),
-            **_several(edit),
-        }
+        yield edit_record(id, edit, rows.get(id, -1))
     for slot, entry in sorted(storage.entry_records.items()):
-        if entry is None:
-            yield {"dead": slot}
-            continue
-        yield {
-            "entry": slot,
-            "label": entry.label,
-            "value": entry.value_id,
-            "owner": entry.owner,
-            "members": entry.members,
-        }
+        yield entry_record(slot, entry)
+
+
+def edit_record(id: int, edit: Edit | None, row: int) -> dict[str, Any]:
+    """Return an edit as JSON can hold it, whose query is in this row; None: it was purged."""
+    if edit is None:
+        return {"purged": id}
+    return {
+        "edit": id,
+        "state": edit.state,
+        "superseded_by": edit.superseded_by,
+        "label": edit.label,
+        "prompt": edit.prompt,
+        "query": row,
+        "slot": edit.slot,
+        "value": edit.value_id,
+        "verified": None if edit.verified is None else sorted(edit.verified),
+        **_result(edit.result),
+        **_several(edit),
+    }
+
+
+def entry_record(slot: int, entry: Entry | None) -> dict[str, Any]:
+    """Return the entry of a slot as JSON can hold it; None: the imported one is dead."""
+    if entry is None:
+        return {"dead": slot}
+    return {
+        "entry": slot,
+        "label": entry.label,
+        "value": entry.value_id,
+        "owner": entry.owner,
+        "members": entry.members,
+    }
+
+
+def entry_of(record: dict[str, Any]) -> Entry:
+    """Return the entry that a record of one tells of."""
+    label, members = tuple(record["label"]), tuple(record["members"])
+    return Entry(label, record["value"], record["owner"], members)
 
 
 def _result(result: EditResult) -> dict[str, Any]:
@@ -201,11 +215,9 @@ def fill_records(storage: Storage, lines: str, tensors: dict[str, Tensor]) -> No
     for line in lines.splitlines():
         record = json.loads(line)
         if "edit" in record:
-            edits[record["edit"]] = _edit(record)
+            edits[record["edit"]] = edit_of(record)
         elif "entry" in record:
-            label, members = tuple(record["label"]), tuple(record["members"])
-            entry = Entry(label, record["value"], record["owner"], members)
-            entries[record["entry"]] = entry
+            entries[record["entry"]] = entry_of(record)
         elif "dead" in record:
             entries[record["dead"]] = None
         else:
@@ -235,7 +247,8 @@ def _imported(tensors: dict[str, Tensor]) -> Imported:
     return Imported(labels, tensors["imported_radii"].clone())
 
 
-def _edit(record: dict[str, Any]) -> Edit:
+def edit_of(record: dict[str, Any]) -> Edit:
+    """Return the edit that a record of one tells of."""
     return Edit(
         id=record["edit"],
         label=tuple(record["label"]),

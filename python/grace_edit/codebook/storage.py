@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .hits import Hits
-from .journal import Journal
+from .journal import Journal, Place
 from .queries import Queries
 from .records import Edit, EditResult, Entry, Label
 from .settings import Settings
@@ -26,8 +27,31 @@ from .slots import Slots
 from .tensors import digest
 
 
-class _Absent:
+class Absent:
     """What the journal notes for a record that was not there; the class itself survives a copy."""
+
+
+class Watcher(Protocol):
+    """Who is told of every change, in the thread that makes it, which holds `changing` alone."""
+
+    def commit(self, storage: Storage, changed: Sequence[Place]) -> None:
+        """Take note of a change that is about to be final; what is raised takes it back."""
+
+    def keeps(self, directory: Path) -> bool:
+        """Say whether changes are kept in this directory."""
+
+    def settled(self, storage: Storage, *, anew: bool = False) -> None:
+        """Be told that the change is final.
+
+        Args:
+            anew: so is another one of which no place tells.
+        """
+
+    def taken_back(self, storage: Storage) -> None:
+        """Be told that a change was taken back, perhaps after `commit`."""
+
+    def replace(self, storage: Storage) -> None:
+        """Take note that this storage is about to take over; what is raised prevents it."""
 
 
 _NUMBERS = ("live_edits", "purged")
@@ -68,6 +92,7 @@ class Storage:
         history_limit: how many of these are kept, None: all; see `past.forget`.
         live_edits: how many there are, parts not counted.
         purged: whether an edit was purged within the open transaction.
+        watcher: is told of every change; None: nobody. Not copied with the storage.
         next_id, next_value_id: never go down; neither is used twice.
     """
 
@@ -99,6 +124,7 @@ class Storage:
         self.history_limit: int | None = None
         self.live_edits = 0
         self.purged = False
+        self.watcher: Watcher | None = None
         self.next_id = 0
         self.next_value_id = 0
         self._label_numbers: dict[Label | float, int] = {}
@@ -107,20 +133,22 @@ class Storage:
         self._changed = False  # version went up within the open transaction
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: item for k, item in vars(self).items() if k not in ("lock", "changing")}
+        own = ("lock", "changing", "watcher")
+        return {k: item for k, item in vars(self).items() if k not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, lock=threading.RLock(), changing=threading.RLock())
+        self.watcher = None
 
     def held(self, table: str, key: Any) -> Any:
         """Return what a place holds; see `journal.Part`."""
-        return getattr(self, table) if table in _NUMBERS else getattr(self, table).get(key, _Absent)
+        return getattr(self, table) if table in _NUMBERS else getattr(self, table).get(key, Absent)
 
     def put_back(self, table: str, key: Any, old: Any) -> None:
         """Let a place hold what it held; see `journal.Part`."""
         if table in _NUMBERS:
             setattr(self, table, old)
-        elif old is _Absent:
+        elif old is Absent:
             getattr(self, table).pop(key, None)
         else:
             getattr(self, table)[key] = old
@@ -148,6 +176,7 @@ class Storage:
             yield
             with self.lock:
                 self.slots.tell_sketch()
+            told = self._tell_watcher()
         except BaseException:
             with self.lock:
                 self.gather_hits()
@@ -157,12 +186,24 @@ class Storage:
                         self.version += 1
                     self._changed = False
                 self.slots.tell_sketch()
+            if self.watcher is not None and not self.journal.is_open:
+                self.watcher.taken_back(self)
             raise
         self.journal.end()
         if not self.journal.is_open:
             if self.purged:
                 self.journal.forget("a purge")
             self.purged = self._changed = False
+        if told and self.watcher is not None:
+            self.watcher.settled(self)
+
+    def _tell_watcher(self) -> bool:
+        """Tell the watcher of the end of the outermost transaction, if it changed anything."""
+        changed = None if self.watcher is None else self.journal.changed()
+        if self.watcher is None or changed is None or not (changed or self._changed):
+            return False
+        self.watcher.commit(self, changed)
+        return True
 
     def end_change(self) -> None:
         """Do what ends every change: drop values nobody needs, count it, maintain the sketch."""
@@ -188,9 +229,22 @@ class Storage:
             self.slots.warn_of_new_memory(capacity)
         with self.lock:
             self.gather_hits()
-            self.journal.undo()
+            redo = self.journal.undo()
             self.version += 1
             self.slots.maintain_sketch()
+        if self.watcher is None:
+            return
+        try:
+            self.watcher.commit(self, list(redo))
+        except BaseException:
+            with self.lock:
+                self.gather_hits()
+                self.journal.redo(redo)
+                self.version += 1
+                self.slots.maintain_sketch()
+            self.watcher.taken_back(self)
+            raise
+        self.watcher.settled(self)
 
     def gather_hits(self) -> None:
         """Note what the entries answered so far with their edits, before a slot changes hands."""

@@ -4,6 +4,8 @@
     codebook.safetensors   keys, values, radii, stored queries, values that only the history needs,
                            the sketch of the keys if there is one
     edits.jsonl            one line per edit of the history, then one per entry
+    edits-….log            where somebody publishes: every change since, see `log`; its name says to
+                           which checksum of the configuration it belongs
 
 and further ones that the caller names, such as the map of text keys. The configuration vouches for
 the others, so the state it describes is either there as a whole or refused. Each file is first
@@ -21,6 +23,7 @@ import hashlib
 import json
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +32,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import snapshot
+from . import redo, snapshot
 from .codebook import Codebook
-from .locking import LOCK, writing
+from .locking import LOCK, is_held, writing
+from .log import End, LogError, read, sync_directory
+from .storage import Storage
 
 FORMAT = 2
 """The highest that is read; what an older release reads right is written as 1."""
@@ -41,6 +46,7 @@ TENSORS = "codebook.safetensors"
 EDITS = "edits.jsonl"
 _NEW = ".new"
 _PIECE = 1 << 22  # bytes read at a time
+_LOG = "edits-{}.log"
 _READINGS = 1000  # of files that somebody renames each time
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float16, torch.bfloat16)}
 _DTYPES["float64"] = torch.float64
@@ -76,40 +82,83 @@ def save(
     with codebook.changing() as storage:  # before anybody's lock is waited for
         if storage.journal.is_open:
             raise ValueError("cannot save inside a transaction: end it first")
-    with writing(directory):
-        _save(codebook, Path(directory), config, beside)
+        if storage.watcher is not None and storage.watcher.keeps(Path(directory)):
+            storage.watcher.settled(storage, anew=True)
+            return
+    with writing(directory), codebook.changing() as storage:
+        write(storage, Path(directory), config, beside)
 
 
-def _save(
-    codebook: Codebook, directory: Path, config: dict[str, Any], beside: dict[str, bytes] | None
-) -> None:
+def write(
+    storage: Storage,
+    directory: Path,
+    config: dict[str, Any],
+    beside: dict[str, bytes] | None = None,
+    follows: str | None = None,
+) -> str:
+    """Do what `save` does, for who holds the lock of the directory and changes the codebook alone.
+
+    Logs of other snapshots are removed.
+
+    Args:
+        follows: what the log before ended with, if this snapshot holds just that.
+
+    Returns:
+        The checksum of the configuration, to which a log belongs.
+    """
     _render(config)  # raises before anything is written
     if (directory / (CONFIG + _NEW)).exists():
         _complete(directory)
     new = directory / (TENSORS + _NEW)
-    with codebook.changing() as storage:
-        # Straight from the codebook's memory: its tensors may be most of what the machine has.
-        tensors, records = snapshot.content_of(storage)
-        settings, number = snapshot.settings_of(storage), snapshot.format_of(storage)
-        _write_tensors(tensors, new)
-    del tensors
-    files = {EDITS: records.encode(), **(beside or {})}
-    checksums = {TENSORS: _sha256_of(new), **{name: _sha256(files[name]) for name in files}}
-    described: dict[str, Any] = {
-        "format": number,
-        "codebook": settings,
-        "config": config,
-        "files": checksums,
-    }
-    described["checksum"] = _checksum(described)
-    files[CONFIG] = _render(described)
-    for name, content in files.items():
-        with open(directory / (name + _NEW), "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    _sync(directory)
+    names = [TENSORS, EDITS, *(beside or {}), CONFIG]
+    try:
+        with storage.changing:
+            # Straight from the codebook's memory: its tensors may be most of what the machine has.
+            tensors, records = snapshot.content_of(storage)
+            settings, number = snapshot.settings_of(storage), snapshot.format_of(storage)
+            _write_tensors(tensors, new)
+        del tensors
+        files = {EDITS: records.encode(), **(beside or {})}
+        checksums = {name: _sha256(content) for name, content in files.items()}
+        described: dict[str, Any] = {
+            "format": number,
+            "codebook": settings,
+            "config": config,
+            "files": {TENSORS: _sha256_of(new), **checksums},
+            **({} if follows is None else {"follows": follows}),
+        }
+        described["checksum"] = _checksum(described)
+        files[CONFIG] = _render(described)
+        for name, content in files.items():
+            with open(directory / (name + _NEW), "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        sync_directory(directory)
+    except OSError:  # the disk may be full: what is not complete takes no room
+        for name in reversed(names):
+            with contextlib.suppress(OSError):
+                (directory / (name + _NEW)).unlink(missing_ok=True)
+        raise
     _rename(directory, described)
+    drop_other_logs(directory, described["checksum"])
+    return str(described["checksum"])
+
+
+def log_of(directory: Path, checksum: str) -> Path:
+    """Return where the changes since a snapshot of this checksum are."""
+    return directory / _LOG.format(checksum[:16])
+
+
+def drop_other_logs(directory: Path, checksum: str) -> None:
+    """Remove the logs of snapshots that were replaced."""
+    own, gone = log_of(directory, checksum), False
+    for path in directory.glob(_LOG.format("*")):
+        if path != own:
+            path.unlink(missing_ok=True)
+            gone = True
+    if gone:
+        sync_directory(directory)
 
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -152,8 +201,36 @@ def load_all(
         StoreError: naming the file: it is missing, truncated, altered, of a newer format, or does
             not agree with the others.
     """
+    saved = load_saved(directory, mapped=mapped)
+    book = saved.codebook.to(device)
+    book.storage.slots.maintain_sketch()
+    return book, saved.config, saved.beside
+
+
+@dataclass
+class Saved:
+    """What a directory holds: the snapshot with what its log says was done since.
+
+    Attributes:
+        codebook, config, beside: as `load_all` returns them.
+        checksum: of the configuration.
+        end: of the log that was read; `records` are in it.
+        snapshot_bytes: the size of the files but the log.
+    """
+
+    codebook: Codebook
+    config: dict[str, Any]
+    beside: dict[str, bytes]
+    checksum: str
+    end: End
+    records: int
+    snapshot_bytes: int
+
+
+def load_saved(directory: str | Path, *, mapped: bool = False) -> Saved:
+    """Read what `save` wrote and what a log says was done since; see `load_all`."""
     directory = Path(directory)
-    described, files = _read(directory)
+    described, files, records, end = _read(directory)
     tensors = files.pop(TENSORS)
     try:
         settings = described["codebook"]
@@ -169,22 +246,56 @@ def load_all(
         snapshot.fill_records(book.storage, files[EDITS].decode(), tensors)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise StoreError(f"{directory / EDITS}: bad record ({error!r})") from error
-    book.to(device).storage.slots.maintain_sketch()
+    for record in records:
+        try:
+            redo.apply(book.storage, record)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            path = log_of(directory, described["checksum"])
+            raise StoreError(f"{path}: bad record ({error!r})") from error
+    book.storage.journal.forget("the codebook was loaded")
     beside = {name: found for name, found in files.items() if name != EDITS}
-    return book, described["config"], beside
+    size = sum(map(len, files.values())) + sum(x.nbytes for x in tensors.values())
+    checksum = described["checksum"]
+    return Saved(book, described["config"], beside, checksum, end, len(records), size)
 
 
 def describe(directory: str | Path) -> dict[str, Any]:
     """Read what `save` wrote about a codebook, without its tensors and records.
 
     Returns:
-        A dict with `format`, `codebook` (sizes, dtypes, policy, version), `config` (the caller's)
-        and `files` (checksums).
+        A dict with `format`, `codebook` (sizes, dtypes, policy, version of the snapshot), `config`
+        (the caller's), `files` (checksums), `checksum`, and `follows` if it is there.
 
     Raises:
         StoreError: it is missing, altered or of a newer format.
     """
-    return _read_config(Path(directory) / CONFIG)
+    directory = Path(directory)
+    try:
+        return _read_config(directory / CONFIG)
+    except StoreError:
+        return _read(directory)[0]
+
+
+def read_log(directory: Path, checksum: str, start: End) -> tuple[list[bytes], End] | None:
+    """Return the records of a log behind `start`, and their end; None: there is no log.
+
+    Raises:
+        StoreError: it is damaged, or does not go on from there.
+    """
+    path = log_of(directory, checksum)
+    free = not is_held(directory)  # before it is read: who takes the lock later changes no frame
+    try:
+        with open(path, "rb") as file:
+            file.seek(start.offset)
+            content = file.read()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        return read(content, start, unsealed=free)
+    except LogError as error:
+        raise StoreError(f"{path}: {error}") from error
 
 
 def _render(described: dict[str, Any]) -> bytes:
@@ -211,7 +322,7 @@ def _rename(directory: Path, described: dict[str, Any]) -> None:
     for name in (*described["files"], CONFIG):
         if (directory / (name + _NEW)).exists():
             os.replace(directory / (name + _NEW), directory / name)
-    _sync(directory)
+    sync_directory(directory)
 
 
 def _complete(directory: Path) -> None:
@@ -227,18 +338,11 @@ def _complete(directory: Path) -> None:
         _rename(directory, described)
 
 
-def _sync(directory: Path) -> None:
-    if os.name == "nt":  # directories cannot be opened there
-        return
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+_Content = tuple[dict[str, Any], dict[str, Any], list[bytes], End]
 
 
-def _read(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the configuration and the contents it vouches for: tensors by name, and bytes."""
+def _read(directory: Path) -> _Content:
+    """Return the configuration, the contents it vouches for, and the log behind them."""
     unchanged = 0
     for _ in range(_READINGS):
         before = _places(directory)
@@ -268,17 +372,27 @@ def _place(at: os.stat_result) -> tuple[int, int, int]:
     return at.st_ino, at.st_mtime_ns, at.st_size
 
 
-def _read_once(directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def _read_once(directory: Path) -> _Content:
     try:
         described = _read_config(directory / CONFIG)
-        return described, _read_files(directory, described)
+        files = _read_files(directory, described)
     except StoreError as error:
         # A save that was interrupted between its renames has left the rest of the new state.
         try:
             described = _read_config(directory / (CONFIG + _NEW))
-            return described, _read_files(directory, described)
+            files = _read_files(directory, described)
         except StoreError:
             raise error from None
+    start = End.of_empty(described["checksum"])
+    found = read_log(directory, described["checksum"], start)
+    if found is not None:
+        return described, files, *found
+    # No log, or one that was removed since because another snapshot is there.
+    for path in (directory / CONFIG, directory / (CONFIG + _NEW)):
+        with contextlib.suppress(StoreError):
+            if _read_config(path)["checksum"] == described["checksum"]:
+                return described, files, [], start
+    raise StoreError(f"{directory / CONFIG}: was replaced while it was read")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Edits that survive a crash, and replicas that follow: one writer publishes, others read."""

@@ -1,0 +1,223 @@
+"""A reader: a served model is brought to each new version of what a writer publishes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .. import serving
+from ..codebook import adopting, redo, store
+from ..codebook.journal import Place
+from ..codebook.log import End
+from ..codebook.storage import Storage
+from ..codebook.store import StoreError
+from ..families import Family
+
+log = logging.getLogger("grace_edit")
+
+
+class Follower:
+    """Brings the edits of a served model up to those of a directory; see `follow`.
+
+    Attributes:
+        error: why the last look brought nothing; None: it went well. The model goes on serving
+            the version before, and it is tried again.
+        version: of the writer, that the model serves.
+    """
+
+    def __init__(
+        self, family: Family, directory: Path, saved: store.Saved, interval: float | None
+    ) -> None:
+        self._family, self.directory = family, directory
+        self._book = family.adaptor.codebook
+        self._config = saved.config
+        self._checksum, self._end = saved.checksum, saved.end
+        self.version = self._book.version
+        self.error: Exception | None = None
+        self._one = threading.Lock()  # poll at a time
+        self._news = threading.Condition()
+        self._closed = threading.Event()
+        self._guard = _Guard()
+        self._book.storage.watcher = self._guard
+        self._thread: threading.Thread | None = None
+        if interval is not None:
+            self._thread = threading.Thread(
+                target=self._run, args=[interval], name="grace-follower", daemon=True
+            )
+            self._thread.start()
+
+    @property
+    def codebook(self) -> Any:
+        """The codebook that answers, which the writer alone changes."""
+        return self._book
+
+    def poll(self) -> bool:
+        """Look once, and bring the model to the latest version; say whether anything was new.
+
+        Raises:
+            StoreError: the directory is damaged, or holds edits of another model, layer or dtype.
+            CapacityError: it takes more slots than there are, and the codebook is frozen.
+        """
+        with self._one:
+            try:
+                new = self._poll()
+            except Exception as error:
+                self._tell(error)
+                raise
+            self._tell(None)
+            return new
+
+    def _tell(self, error: Exception | None) -> None:
+        with self._news:
+            self.error = error
+            self._news.notify_all()
+
+    def _poll(self) -> bool:
+        described = store.describe(self.directory)
+        if described["checksum"] != self._checksum:
+            if described.get("follows") != self._end.chain.hex():
+                # The rest of the log before may be there still; what is gone comes as a whole.
+                return self._reload()
+            self._checksum = described["checksum"]
+            self._end = End.of_empty(self._checksum)
+        try:
+            found = store.read_log(self.directory, self._checksum, self._end)
+        except StoreError:
+            return self._reload()  # which says what is damaged
+        if found is None or not found[0]:
+            if found is not None or self._end.offset == 0:
+                return False
+            return self._reload()
+        records, end = found
+        for record in records:
+            with self._guard.open():
+                redo.apply(self._book.storage, record)
+        self._end = end
+        self.version = redo.version_of(records[-1])
+        return True
+
+    def _reload(self) -> bool:
+        saved = store.load_saved(self.directory)
+        mine, theirs = self._config, saved.config
+        for part in ("serving", "model"):
+            if mine.get(part) != theirs.get(part):
+                raise StoreError(
+                    f"{self.directory}: edits of another {part} now; follow it with a model anew"
+                )
+        with self._guard.open():
+            adopting.adopt(self._book.storage, saved.codebook.storage)
+        self._checksum, self._end = saved.checksum, saved.end
+        self.version = saved.codebook.version
+        return True
+
+    def _run(self, interval: float) -> None:
+        told = ""
+        while not self._closed.wait(interval):
+            try:
+                self.poll()
+                told = ""
+            except Exception as error:  # the thread must go on
+                if str(error) != told:
+                    told = str(error)
+                    log.error("%s: not followed: %s", self.directory, error)
+
+    def wait(self, version: int, timeout: float = 10.0) -> None:
+        """Wait until the model serves this version of the writer, or a later one.
+
+        Raises:
+            TimeoutError: it does not yet; the message says why, if that is known.
+        """
+        until = time.monotonic() + timeout
+        with self._news:
+            while self.version < version:
+                left = until - time.monotonic()
+                if left <= 0:
+                    why = "" if self.error is None else f": {self.error}"
+                    raise TimeoutError(
+                        f"version must be reached within {timeout} s, got {self.version} "
+                        f"of {version}{why}"
+                    )
+                self._news.wait(left)
+
+    def close(self) -> None:
+        """Follow no more. The model goes on serving what it serves until `grace_edit.detach`."""
+        self._closed.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        with self._one:
+            if self._book.storage.watcher is self._guard:
+                self._book.storage.watcher = None
+
+    def __enter__(self) -> Follower:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+class _Guard:
+    """Refuses changes of a codebook that follows, but for those that it follows."""
+
+    def __init__(self) -> None:
+        self._opened: int | None = None  # by which thread
+
+    def open(self) -> _Guard:
+        return self
+
+    def __enter__(self) -> None:
+        self._opened = threading.get_ident()
+
+    def __exit__(self, *_: Any) -> None:
+        self._opened = None
+
+    def commit(self, storage: Storage, changed: Sequence[Place]) -> None:
+        if self._opened != threading.get_ident():
+            raise ValueError("codebook must be changed by its writer, got a change of a follower")
+
+    def keeps(self, directory: Path) -> bool:
+        return False
+
+    def settled(self, storage: Storage, *, anew: bool = False) -> None:
+        pass
+
+    def taken_back(self, storage: Storage) -> None:
+        pass
+
+    def replace(self, storage: Storage) -> None:
+        self.commit(storage, ())
+
+
+def follow(
+    model: nn.Module,
+    tokenizer: Any,
+    directory: str | Path,
+    *,
+    interval: float | None = 0.2,
+    encoder: Callable[[list[str]], Any] | str | None = None,
+) -> Follower:
+    """Serve what a writer publishes in a directory, and each new version of it.
+
+    It answers with the writer's bits. Within the capacity the tensors stay where they are: nothing
+    is compiled or captured again. A change is a single step to requests, which wait for it as for
+    an edit of one's own.
+
+    Args:
+        model: the one that the edits were made on, in the same dtype.
+        tokenizer: of the model; None: only for edits that need none.
+        directory: where a `Publisher` writes, or did; anybody who can read may follow.
+        interval: seconds between two looks of a thread; None: call `poll`.
+        encoder: of edits with `query="text"`, where it was a callable or lies elsewhere now.
+
+    Raises:
+        StoreError, ValueError: as `load`.
+    """
+    directory = Path(directory).absolute()
+    saved = store.load_saved(directory)
+    family, _ = serving.attach_saved(model, tokenizer, directory, encoder=encoder, saved=saved)
+    return Follower(family, directory, saved, interval)

@@ -1,0 +1,208 @@
+"""The writer: every change of an editor's codebook is on the disk before its call returns."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import serving
+from ..codebook import locking, redo, snapshot, store
+from ..codebook.journal import Place
+from ..codebook.log import End, LogWriter
+from ..codebook.storage import Storage
+from ..editor import GraceEditor
+
+log = logging.getLogger("grace_edit")
+
+_LEAST = 16 << 20  # bytes of a log before it is worth a snapshot
+
+
+class Publisher:
+    """Keeps what an editor does in a directory; see `publish`. Also a context manager."""
+
+    def __init__(self, editor: GraceEditor, directory: Path, release: Callable[[], None]) -> None:
+        self._editor, self._release = editor, release
+        self.directory = directory
+        self._log: LogWriter | None = None
+        self._snapshot_bytes = 0
+        self._due = True  # a snapshot, before anything is appended
+        self._appended = False  # something that is not yet final in memory
+        self._purged = False  # something that the log still holds
+        self._closed = False
+        with editor.codebook.changing() as storage:
+            if storage.journal.is_open:
+                raise ValueError("cannot publish inside a transaction: end it first")
+            if storage.watcher is not None:
+                raise ValueError(
+                    "editor must not be published or follow already, got one that does"
+                )
+            self._open(storage)
+            storage.watcher = self
+
+    def _open(self, storage: Storage) -> None:
+        if not (self.directory / store.CONFIG).exists():
+            self._write(storage)
+            return
+        saved = store.load_saved(self.directory)
+        if _content(saved.codebook.storage) != _content(storage):
+            raise ValueError(
+                f"directory must hold the editor's own edits or none, got others in "
+                f"{self.directory}: make the editor of them with GraceEditor.from_pretrained"
+            )
+        store.drop_other_logs(self.directory, saved.checksum)
+        self._log = LogWriter(store.log_of(self.directory, saved.checksum), saved.end)
+        self._snapshot_bytes = saved.snapshot_bytes
+        self._due = saved.codebook.capacity != storage.slots.capacity
+
+    @property
+    def version(self) -> int:
+        """The version of the codebook, which is on the disk unless a change is under way."""
+        return self._editor.codebook.version
+
+    @property
+    def log_bytes(self) -> int:
+        """Bytes of changes since the last snapshot."""
+        return 0 if self._log is None else self._log.end.offset
+
+    def keeps(self, directory: Path) -> bool:
+        """Say whether changes are kept in this directory."""
+        return directory.exists() and directory.samefile(self.directory)
+
+    def commit(self, storage: Storage, changed: Sequence[Place]) -> None:
+        """Have a change on the disk; see `codebook.storage.Watcher`."""
+        if self._due or self._log is None:
+            # It holds the change already.
+            self._appended = True
+            self._write(storage)
+            return
+        record = redo.render(storage, changed)
+        try:
+            self._log.append(record)
+        finally:
+            self._due = not self._log.sound
+        self._appended = True
+        # The log holds what it was; see `settled`.
+        self._purged = self._purged or storage.purged
+
+    def settled(self, storage: Storage, *, anew: bool = False) -> None:
+        """Make a snapshot where one is due; see `codebook.storage.Watcher`."""
+        self._appended = False
+        if anew or self._purged:
+            self._due = True
+        if not self._due and self.log_bytes <= max(_LEAST, self._snapshot_bytes):
+            return
+        try:
+            self._write(storage)
+        except OSError as error:
+            # What was acknowledged is there all the same.
+            log.error(
+                "%s: no snapshot now, tried again at the next change: %s", self.directory, error
+            )
+
+    def taken_back(self, storage: Storage) -> None:
+        """Let what is on the disk be what it was; see `codebook.storage.Watcher`."""
+        if self._appended:
+            self._due = True
+            self.settled(storage)
+
+    def replace(self, storage: Storage) -> None:
+        """Make a snapshot of what takes over; see `codebook.storage.Watcher`."""
+        self._write(storage, follows=False)
+
+    def compact(self) -> None:
+        """Write a snapshot and drop the log, which holds nothing else then.
+
+        Raises:
+            OSError: as the file system says; nothing is lost.
+        """
+        with self._editor.codebook.changing() as storage:
+            self._require_open()
+            self._write(storage)
+
+    def close(self) -> None:
+        """End publishing: later changes are the editor's alone. The directory can be written to."""
+        if self._closed:
+            return
+        with self._editor.codebook.changing() as storage:
+            self._closed = True
+            try:
+                if self._due:
+                    self._write(storage)
+            finally:
+                if storage.watcher is self:
+                    storage.watcher = None
+                if self._log is not None:
+                    self._log.close()
+                self._release()
+
+    def __enter__(self) -> Publisher:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise ValueError("publisher must be open, got one that was closed")
+
+    def _write(self, storage: Storage, *, follows: bool = True) -> None:
+        described, beside = serving.describe(self._editor.family, self._editor.config)
+        self._due = True
+        before = self._log
+        known = before is not None and follows and before.sound and not self._appended
+        chain = before.end.chain.hex() if before is not None and known else None
+        checksum = store.write(storage, self.directory, described, beside, chain)
+        path = store.log_of(self.directory, checksum)
+        self._log = LogWriter(path, End.of_empty(checksum))
+        if before is not None:
+            before.close()
+        names = (store.CONFIG, store.TENSORS, store.EDITS, *beside)
+        self._snapshot_bytes = sum((self.directory / name).stat().st_size for name in names)
+        self._due = self._purged = False
+
+
+def _content(storage: Storage) -> tuple[Any, ...]:
+    """Return what must be equal, to the bit, in memory and in the directory."""
+    tensors, records = snapshot.content_of(storage)
+    settings = snapshot.settings_of(storage)
+    del settings["capacity"]
+    kept = {k: t for k, t in tensors.items() if not k.startswith(("sketch.", "hit_"))}
+    plain = {k: (t.shape, t.flatten().view(torch.uint8).numpy().tobytes()) for k, t in kept.items()}
+    return settings, records, plain
+
+
+def publish(editor: GraceEditor, directory: str | Path, *, timeout: float = 10.0) -> Publisher:
+    """Keep every change of an editor in a directory, before the call that makes it returns.
+
+    From then on an edit, batch, delete, undo, purge, `compact` or `rekey` that has returned is on
+    the disk, whatever happens to the process. One that cannot be kept (the disk is full) raises
+    OSError, and the codebook is as it was. Readers wait for no disk.
+
+    The directory is what `save_pretrained` writes, and a log beside; whatever reads saved edits
+    reads both. How often edits answered (`count_hits`) is kept by snapshots alone.
+
+    Args:
+        editor: its codebook is new or that of the directory (`GraceEditor.from_pretrained`).
+        directory: made if it is not there.
+        timeout: seconds to wait for another writer.
+
+    Returns:
+        A publisher, the only writer until it is closed.
+
+    Raises:
+        TimeoutError: another process publishes there; the message names it.
+        ValueError: the directory holds other edits, or the editor is published already.
+        StoreError: the directory is damaged.
+        OSError: as the file system says.
+    """
+    directory = Path(directory).absolute()
+    release = locking.take(directory, timeout)
+    try:
+        return Publisher(editor, directory, release)
+    except BaseException:
+        release()
+        raise
