@@ -2,57 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from codebook_streams import VALUE_DIM, bits, entries, state
+from codebook_streams import ISLAND_DIM, VALUE_DIM, Islands, bits, entries, state
 from grace_edit.codebook import deletion, replay
 from grace_edit.codebook.codebook import Codebook
 from grace_edit.codebook.touched import touched
-from torch import Tensor
-
-DIM = 5
-
-
-class Islands:
-    """Edits that conflict with those around one of many centres, far from each other or not."""
-
-    def __init__(self, seed: int, *, apart: float = 9.0, centres: int = 12) -> None:
-        self.random = random.Random(seed)
-        self.torch = torch.Generator().manual_seed(seed)
-        self.centres = torch.randn(centres, DIM, generator=self.torch) * apart
-        self.queries: list[list[Tensor]] = [[] for _ in range(centres)]
-
-    def query(self, island: int | None = None) -> Tensor:
-        """Return a new query or an old one, by an island or any."""
-        island = self.random.randrange(len(self.centres)) if island is None else island
-        old = self.queries[island]
-        if old and self.random.random() < 0.15:
-            return self.random.choice(old)
-        near = torch.randn(DIM, generator=self.torch) * self.random.choice([0.1, 0.4, 0.8])
-        query: Tensor = self.centres[island] + near
-        old.append(query)
-        return query
-
-    def insert(self, book: Codebook) -> None:
-        """Make an edit of one to three keys, some of a prompt that was edited before."""
-        island = self.random.randrange(len(self.centres))
-        label = [self.random.randrange(3)]
-        value = torch.randn(VALUE_DIM, generator=self.torch)
-        radius = self.random.choice([None, None, None, 0.3])
-        prompt = [island, self.random.randrange(4)] if self.random.random() < 0.4 else None
-        with book.transaction():
-            id = book.insert(self.query(island), label, value, prompt, radius=radius).id
-            for _ in range(self.random.choice([0, 0, 0, 1, 2])):
-                # A query that the edit has already is refused.
-                with contextlib.suppress(ValueError):
-                    further = self.query(island)
-                    book.insert(further, label, value, None, radius=radius, part_of=id)
 
 
 def anew(book: Codebook, id: int, monkeypatch: pytest.MonkeyPatch) -> Codebook:
@@ -121,7 +80,7 @@ def test_deleting_gives_to_the_bit_what_replaying_everything_gives(
     replayed: list[int],
 ) -> None:
     stream, parts = Islands(seed, apart=apart), 0
-    book = Codebook(DIM, VALUE_DIM, policy=policy, capacity=4, drift=0.01)
+    book = Codebook(ISLAND_DIM, VALUE_DIM, policy=policy, capacity=4, drift=0.01)
     if imports:
         keys = torch.stack([stream.query() for _ in range(40)]).unique(dim=0)[:imports]
         labels = [[n % 3] for n in range(imports)]
@@ -168,7 +127,7 @@ def test_equal_distances_are_left_to_a_replay_of_everything(replayed: list[int])
 
 def test_what_is_touched_does_not_grow_with_what_is_far() -> None:
     stream, sizes = Islands(7, centres=100), []
-    book = Codebook(DIM, VALUE_DIM)
+    book = Codebook(ISLAND_DIM, VALUE_DIM)
     for _ in range(150):
         book.insert(stream.query(), [stream.random.randrange(3)], torch.zeros(VALUE_DIM))
     for id in book.ids[:30]:
