@@ -8,7 +8,7 @@ VLLM := .venv-vllm
 VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check
 BUILD_INPUTS := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: setup demo test test-vllm lint format bench eval serve-load docs instructions check-aot gpu-check hub wheel clean help
+.PHONY: setup demo test operations test-vllm lint format bench eval serve-load docs instructions check-aot gpu-check hub wheel clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -68,6 +68,9 @@ $(STAMPS)/vllm: $(STAMPS)/build
 
 test-vllm: $(STAMPS)/vllm ## edits inside vLLM's engine for CPUs, in .venv-vllm (about 10 minutes)
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/engines/vllm
+
+operations: $(STAMPS)/build ## 5,000 random operations on a codebook by each policy, all checked (about 3 minutes)
+	OPERATIONS=5000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -s tests/edit/test_codebook_operations.py
 
 lint: $(STAMPS)/build $(STAMPS)/lint ## ruff, clang-format, mypy, the direction of imports
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from grace_edit.codebook.codebook import Codebook
 from torch import Tensor
 
 VALUE_DIM = 2
+ISLAND_DIM = 5
 
 
 def bits(tensor: Tensor) -> bytes:
@@ -120,3 +121,41 @@ class Stream:
             prompt = [self.random.randrange(100), self.random.randrange(2)]
         label = [self.random.randrange(self.labels)]
         return query, label, torch.randn(VALUE_DIM, generator=self.torch), prompt
+
+
+class Islands:
+    """Edits that conflict with those around one of many centres, far from each other or not."""
+
+    def __init__(self, seed: int, *, apart: float = 9.0, centres: int = 12) -> None:
+        self.random = random.Random(seed)
+        self.torch = torch.Generator().manual_seed(seed)
+        self.centres = torch.randn(centres, ISLAND_DIM, generator=self.torch) * apart
+        self.queries: list[list[Tensor]] = [[] for _ in range(centres)]
+
+    def query(self, island: int | None = None) -> Tensor:
+        """Return a new query or an old one, by an island or any."""
+        island = self.random.randrange(len(self.centres)) if island is None else island
+        old = self.queries[island]
+        if old and self.random.random() < 0.15:
+            return self.random.choice(old)
+        near = torch.randn(ISLAND_DIM, generator=self.torch) * self.random.choice([0.1, 0.4, 0.8])
+        query: Tensor = self.centres[island] + near
+        old.append(query)
+        return query
+
+    def insert(self, book: Codebook) -> int:
+        """Make an edit of one to three keys, some of an old prompt; return its id."""
+        island = self.random.randrange(len(self.centres))
+        label = [self.random.randrange(3)]
+        value = torch.randn(VALUE_DIM, generator=self.torch)
+        radius = self.random.choice([None, None, None, 0.3])
+        prompt = [island, self.random.randrange(4)] if self.random.random() < 0.4 else None
+        with book.transaction():
+            id = book.insert(self.query(island), label, value, prompt, radius=radius).id
+            for _ in range(self.random.choice([0, 0, 0, 1, 2])):
+                # A query that the edit has already is refused.
+                with contextlib.suppress(ValueError):
+                    further = self.query(island)
+                    book.insert(further, label, value, None, radius=radius, part_of=id)
+        assert id is not None
+        return id

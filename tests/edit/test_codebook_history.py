@@ -142,7 +142,7 @@ def test_where_the_nearest_decides_a_delete_frees_its_entry_and_replays_nothing(
         book.insert(*stream.next(0.0))
     book.insert(book.query_of(7), [9], value(9))
     with monkeypatch.context() as patched:
-        patched.setattr(replay, "_replay", lambda storage: pytest.fail("replayed"))
+        patched.setattr(replay, "everything", lambda storage: pytest.fail("replayed"))
         for id in (59, 3, 31):
             slot = book.edit(id).slot
             book.delete(id)

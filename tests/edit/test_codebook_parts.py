@@ -372,3 +372,25 @@ TestSeveral.settings = TestSeveralNearest.settings = settings(
     database=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
+
+
+def test_an_edit_takes_over_two_of_which_one_was_answered_by_a_further_key_of_the_other() -> None:
+    book, zeros = Codebook(1, 1), torch.zeros(1)
+
+    def insert(places: tuple[float, float], prompt: int) -> int:
+        with book.transaction():
+            id = book.insert(torch.tensor([places[0]]), [1], zeros, [prompt]).id
+            book.insert(torch.tensor([places[1]]), [1], zeros, part_of=id)
+        assert id is not None
+        return id
+
+    first, second = insert((0.0, 20.0), 7), insert((0.5, 20.5), 8)
+    assert book.entries == 2  # both keys of the second are absorbed by those of the first
+    result = book.insert(torch.tensor([3.0]), [2], zeros, [7])
+    assert result.case == "update"
+    assert (book.edit(first).superseded_by, book.edit(second).superseded_by) == (result.id,) * 2
+    assert book.ids == [result.id]
+    book.check()
+    book.delete(result.id)  # type: ignore[arg-type]
+    assert book.ids == [first, second]
+    book.check()

@@ -7,7 +7,9 @@ Imports run one way; from below:
 * `storage` holds everything: `slots` (what lookups read, with its `sketch_upkeep`), `queries` (what
   edits asked, on the host) and the records; `journal` takes its changes back.
 * `planning` decides about an edit, `retention` carries that out and keeps the others answered,
-  `replay` deletes, `importing` fills, `audit` checks. They work on the storage.
+  `importing` fills, `audit` checks. They work on the storage.
+* `deletion` deletes: `touched` finds the edits concerned, `replay_part` takes the decisions about
+  them again, `replay` those about all.
 * `codebook` is the public face of all this; `snapshot` turns it into bytes, `store` keeps those on
   disk.
 """

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import audit, importing, past, planning, replay, retention
+from . import audit, deletion, importing, past, planning, retention
 from . import policy as rules
 from .contents import Contents
 from .records import EditResult, Proposal
@@ -242,12 +242,15 @@ class Codebook(Contents):
     def delete(self, id: int, purge: bool = False) -> None:
         """Take an edit back with all its keys, as if it had never been made.
 
-        The decisions over the remaining history are taken again in order, with the stored queries
-        and without a model: keys, radii, labels and members become what a new codebook fed the
-        remaining edits would have, up to the order of the slots. Edits that this one superseded
+        The decisions that this one can have touched are taken again in order, with the stored
+        queries and without a model: keys, radii, labels and members become what a new codebook fed
+        the remaining edits would have, up to the order of the slots. Edits that this one superseded
         come back. An entry takes the value that answers its edit now; a member for which that value
-        was not verified gets an entry of its own. Freed slots are zeroed. Costs about as much as
-        making all the edits again without training.
+        was not verified gets an entry of its own. Freed slots are zeroed. Edits too far away to be
+        concerned keep what they have. Costs a pass over the stored queries for each step from
+        neighbour to neighbour, and making again the edits found so, without training; all of them
+        where most are near each other, where entries are at exactly equal distances, and with the
+        policy "paper".
 
         Args:
             id: of a live or superseded edit; with `purge` also of one deleted before.
@@ -256,8 +259,8 @@ class Codebook(Contents):
         Raises:
             KeyError: the id is unknown, or that of a part.
         """
-        with self.changing() as storage, storage.transaction(), storage.lock:
-            replay.delete(storage, id, purge)
+        with self.changing() as storage:
+            deletion.delete(storage, id, purge)
 
     def compact(self, keep: int = 0) -> int:
         """Forget deleted and superseded edits, with all that only they need, and the undo.

@@ -11,6 +11,7 @@ from torch import Tensor
 from grace_kernels import nearest
 
 from .journal import Journal
+from .records import TieError
 from .tensors import resized, same_bits
 
 _TENSORS = ("vectors", "owners", "slots", "distances")
@@ -25,6 +26,7 @@ class Queries:
         owners: `[Q]` int64, ids of their edits; -1 for a free place.
         slots, distances: `[Q]` int64 and float32, the entry that answers each query and how far
             its key is; slot -1 at -inf where the edit is not live, so that no key is ever nearer.
+        untied: `draw` raises TieError where the lower slot would decide.
     """
 
     def __init__(self, key_dim: int, dtype: torch.dtype, journal: Journal) -> None:
@@ -33,6 +35,7 @@ class Queries:
         self.owners = torch.zeros(0, dtype=torch.int64)
         self.slots = torch.zeros(0, dtype=torch.int64)
         self.distances = torch.zeros(0)
+        self.untied = False
         self._free: set[int] = set()
         self._journal = journal
 
@@ -147,7 +150,10 @@ class Queries:
         one = torch.full((1,), math.inf)
         distance = nearest(self.vectors[: self.count], key[None].cpu(), one)[1]
         held, was = self.slots[: self.count], self.distances[: self.count]
-        nearer = (distance < was) | ((distance == was) & (slot < held))
+        equal = (distance == was) & (slot != held)
+        if self.untied and equal.any():
+            raise TieError
+        nearer = (distance < was) | (equal & (slot < held))
         drawn = nearer.nonzero()[:, 0].tolist()
         for index in drawn:
             self.set_answer(index, slot, distance[index].item())

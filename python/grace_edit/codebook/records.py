@@ -20,6 +20,10 @@ class UndoError(RuntimeError):
     """There is no earlier state to go back to."""
 
 
+class TieError(RuntimeError):
+    """Two entries are at exactly the same distance from a query, so that their slots decide."""
+
+
 @dataclass(frozen=True)
 class Decision:
     """What one edit does to the codebook.

@@ -1,8 +1,7 @@
-"""Deleting edits: the decisions over the remaining ones, taken again without a model.
+"""Replaying a history: the decisions over all its edits, taken again in order without a model.
 
-What a codebook is follows from the edits it was fed, in order. So without one of them it is what
-replaying the others gives: entries shrink, grow, vanish and come back as if the deleted edit had
-never been made.
+What a codebook is follows from the edits it was fed. So without one of them it is what replaying
+the others gives: entries shrink, grow, vanish and come back as if that one had never been made.
 """
 
 from __future__ import annotations
@@ -11,57 +10,13 @@ from dataclasses import replace
 
 import torch
 
-from . import past, planning, retention
+from . import planning, retention
 from .records import Edit, Entry, Proposal
 from .storage import Storage
 from .tensors import digest
 
 
-def delete(storage: Storage, id: int, purge: bool) -> None:
-    """Delete an edit; see `Codebook.delete`."""
-    edit = storage.edit(id)
-    if edit.part_of is not None:
-        raise KeyError(f"id must be that of a whole edit, got {id}, a key of edit {edit.part_of}")
-    if edit.state == "deleted" and not purge:
-        raise KeyError(f"id must be that of an edit not yet deleted, got {id}")
-    storage.gather_hits()
-    with storage.transaction():
-        if edit.state != "deleted":
-            if edit.query_index < 0:  # the key of an imported edit is the only place of its query
-                index = storage.queries.add(storage.slots.keys[id], id)
-                storage.put_entry(id, storage.live_entry(id))
-                storage.put_edit(replace(edit, query_index=index))
-            alone = _stands_alone(storage, edit)
-            for each in storage.group(id):
-                if alone:
-                    storage.free(each.slot)
-                    storage.end_life(each)
-                gone = replace(each, state="deleted", slot=-1, value_id=-1, superseded_by=None)
-                storage.put_edit(gone)
-            if alone:
-                storage.slots.trim()
-            else:
-                _replay(storage)
-        if purge:
-            for each in storage.group(id):
-                storage.purge(each)
-        past.end_change(storage)
-
-
-def _stands_alone(storage: Storage, edit: Edit) -> bool:
-    """Say whether no decision about another edit would be another one without this edit.
-
-    Where every edit has an entry of its own, only those that it superseded, or that superseded it,
-    depend on it.
-    """
-    if not storage.settings.nearest or not edit.live:
-        return False
-    return all(
-        other is None or other.superseded_by != edit.id for other in storage.edit_records.values()
-    )
-
-
-def _replay(storage: Storage) -> None:
+def everything(storage: Storage) -> None:
     """Take every decision of the history again, in order, with the stored queries.
 
     Entries are made in slots in the order of their making, as in a new codebook, so that exact ties
@@ -79,7 +34,7 @@ def _replay(storage: Storage) -> None:
     before = slots.in_use
     slots.trim()  # a lookup need not pass slots that are still to be filled
     for edit in made:
-        _again(storage, storage.edit(edit.id))
+        again(storage, storage.edit(edit.id))
     slots.extend(before)
     _return_to(storage, layout)
     slots.clear_free()
@@ -98,7 +53,7 @@ def _clear(storage: Storage) -> dict[int | bytes, int]:
             continue
         storage.retire_value(slot)
         if not storage.is_imported(slot):
-            layout[_name(storage, slot)] = slot
+            layout[name(storage, slot)] = slot
             storage.vacate(slot)
 
     changed = {*storage.edit_records, *storage.entry_records}
@@ -128,7 +83,7 @@ def _restore_import(storage: Storage, id: int) -> None:
     storage.put_edit(edit)
 
 
-def _again(storage: Storage, edit: Edit) -> None:
+def again(storage: Storage, edit: Edit) -> None:
     """Make an edit again, as the codebook is now."""
     query = storage.query_of(edit)
 
@@ -157,7 +112,7 @@ def _return_to(storage: Storage, layout: dict[int | bytes, int]) -> None:
     """Move the entries back to the slots they had; leave all as they are if a tie forbids it."""
     records = storage.entry_records
     made = sorted(s for s, entry in records.items() if entry and not storage.is_imported(s))
-    target = {slot: layout[name] for slot in made if (name := _name(storage, slot)) in layout}
+    target = {slot: layout[key] for slot in made if (key := name(storage, slot)) in layout}
     taken = set(target.values())
     others = (s for s in range(storage.slots.in_use) if not storage.is_imported(s))
     free = (slot for slot in others if slot not in taken)
@@ -197,7 +152,7 @@ def _move(storage: Storage, target: dict[int, int]) -> None:
                 queries.set_answer(edit.query_index, to, distance)
 
 
-def _name(storage: Storage, slot: int) -> int | bytes:
+def name(storage: Storage, slot: int) -> int | bytes:
     """Return what an entry is known by across a replay: its key, which the paper's may share."""
     if storage.settings.paper:
         return storage.live_entry(slot).owner

@@ -13,7 +13,7 @@ from torch import Tensor
 from grace_kernels import Sketch, lookup, nearest
 
 from .journal import Journal
-from .records import CapacityError
+from .records import CapacityError, TieError
 from .sketch_upkeep import SketchUpkeep
 from .tensors import resized, same_bits
 
@@ -35,6 +35,7 @@ class Slots:
         label_ids: `[C]` int64, the number of each entry's label; -1: there is no entry.
         count: `in_use` as an int64 scalar on that device.
         frozen: growing raises CapacityError, and undoing keeps the capacity.
+        untied: `nearest` raises TieError where the lowest slot would decide.
         sketch_upkeep: the sketch of the keys and what it has to be told.
     """
 
@@ -62,7 +63,7 @@ class Slots:
         self.label_ids = torch.full((capacity,), -1, dtype=torch.int64, device=device)
         self.count = torch.zeros((), dtype=torch.int64, device=device)
         self.in_use = 0
-        self.frozen = False
+        self.frozen = self.untied = False
         self.sketch_upkeep = SketchUpkeep.beside(self.keys)
         self._free: set[int] = set()
         self._journal = journal
@@ -256,7 +257,14 @@ class Slots:
         slot, distance = self._nearest_by_sketch(asked, radii) or nearest(
             asked, self.keys[:count], radii
         )
-        return int(slot), distance.item()
+        found = int(slot), distance.item()
+        if self.untied and found[0] >= 0:
+            others = radii.clone()
+            others[found[0]] = -math.inf
+            again = nearest(asked, self.keys[:count], others)
+            if again[1].item() == found[1]:
+                raise TieError
+        return found
 
     def _nearest_by_sketch(self, query: Tensor, radii: Tensor) -> tuple[Tensor, Tensor] | None:
         """Find the same, where the sketch spares reading most keys: on a CPU; None elsewhere.

@@ -382,7 +382,9 @@ class Storage:
     def owned_slots(self, ids: Iterable[int]) -> list[int]:
         """Return the slots whose keys are the queries of these live edits and their parts."""
         edits = [edit for id in ids for edit in self.group(id)]
-        return [e.slot for e in edits if e.live and self.live_entry(e.slot).owner == e.id]
+        # While several are superseded, the entry that answered one may have gone with another.
+        entries = ((e.id, e.slot, self.entry(e.slot)) for e in edits if e.live)
+        return [slot for id, slot, entry in entries if entry is not None and entry.owner == id]
 
     def query_of(self, edit: Edit) -> Tensor:
         """Return the stored query `[D]` of an edit of the history, of the host or a slot's key."""

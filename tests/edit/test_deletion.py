@@ -1,0 +1,162 @@
+"""Deleting replays what the deleted edit can have touched, and gives what replaying all gives."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from codebook_streams import ISLAND_DIM, VALUE_DIM, Islands, bits, entries, state
+from grace_edit.codebook import deletion, replay
+from grace_edit.codebook.codebook import Codebook
+from grace_edit.codebook.touched import touched
+
+
+def anew(book: Codebook, id: int, monkeypatch: pytest.MonkeyPatch) -> Codebook:
+    """Return a copy of a codebook from which an edit was deleted by replaying everything."""
+    other = copy.deepcopy(book)
+    with monkeypatch.context() as patched:
+        patched.setattr(deletion, "touched", lambda storage, id: None)
+        other.delete(id)
+    return other
+
+
+def content(book: Codebook) -> dict[str, Any]:
+    """Return everything but the slots and values of entries."""
+    history = []
+    for edit in book.history:
+        key = bits(book.keys[edit.slot]) if edit.live else None
+        distance = None
+        if edit.live and edit.query_index >= 0:
+            distance = book.storage.queries.answer(edit.query_index)[1]
+        query = bits(book.query_of(edit.id))
+        history.append((edit.id, edit.state, edit.superseded_by, query, key, distance))
+    return {
+        "entries": entries(book),
+        "history": history,
+        "counts": (int(book.count), book.edits, book.entries),
+        "index": (book.storage.by_prompt, book.storage.by_query),
+    }
+
+
+def by_id(book: Codebook) -> dict[int, Any]:
+    """Return the value that answers each edit of the history, and what was verified."""
+    known = {edit.id: edit for edit in book.history if edit.state != "deleted"}
+    values = {id: bits(book.storage.value_of(edit)) for id, edit in known.items() if edit.live}
+    return {id: (edit.value_id, edit.verified, values.get(id)) for id, edit in known.items()}
+
+
+@pytest.fixture
+def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Note how often everything was replayed."""
+    calls: list[int] = []
+    everything: Callable[..., None] = replay.everything
+
+    def noted(storage: Any) -> None:
+        calls.append(1)
+        everything(storage)
+
+    monkeypatch.setattr(replay, "everything", noted)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("seed", "policy", "apart", "imports"),
+    [
+        pytest.param(0, "default", 9.0, 0, id="islands far apart"),
+        pytest.param(1, "default", 3.0, 0, id="islands that touch"),
+        pytest.param(2, "nearest", 3.0, 0, id="the nearest decides"),
+        pytest.param(3, "default", 9.0, 8, id="with imported edits"),
+    ],
+)
+def test_deleting_gives_to_the_bit_what_replaying_everything_gives(
+    seed: int,
+    policy: str,
+    apart: float,
+    imports: int,
+    monkeypatch: pytest.MonkeyPatch,
+    replayed: list[int],
+) -> None:
+    stream, parts = Islands(seed, apart=apart), 0
+    book = Codebook(ISLAND_DIM, VALUE_DIM, policy=policy, capacity=4, drift=0.01)
+    if imports:
+        keys = torch.stack([stream.query() for _ in range(40)]).unique(dim=0)[:imports]
+        labels = [[n % 3] for n in range(imports)]
+        radii = torch.rand(imports, generator=stream.torch)
+        book = Codebook.from_tensors(keys, keys[:, :VALUE_DIM], radii, labels, policy=policy)
+    for _ in range(60):
+        stream.insert(book)
+    for _ in range(10):
+        id = stream.random.choice(
+            [e.id for e in book.history if e.state != "deleted" and e.part_of is None]
+        )
+        expected, before = anew(book, id, monkeypatch), state(book)
+        ids, held = touched(book.storage, id), by_id(book)
+        del replayed[:]
+        book.delete(id)
+        parts += not replayed
+        assert content(book) == content(expected)
+        # Replaying everything gives edits for which nobody verified a value the one that answers
+        # them now, however far they are; here they keep theirs.
+        near = by_id(expected)
+        for each, answered in by_id(book).items():
+            assert answered == (near if replayed or each in (ids or ()) else held)[each]
+        book.check()
+        if stream.random.random() < 0.3:
+            book.undo()
+            assert state(book) == before
+        stream.insert(book)
+    assert parts >= (5 if imports or apart == 3.0 else 8)
+
+
+def test_equal_distances_are_left_to_a_replay_of_everything(replayed: list[int]) -> None:
+    book = Codebook(2, VALUE_DIM)
+    for _ in range(60):  # so many that they are not simply all replayed
+        book.insert(torch.rand(2) * 1000 + 100, [1], torch.zeros(VALUE_DIM))
+    ids = []
+    for x, label in ((0.0, 1), (2.0, 2), (1.0, 3)):  # the third is as far from both
+        ids.append(book.insert(torch.tensor([x, 0.0]), [label], torch.ones(VALUE_DIM)).id)
+    last = book.insert(torch.tensor([1.0, 0.5]), [3], torch.ones(VALUE_DIM)).id
+    assert last is not None
+    book.delete(last)
+    assert len(replayed) == 1
+    book.check()
+
+
+def test_what_is_touched_does_not_grow_with_what_is_far() -> None:
+    stream, sizes = Islands(7, centres=100), []
+    book = Codebook(ISLAND_DIM, VALUE_DIM)
+    for _ in range(150):
+        book.insert(stream.query(), [stream.random.randrange(3)], torch.zeros(VALUE_DIM))
+    for id in book.ids[:30]:
+        ids = touched(book.storage, id)
+        assert ids is not None
+        sizes.append(len(ids))
+    assert max(sizes) < 40
+    assert sum(sizes) < 30 * 8
+    # With their labels all different no entry can grow, and links are shorter.
+    alone = Codebook(2, VALUE_DIM)
+    for number in range(150):
+        alone.insert(torch.tensor([2.5 * number, 0.0]), [number], torch.zeros(VALUE_DIM))
+    assert touched(alone.storage, 100) == {100}
+    same = Codebook(2, VALUE_DIM)
+    for number in range(150):
+        same.insert(torch.tensor([2.5 * number, 0.0]), [1], torch.zeros(VALUE_DIM))
+    assert touched(same.storage, 100) is None
+
+
+def test_a_prompt_links_edits_whose_queries_are_far_apart() -> None:
+    book, zeros = Codebook(2, VALUE_DIM), torch.zeros(VALUE_DIM)
+    for number in range(70):
+        book.insert(torch.tensor([500.0, 10.0 * number]), [1], zeros)
+    near, far = torch.tensor([0.0, 0.0]), torch.tensor([99.0, 0.0])
+    first = book.insert(near, [1], zeros, [7]).id
+    between = book.insert(near, [2], zeros).id
+    last = book.insert(far, [3], zeros, [7]).id  # the first is not live, this one has its own query
+    assert None not in (first, between, last)
+    book.delete(between)  # type: ignore[arg-type]
+    assert book.edit(first).superseded_by == last  # type: ignore[arg-type]
+    assert torch.equal(book.query_of(last), near)  # type: ignore[arg-type]
+    book.check()
