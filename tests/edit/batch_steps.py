@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -116,15 +117,18 @@ class Steps:
             inputs.get_model_kwargs,
         )
 
+        @functools.wraps(search)
         def search_prefix_match(*args: Any) -> int:
             found = search(*args)
             self.matched += found
             return found
 
+        @functools.wraps(wait)
         def add_waiting_request(state: Any) -> None:
             self.thrown_out += state._true_initial_tokens > 0
             wait(state)
 
+        @functools.wraps(kwargs_of)
         def get_model_kwargs(**kwargs: Any) -> Any:
             made = kwargs_of(**kwargs)
             self.plans.append(made.get("grace_plan"))
@@ -133,6 +137,12 @@ class Steps:
         cache.search_prefix_match = search_prefix_match
         scheduler.add_waiting_request = add_waiting_request
         inputs.get_model_kwargs = get_model_kwargs
+
+    def unwatch(self) -> None:
+        """Put nothing round transformers' own methods any more."""
+        del self.processor.cache.search_prefix_match
+        del self.processor.scheduler.add_waiting_request
+        del self.processor.inputs_and_outputs.get_model_kwargs
 
     def add(self, prompt: list[int], **more: Any) -> str:
         return self.manager.add_request(prompt, **more)
