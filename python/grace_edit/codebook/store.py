@@ -199,10 +199,14 @@ class Saved:
     snapshot_bytes: int
 
 
-def load_saved(directory: str | Path) -> Saved:
-    """Read what `save` wrote and what a log says was done since; see `load_all`."""
+def load_saved(directory: str | Path, *, writer: bool = False) -> Saved:
+    """Read what `save` wrote and what a log says was done since; see `load_all`.
+
+    Args:
+        writer: this process holds the lock, and no other one can be writing.
+    """
     directory = Path(directory)
-    described, files, records, end = _read(directory)
+    described, files, records, end = _read(directory, writer)
     try:
         tensors = parse_tensors(files[TENSORS])
     except Exception as error:  # safetensors raises its own kinds
@@ -242,17 +246,25 @@ def describe(directory: str | Path) -> dict[str, Any]:
     try:
         return _read_config(directory / CONFIG)
     except StoreError:
-        return _read(directory)[0]
+        return _read(directory, False)[0]
 
 
-def read_log(directory: Path, checksum: str, start: End) -> tuple[list[bytes], End] | None:
+def read_log(
+    directory: Path, checksum: str, start: End, *, writer: bool = False
+) -> tuple[list[bytes], End] | None:
     """Return the records of a log behind `start`, and their end; None: there is no log.
+
+    Args:
+        directory, checksum: see `log_of`.
+        writer: see `load_saved`.
 
     Raises:
         StoreError: it is damaged, or does not go on from there.
     """
     path = log_of(directory, checksum)
-    free = not is_held(directory)  # before it is read: who takes the lock later changes no frame
+    free = writer or not is_held(
+        directory
+    )  # before it is read: who takes the lock later changes no frame
     try:
         with open(path, "rb") as file:
             file.seek(start.offset)
@@ -302,13 +314,13 @@ def _complete(directory: Path) -> None:
 _Content = tuple[dict[str, Any], dict[str, bytes], list[bytes], End]
 
 
-def _read(directory: Path) -> _Content:
+def _read(directory: Path, writer: bool) -> _Content:
     """Return the configuration, the contents it vouches for, and the log behind them."""
     unchanged = 0
     for _ in range(_READINGS):
         before = _places(directory)
         try:
-            return _read_once(directory)
+            return _read_once(directory, writer)
         except StoreError as error:
             failed = error
         unchanged = unchanged + 1 if _places(directory) == before else 0
@@ -330,7 +342,7 @@ def _places(directory: Path) -> dict[str, tuple[int, int, int]]:
     return found
 
 
-def _read_once(directory: Path) -> _Content:
+def _read_once(directory: Path, writer: bool) -> _Content:
     try:
         described = _read_config(directory / CONFIG)
         files = _read_files(directory, described)
@@ -342,7 +354,7 @@ def _read_once(directory: Path) -> _Content:
         except StoreError:
             raise error from None
     start = End.of_empty(described["checksum"])
-    found = read_log(directory, described["checksum"], start)
+    found = read_log(directory, described["checksum"], start, writer=writer)
     if found is not None:
         return described, files, *found
     # No log, or one that was removed since because another snapshot is there.
