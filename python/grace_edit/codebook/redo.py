@@ -26,6 +26,7 @@ from .storage import Absent, Storage
 
 _LENGTH = struct.Struct("<Q")
 _ROWS = ("keys", "values", "radii")
+_OF_QUERIES = ("vectors", "owners", "answers")
 
 
 def render(storage: Storage, changed: Iterable[Place]) -> bytes:
@@ -37,7 +38,9 @@ def render(storage: Storage, changed: Iterable[Place]) -> bytes:
         places[part][table].append(key)
     own, slots, queries = places.values()
     tensors = {name: _rows(storage, name, slots[name]) for name in _ROWS}
-    asked = _asked(storage, {*queries["vectors"], *queries["owners"], *queries["answers"]})
+    # An edit that is new may have taken a place which held just what it holds now.
+    indices = {edit.query_index for edit in _there(storage, own["edit_records"])}
+    asked = _asked(storage, indices.union(*(queries[name] for name in _OF_QUERIES)))
     at = torch.tensor([edit.query_index for edit in asked], dtype=torch.int64)
     tensors["queries"] = storage.queries.vectors[at]
     tensors["distances"] = storage.queries.distances[at]
@@ -78,10 +81,15 @@ def _rows(storage: Storage, name: str, slots: list[int]) -> Tensor:
     return tensor[at]
 
 
+def _there(storage: Storage, ids: list[int]) -> list[Edit]:
+    found = (storage.edit_records.get(id) for id in ids)
+    return [edit for edit in found if edit is not None]
+
+
 def _asked(storage: Storage, indices: set[int]) -> list[Edit]:
-    owners = (int(storage.queries.owners[i]) for i in indices if i < storage.queries.count)
-    edits = (storage.edit_records.get(id) for id in sorted({id for id in owners if id >= 0}))
-    return [edit for edit in edits if edit is not None and edit.query_index >= 0]
+    count = storage.queries.count
+    owners = {int(storage.queries.owners[index]) for index in indices if 0 <= index < count}
+    return [edit for edit in _there(storage, sorted(owners)) if edit.query_index >= 0]
 
 
 def _record(storage: Storage, kind: str, key: int) -> dict[str, Any]:

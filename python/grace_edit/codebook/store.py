@@ -227,10 +227,15 @@ class Saved:
     snapshot_bytes: int
 
 
-def load_saved(directory: str | Path, *, mapped: bool = False) -> Saved:
-    """Read what `save` wrote and what a log says was done since; see `load_all`."""
+def load_saved(directory: str | Path, *, writer: bool = False, mapped: bool = False) -> Saved:
+    """Read what `save` wrote and what a log says was done since; see `load_all`.
+
+    Args:
+        writer: this process holds the lock, and no other one can be writing.
+        mapped: see `load_all`.
+    """
     directory = Path(directory)
-    described, files, records, end = _read(directory)
+    described, files, records, end = _read(directory, writer)
     tensors = files.pop(TENSORS)
     try:
         settings = described["codebook"]
@@ -273,17 +278,24 @@ def describe(directory: str | Path) -> dict[str, Any]:
     try:
         return _read_config(directory / CONFIG)
     except StoreError:
-        return _read(directory)[0]
+        return _read(directory, False)[0]
 
 
-def read_log(directory: Path, checksum: str, start: End) -> tuple[list[bytes], End] | None:
+def read_log(
+    directory: Path, checksum: str, start: End, *, writer: bool = False
+) -> tuple[list[bytes], End] | None:
     """Return the records of a log behind `start`, and their end; None: there is no log.
+
+    Args:
+        directory, checksum: see `log_of`.
+        writer: see `load_saved`.
 
     Raises:
         StoreError: it is damaged, or does not go on from there.
     """
     path = log_of(directory, checksum)
-    free = not is_held(directory)  # before it is read: who takes the lock later changes no frame
+    # Before it is read: who takes the lock later changes no frame.
+    free = writer or not is_held(directory)
     try:
         with open(path, "rb") as file:
             file.seek(start.offset)
@@ -341,13 +353,13 @@ def _complete(directory: Path) -> None:
 _Content = tuple[dict[str, Any], dict[str, Any], list[bytes], End]
 
 
-def _read(directory: Path) -> _Content:
+def _read(directory: Path, writer: bool) -> _Content:
     """Return the configuration, the contents it vouches for, and the log behind them."""
     unchanged = 0
     for _ in range(_READINGS):
         before = _places(directory)
         try:
-            return _read_once(directory)
+            return _read_once(directory, writer)
         except StoreError as error:
             failed = error
         unchanged = unchanged + 1 if _places(directory) == before else 0
@@ -372,7 +384,7 @@ def _place(at: os.stat_result) -> tuple[int, int, int]:
     return at.st_ino, at.st_mtime_ns, at.st_size
 
 
-def _read_once(directory: Path) -> _Content:
+def _read_once(directory: Path, writer: bool) -> _Content:
     try:
         described = _read_config(directory / CONFIG)
         files = _read_files(directory, described)
@@ -384,7 +396,7 @@ def _read_once(directory: Path) -> _Content:
         except StoreError:
             raise error from None
     start = End.of_empty(described["checksum"])
-    found = read_log(directory, described["checksum"], start)
+    found = read_log(directory, described["checksum"], start, writer=writer)
     if found is not None:
         return described, files, *found
     # No log, or one that was removed since because another snapshot is there.

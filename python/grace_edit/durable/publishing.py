@@ -47,7 +47,7 @@ class Publisher:
         if not (self.directory / store.CONFIG).exists():
             self._write(storage)
             return
-        saved = store.load_saved(self.directory)
+        saved = store.load_saved(self.directory, writer=True)
         if _content(saved.codebook.storage) != _content(storage):
             raise ValueError(
                 f"directory must hold the editor's own edits or none, got others in "
