@@ -215,7 +215,13 @@ setup(
     include_package_data=False,  # not whatever MANIFEST.in puts into the source distribution
     package_data={
         "grace_kernels": ["py.typed"],
-        "grace_edit": ["py.typed", "demo/data/*.tsv", "keys/maps/*/*", "keys/maps/README.md"],
+        "grace_edit": [
+            "py.typed",
+            "demo/data/*.tsv",
+            "keys/maps/*/*",
+            "keys/maps/README.md",
+            "keys/wordings.txt",
+        ],
     },
     **(compiled() if why_not is None else {}),
 )
