@@ -230,6 +230,7 @@ setup(
             "demo/data/*.tsv",
             "keys/maps/*/*",
             "keys/maps/README.md",
+            "keys/wordings.txt",
             "server/*.html",
         ],
     },

@@ -17,11 +17,12 @@ from grace_edit.keys.augment import (
 )
 from grace_edit.keys.fit import fit, measure, split
 from grace_edit.keys.learning import Recipe, foreign_neighbours
+from grace_edit.keys.practice import practice_facts, relations
 from grace_edit.keys.text_keys import TextKeys
 from grace_edit.keys.text_map import TextMap
 from keys_lab import COMMON, made_map, small_world, table
 
-RECIPE = Recipe(meaning_width=16, lexical_width=64, steps=80, lr=2e-2, role_steps=100)
+RECIPE = Recipe(meaning_width=16, lexical_width=64, steps=80, lr=2e-2, role_steps=100, practice=0)
 
 
 @pytest.fixture(scope="module")
@@ -224,3 +225,42 @@ def test_no_draw_depends_on_torch_s_own_generator() -> None:
     one = fit(small_world(3), table(), COMMON, recipe=recipe).fingerprint()
     torch.manual_seed(2)
     assert fit(small_world(3), table(), COMMON, recipe=recipe).fingerprint() == one
+
+
+# Facts to practise on
+
+
+def test_wordings_for_practice_name_their_subject_once_and_no_relation_twice() -> None:
+    found = relations()
+    assert len(found) > 150
+    for name, wordings in found.items():
+        assert len(set(wordings)) == len(wordings) >= 3, name
+        assert all(wording.count("{}") == 1 for wording in wordings), name
+
+
+def test_facts_for_practice_keep_to_one_form_and_ask_another_relation_beside() -> None:
+    facts = practice_facts(["Norway", "Marta Holm"], 2, 0)
+    of: dict[str, set[str]] = {}
+    for name, wordings in relations().items():
+        for wording in wordings:
+            of.setdefault(wording, set()).add(name)
+    assert len(facts) == 2 * len(relations())
+    for fact in facts:
+        name = fact.relation.removeprefix("practice: ")
+        same = [prompt.replace(fact.subject, "{}") for prompt in (fact.prompt, *fact.rewordings)]
+        assert len(same) > 1
+        assert len({is_question(prompt) for prompt in same}) == 1
+        assert all(name in of[prompt] for prompt in same)
+        assert all(name not in of[other.replace(fact.subject, "{}")] for other in fact.others)
+    assert facts == practice_facts(["Norway", "Marta Holm"], 2, 0)
+    assert facts != practice_facts(["Norway", "Marta Holm"], 2, 1)
+    assert practice_facts([], 2, 0) == practice_facts(["Norway"], 0, 0) == []
+
+
+def test_a_map_learns_from_practice_too() -> None:
+    facts = small_world(4)
+    recipe = replace(RECIPE, steps=3, role_steps=10)
+    without = fit(facts, table(), COMMON, recipe=recipe)
+    practised = fit(facts, table(), COMMON, recipe=replace(recipe, practice=1))
+    assert practised.fingerprint() != without.fingerprint()
+    assert practised.trained["facts"] == without.trained["facts"] == len(facts)

@@ -15,7 +15,7 @@ from grace_edit.keys.text_keys import TextKeys
 from grace_edit.keys.text_map import TextMap
 from keys_lab import small_world, table
 
-RECIPE = Recipe(meaning_width=16, lexical_width=64, steps=40, lr=2e-2, role_steps=100)
+RECIPE = Recipe(meaning_width=16, lexical_width=64, steps=40, lr=2e-2, role_steps=100, practice=0)
 
 
 _NUMBERS = {

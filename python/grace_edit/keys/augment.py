@@ -65,7 +65,7 @@ class Amounts:
         lower: share of prompts that are given in lower case as well.
     """
 
-    questions: float = 0.2
+    questions: float = 0.3
     sentences_of_others: int = 4
     questions_of_others: int = 1
     lower: float = 0.15

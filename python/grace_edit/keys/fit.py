@@ -8,9 +8,10 @@ Three small things are learned, in this order and in seconds:
    by a logistic loss in d² about the border d = 1. For each rewording its own key has to be inside
    and the nearest other key outside; for each prompt about another subject and each other question
    about the same subject, the nearest keys of all have to be outside.
+   Facts made of the package's own wordings stand beside the given ones; see `practice`.
 3. The radius: facts are split by subject, a map is learned without one part, and the radius is the
    largest at which the negatives of that part, looked up among the keys of all facts, keep the
-   bounds. Keys are then scaled so that the radius is 1.
+   bounds, less a margin. Keys are then scaled so that the radius is 1.
 """
 
 from __future__ import annotations
@@ -23,14 +24,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .augment import Fact, Wordings, augmented, probes
+from .augment import Amounts, Fact, Wordings, augmented, probes
 from .dense import SentenceEncoder, TokenTable
 from .learning import Recipe, fit_map, fit_roles, foreign_neighbours
+from .practice import practice_facts
 from .radii import suggest_radius
 from .roles import Roles
 from .text_keys import TextKeys
 from .text_map import TextMap
 from .words import CommonWords
+
+MARGIN = 0.97
+"""Of the largest radius that keeps the bounds, what is taken: a map learned from all facts brings
+prompts nearer to their keys than the maps learned from parts of them, by which it is found."""
 
 
 def fit(
@@ -72,8 +78,9 @@ def fit(
         {kind: measured.negatives[kind] for kind in bounds},
         bounds,
     )
-    shares = {kind: round(share, 4) for kind, share in measured.shares(suggestion.radius).items()}
-    return _scaled(learn(facts), suggestion.radius, len(facts), shares)
+    radius = MARGIN * suggestion.radius
+    shares = {kind: round(share, 4) for kind, share in measured.shares(radius).items()}
+    return _scaled(learn(facts), radius, len(facts), shares)
 
 
 def held_out(
@@ -108,10 +115,20 @@ class _Learner:
 
     def __call__(self, facts: Sequence[Fact]) -> TextMap:
         recipe = self.recipe
+        subjects = {f.subject for f in facts if f.subject and f.subject in f.prompt}
+        practice = practice_facts(sorted(subjects), recipe.practice, recipe.seed)
         known = self.roles or fit_roles(
-            facts, self.common, hidden=recipe.hidden, steps=recipe.role_steps, seed=recipe.seed
+            [*facts, *practice],
+            self.common,
+            hidden=recipe.hidden,
+            steps=recipe.role_steps,
+            seed=recipe.seed,
         )
-        more = augmented(facts, recipe.amounts, recipe.seed)
+        only_lower = Amounts(0, 0, 0, recipe.amounts.lower)
+        more = [
+            *augmented(facts, recipe.amounts, recipe.seed),
+            *augmented(practice, only_lower, recipe.seed),
+        ]
         return fit_map(more, self.dense, self.common, known, self.name, recipe, self._advance)
 
     def _advance(self, _: int) -> None:
