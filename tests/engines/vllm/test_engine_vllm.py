@@ -32,7 +32,7 @@ import pytest
 import torch
 from grace_edit import GraceConfig, GraceEditor
 from grace_edit.codebook import store
-from grace_edit.engines.vllm import admission
+from grace_edit.engines.vllm import admission, register
 from grace_edit.engines.vllm.options import NotServed
 
 LAYER = "model.layers.24.mlp"
@@ -309,6 +309,28 @@ def test_an_engine_that_cannot_serve_the_edits_is_not_configured(place, text, gi
     args = EngineArgs(model=place, dtype="float32", max_model_len=256, **{**edits, **given})
     with pytest.raises(NotServed, match=said):
         args.create_engine_config()
+
+
+def test_a_cache_that_does_not_tell_edited_blocks_apart_is_refused(monkeypatch):
+    from vllm.v1.core import kv_cache_utils
+
+    register()
+    admission.check_marks()
+    name = "generate_block_hash_extra_keys"
+    unwrapped = getattr(kv_cache_utils, name).__wrapped__
+    monkeypatch.setattr(kv_cache_utils, name, unwrapped)
+    with pytest.raises(NotServed, match="--no-enable-prefix-caching"):
+        admission.check_marks()
+
+
+def test_a_vllm_that_lacks_one_of_the_wrapped_functions_is_refused(monkeypatch):
+    from vllm.v1.engine.core import EngineCore
+
+    register()
+    register()
+    monkeypatch.delattr(EngineCore, "preprocess_add_request")
+    with pytest.raises(RuntimeError, match=r"preprocess_add_request.*could leave edits out"):
+        register()
 
 
 # A compiled engine: three layers of the same model, in a process of its own.
