@@ -233,9 +233,10 @@ class _Study:
             "hallucination",
             path,
             kind="hallucination",
-            # A passage stands behind its own sentences, and one vector seldom says a whole
-            # sentence to the last word: more steps hardly change its perplexity.
-            config={**self._text_config(), "contexts": 0, "max_steps": 40},
+            # Whole sentences: one vector seldom says one to its last word, so edits that have to be
+            # proven are refused. The paper's policy takes each as it is, and perplexity tells.
+            config={"policy": "paper", "recipe": "paper"},
+            query="last",
             edits=self.sizes.hallucination,
             upstream_questions=50,
         )
