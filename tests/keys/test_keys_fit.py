@@ -257,10 +257,20 @@ def test_facts_for_practice_keep_to_one_form_and_ask_another_relation_beside() -
     assert practice_facts([], 2, 0) == practice_facts(["Norway"], 0, 0) == []
 
 
-def test_a_map_learns_from_practice_too() -> None:
-    facts = small_world(4)
-    recipe = replace(RECIPE, steps=3, role_steps=10)
-    without = fit(facts, table(), COMMON, recipe=recipe)
-    practised = fit(facts, table(), COMMON, recipe=replace(recipe, practice=1))
-    assert practised.fingerprint() != without.fingerprint()
-    assert practised.trained["facts"] == without.trained["facts"] == len(facts)
+def test_roles_and_map_learn_from_practice_too() -> None:
+    facts, less = small_world(4), replace(RECIPE, steps=3, role_steps=10)
+    more = replace(less, practice=1)
+    roles = [fit(facts, table(), COMMON, recipe=recipe).roles for recipe in (less, more)]
+    assert (roles[0].hidden != roles[1].hidden).any()
+    made = [fit(facts, table(), COMMON, roles=roles[0], recipe=recipe) for recipe in (less, more)]
+    assert (made[0].matrix != made[1].matrix).any()
+    assert made[0].trained["facts"] == made[1].trained["facts"] == len(facts)
+
+
+def test_the_radius_is_a_little_less_than_the_bounds_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts, recipe = small_world(4), replace(RECIPE, steps=3, role_steps=10)
+    made = fit(facts, table(), COMMON, recipe=recipe)
+    monkeypatch.setattr("grace_edit.keys.fit.MARGIN", 1.0)
+    widest = fit(facts, table(), COMMON, recipe=recipe)
+    assert made.meaning_length * 0.97 == pytest.approx(widest.meaning_length)
+    assert made.lexical_length * 0.97 == pytest.approx(widest.lexical_length)
