@@ -37,8 +37,11 @@ from .locking import LOCK, is_held, writing
 from .log import End, LogError, read, sync_directory
 from .storage import Storage
 
-FORMAT = 2
+FORMAT = 3
 """The highest that is read; what an older release reads right is written as 1."""
+
+LOGGED = 3
+"""The format of a snapshot to which a log may belong, which an older release would not read."""
 
 CONFIG = "grace_config.json"
 TENSORS = "codebook.safetensors"
@@ -93,6 +96,7 @@ def write(
     config: dict[str, Any],
     beside: dict[str, bytes] | None = None,
     follows: str | None = None,
+    logged: bool = False,
 ) -> str:
     """Do what `save` does, for who holds the lock of the directory and changes the codebook alone.
 
@@ -100,6 +104,7 @@ def write(
 
     Args:
         follows: what the log before ended with, if this snapshot holds just that.
+        logged: a log may be written beside it.
 
     Returns:
         The checksum of the configuration, to which a log belongs.
@@ -109,7 +114,7 @@ def write(
         settings, number = snapshot.settings_of(storage), snapshot.format_of(storage)
         files = {TENSORS: render_tensors(tensors), EDITS: records.encode(), **(beside or {})}
     described: dict[str, Any] = {
-        "format": number,
+        "format": LOGGED if logged else number,
         "codebook": settings,
         "config": config,
         "files": {name: _sha256(content) for name, content in files.items()},
@@ -186,6 +191,7 @@ class Saved:
     Attributes:
         codebook, config, beside: as `load_all` returns them.
         checksum: of the configuration.
+        format: of the snapshot.
         end: of the log that was read; `records` are in it.
         snapshot_bytes: the size of the files but the log.
     """
@@ -194,6 +200,7 @@ class Saved:
     config: dict[str, Any]
     beside: dict[str, bytes]
     checksum: str
+    format: int
     end: End
     records: int
     snapshot_bytes: int
@@ -232,8 +239,8 @@ def load_saved(directory: str | Path, *, writer: bool = False) -> Saved:
     book.storage.journal.forget("the codebook was loaded")
     beside = {name: found for name, found in files.items() if name not in (TENSORS, EDITS)}
     size = sum(map(len, files.values()))
-    checksum = described["checksum"]
-    return Saved(book, described["config"], beside, checksum, end, len(records), size)
+    checksum, number = described["checksum"], described["format"]
+    return Saved(book, described["config"], beside, checksum, number, end, len(records), size)
 
 
 def describe(directory: str | Path) -> dict[str, Any]:
