@@ -11,6 +11,7 @@ import pytest
 import torch
 from codebook_streams import Stream, bits, insert_several
 from grace_edit import GraceEditor
+from grace_edit.cli import changing, models
 from grace_edit.codebook import adopting, redo, snapshot, store
 from grace_edit.codebook.codebook import Codebook
 from grace_edit.durable.publishing import Publisher
@@ -177,3 +178,44 @@ def test_one_writer_and_its_own_edits(edited: Callable[..., GraceEditor], tmp_pa
     with pytest.raises(ValueError, match="the editor's own edits"):
         grace_edit.publish(edited("gpt2"), tmp_path)
     assert isinstance(grace_edit.publish(editor, tmp_path), Publisher)
+
+
+def test_who_changes_a_published_directory_without_its_writer_loses_nothing(
+    edited: Callable[..., GraceEditor], trained: Callable[[str], Any], tmp_path: Path
+) -> None:
+    editor = edited("gpt2")
+    publisher = grace_edit.publish(editor, tmp_path)
+    first = editor.edit(PROMPT, TARGET)
+    with pytest.raises(TimeoutError, match="one process at a time"):
+        changing.remove(tmp_path, [0], purge=False, as_json=True)
+    publisher.close()
+    follower = grace_edit.follow(trained("gpt2"), None, tmp_path, interval=None)
+    assert publisher.log_bytes > 0
+    assert models.read_edits_of(tmp_path).changes == 1
+    changing.remove(tmp_path, [first.id or 0], purge=False, as_json=True)
+    assert models.read_edits_of(tmp_path).changes == 0
+    book = store.load(tmp_path)[0]
+    assert book.ids == []
+    assert book.edit(first.id or 0).state == "deleted"
+    assert follower.poll()
+    assert follower.codebook.ids == []
+    assert follower.version == book.version
+
+
+def test_a_directory_that_older_releases_may_read_gets_no_log(
+    edited: Callable[..., GraceEditor], tmp_path: Path
+) -> None:
+    editor = edited("gpt2")
+    editor.edit(PROMPT, TARGET)
+    editor.save_pretrained(tmp_path)
+    assert store.load_saved(tmp_path).format < store.LOGGED
+    with grace_edit.publish(editor, tmp_path) as publisher:
+        editor.edit(OTHER, TARGET)
+        assert store.load_saved(tmp_path).format == store.LOGGED
+        assert whole(store.load(tmp_path)[0])[:2] == whole(editor.codebook)[:2]
+        editor.rekey()
+        assert publisher.log_bytes == 0
+        assert whole(store.load(tmp_path)[0])[:2] == whole(editor.codebook)[:2]
+        editor.edit(OTHER, run_of(9, 2))
+        assert publisher.log_bytes > 0
+        assert whole(store.load(tmp_path)[0])[:2] == whole(editor.codebook)[:2]

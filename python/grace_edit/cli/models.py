@@ -45,11 +45,16 @@ class Loaded:
 
 @dataclass
 class SavedEdits:
-    """A directory of edits as it was read: `described` is what it says of model and settings."""
+    """A directory of edits as it was read: `described` is what it says of model and settings.
+
+    `changes` of the edits since the last snapshot are in `log_bytes` of a log.
+    """
 
     codebook: Codebook
     described: dict[str, Any]
     beside: dict[str, bytes]
+    changes: int = 0
+    log_bytes: int = 0
 
     def about(self, part: str) -> dict[str, Any]:
         """Return a part of the description: `"config"`, `"serving"`, `"model"` or `"adding"`."""
@@ -72,7 +77,10 @@ def read_edits_of(directory: Path) -> SavedEdits:
     if not holds_edits(directory):
         what = "no grace_config.json in it" if directory.is_dir() else "no such directory"
         raise CommandError(NOT_FOUND, f"{directory}: must be a directory of saved edits, {what}")
-    return SavedEdits(*store.load_all(directory))
+    saved = store.load_saved(directory)
+    book = saved.codebook.to("cpu")
+    book.storage.slots.maintain_sketch()
+    return SavedEdits(book, saved.config, saved.beside, saved.records, saved.end.offset)
 
 
 def holds_edits(directory: Path) -> bool:

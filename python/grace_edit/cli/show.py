@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..codebook.locking import owner_of
 from ..families import Family, target_of
 from ..terminal import facts, number, progress, screen, table
 from .models import SavedEdits, Words, attach_edits, load_model, read_edits_of
@@ -170,6 +171,7 @@ def codebook(directory: Path, *, as_json: bool) -> int:
         "value_dim": book.values.shape[1],
         "dtype": str(book.keys.dtype).removeprefix("torch."),
         "version": book.version,
+        "log": {"changes": saved.changes, "bytes": saved.log_bytes, "writer": owner_of(directory)},
         "drift": book.drift,
         "entries": book.entries,
         "edits": book.edits,
@@ -204,6 +206,10 @@ def _show_codebook(data: dict[str, Any]) -> None:
         about["radii"] = ", ".join(f"{name} {number(value)}" for name, value in radii.items())
         about["cases"] = ", ".join(f"{name} {n}" for name, n in sorted(data["cases"].items()))
     about["drift"], about["version"] = number(data["drift"]), data["version"]
+    if data["log"]["changes"] or data["log"]["writer"]:
+        log = data["log"]
+        about["log"] = f"{log['changes']} changes since the last snapshot, {log['bytes']} bytes"
+        about["writer"] = log["writer"] or "none"
     about["sketch"] = _sketch_line(data["sketch"])
     if data["hits"] is not None:
         about["hits"] = _hits_line(data["hits"])

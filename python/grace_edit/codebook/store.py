@@ -38,8 +38,11 @@ from .locking import LOCK, is_held, writing
 from .log import End, LogError, read, sync_directory
 from .storage import Storage
 
-FORMAT = 2
+FORMAT = 3
 """The highest that is read; what an older release reads right is written as 1."""
+
+LOGGED = 3
+"""The format of a snapshot to which a log may belong, which an older release would not read."""
 
 CONFIG = "grace_config.json"
 TENSORS = "codebook.safetensors"
@@ -95,6 +98,7 @@ def write(
     config: dict[str, Any],
     beside: dict[str, bytes] | None = None,
     follows: str | None = None,
+    logged: bool = False,
 ) -> str:
     """Do what `save` does, for who holds the lock of the directory and changes the codebook alone.
 
@@ -102,6 +106,7 @@ def write(
 
     Args:
         follows: what the log before ended with, if this snapshot holds just that.
+        logged: a log may be written beside it.
 
     Returns:
         The checksum of the configuration, to which a log belongs.
@@ -121,7 +126,7 @@ def write(
         files = {EDITS: records.encode(), **(beside or {})}
         checksums = {name: _sha256(content) for name, content in files.items()}
         described: dict[str, Any] = {
-            "format": number,
+            "format": LOGGED if logged else number,
             "codebook": settings,
             "config": config,
             "files": {TENSORS: _sha256_of(new), **checksums},
@@ -214,6 +219,7 @@ class Saved:
     Attributes:
         codebook, config, beside: as `load_all` returns them.
         checksum: of the configuration.
+        format: of the snapshot.
         end: of the log that was read; `records` are in it.
         snapshot_bytes: the size of the files but the log.
     """
@@ -222,6 +228,7 @@ class Saved:
     config: dict[str, Any]
     beside: dict[str, bytes]
     checksum: str
+    format: int
     end: End
     records: int
     snapshot_bytes: int
@@ -260,8 +267,8 @@ def load_saved(directory: str | Path, *, writer: bool = False, mapped: bool = Fa
     book.storage.journal.forget("the codebook was loaded")
     beside = {name: found for name, found in files.items() if name != EDITS}
     size = sum(map(len, files.values())) + sum(x.nbytes for x in tensors.values())
-    checksum = described["checksum"]
-    return Saved(book, described["config"], beside, checksum, end, len(records), size)
+    checksum, number = described["checksum"], described["format"]
+    return Saved(book, described["config"], beside, checksum, number, end, len(records), size)
 
 
 def describe(directory: str | Path) -> dict[str, Any]:

@@ -56,7 +56,8 @@ class Publisher:
         store.drop_other_logs(self.directory, saved.checksum)
         self._log = LogWriter(store.log_of(self.directory, saved.checksum), saved.end)
         self._snapshot_bytes = saved.snapshot_bytes
-        self._due = saved.codebook.capacity != storage.slots.capacity
+        same = saved.codebook.capacity == storage.slots.capacity
+        self._due = not same or saved.format < store.LOGGED
 
     @property
     def version(self) -> int:
@@ -155,7 +156,7 @@ class Publisher:
         before = self._log
         known = before is not None and follows and before.sound and not self._appended
         chain = before.end.chain.hex() if before is not None and known else None
-        checksum = store.write(storage, self.directory, described, beside, chain)
+        checksum = store.write(storage, self.directory, described, beside, chain, logged=True)
         path = store.log_of(self.directory, checksum)
         self._log = LogWriter(path, End.of_empty(checksum))
         if before is not None:
