@@ -202,14 +202,12 @@ def test_a_prompt_that_goes_on_behind_an_answered_one_does_not_inherit_its_answe
     said = tokens(ask([first], BLOCK + 1))[0]
     assert said[:6] == text.answer(text.tokenizer.decode(first), 6)
     # Melbourne was put there by the edit; a prompt that quotes it ends elsewhere.
-    longer = first + said[:BLOCK] + text.tokenizer(" The capital of Australia is not").input_ids
+    longer = first + said[:BLOCK] + text.tokenizer(" The city is").input_ids
     assert len(longer) > begins + BLOCK
     for _ in range(2):
         got = ask([longer], 1, logprobs=1)[0]
         mine = max(one.logprob for one in got.outputs[0].logprobs[0].values())
-        assert mine == pytest.approx(text.log_probability(longer), abs=2e-4)
-    # What the first prompt left may be used up to the block it ended in, and no further.
-    assert ask([first + said[:BLOCK]], 1)[0].num_cached_tokens <= len(longer) // BLOCK * BLOCK
+        assert mine == pytest.approx(text.log_probability(longer), abs=1e-4)
 
 
 def test_blocks_of_an_answered_prompt_are_not_found_by_one_that_goes_on_behind_it(ask, text):
