@@ -201,6 +201,9 @@ def test_a_call_that_the_disk_refuses_raises_and_changes_nothing(tmp_path: Path)
         book.check()
         assert same_but_version(whole(book), good)
         assert same_but_version(whole(store.load(directory)[0]), good)
+        # So it would be if the writer died now.
+        left = store.load_saved(directory, writer=True).codebook
+        assert same_but_version(whole(left), good)
         follower.poll()
         book.insert(row(3), [3], row(3, 2))  # when there is room again
         assert whole(store.load(directory)[0]) == whole(book)
