@@ -124,8 +124,9 @@ def test_every_package_that_the_product_imports_is_declared() -> None:
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add((node.module or "").partition(".")[0])
     ours = {"grace_kernels", "grace_edit"}
-    # Triton comes with torch's builds for GPUs, tokenizers with transformers.
-    ours |= {"triton", "tokenizers"}
+    # Triton comes with torch's builds for GPUs, tokenizers with transformers; vLLM is what loads
+    # the plugin.
+    ours |= {"triton", "tokenizers", "vllm"}
     project = (ROOT / "pyproject.toml").read_text().partition("[project]")[2]
     declared = re.findall(r'"([\w-]+)(?:[<>=]=[^"]*)?"', project.partition("[project.scripts]")[0])
     known = {name.replace("-", "_") for name in declared} | set(sys.stdlib_module_names) | ours
