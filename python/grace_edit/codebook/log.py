@@ -125,12 +125,12 @@ class LogWriter:
             raise
         try:
             os.fsync(self._handle)
+            os.pwrite(self._handle, _SEALED, offset + len(_MARK))
         except BaseException:
             # What a disk says once about pages that it lost it does not say again.
             with contextlib.suppress(OSError):
                 os.ftruncate(self._handle, offset)
             raise
-        os.pwrite(self._handle, _SEALED, offset + len(_MARK))
         self.end = End(offset + len(frame), digest)
         self.sound = True
 
