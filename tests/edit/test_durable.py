@@ -15,7 +15,7 @@ from grace_edit.cli import changing, models
 from grace_edit.codebook import adopting, redo, snapshot, store
 from grace_edit.codebook.codebook import Codebook
 from grace_edit.durable.publishing import Publisher
-from sketched_books import agree, make_small_ones_worth_a_sketch
+from sketched_books import add, agree, make_small_ones_worth_a_sketch, since_fit
 from tiny_models import generated, run_of
 
 PROMPT, TARGET = run_of(10, 4), run_of(30, 3)
@@ -74,6 +74,22 @@ def test_records_of_changes_of_every_kind_make_an_equal_codebook_equal(
     assert recorder.records > 36
     if policy != "paper":
         books[1].check()
+    agree(books[1])
+
+
+def test_who_follows_fits_and_keeps_a_sketch_as_the_writer_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make_small_ones_worth_a_sketch(monkeypatch)
+    books = [Codebook(16, 2, capacity=256, radius=0.5) for _ in range(2)]
+    books[0].storage.watcher = Recorder(books[1])
+    add(books[0], 100)
+    for id in books[0].ids[::9]:
+        books[0].delete(id)
+    slots = [since_fit(book).slots for book in books]
+    assert slots[0] == slots[1] > 0
+    assert books[1].sketch is not None
+    assert books[1].sketch.active
     agree(books[1])
 
 
