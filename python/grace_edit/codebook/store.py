@@ -95,6 +95,7 @@ def write(
     config: dict[str, Any],
     beside: dict[str, bytes] | None = None,
     follows: str | None = None,
+    taken: int | None = None,
 ) -> str:
     """Do what `save` does, for who holds the lock of the directory and changes the codebook alone.
 
@@ -102,11 +103,13 @@ def write(
 
     Args:
         follows: what the log before ended with, if this snapshot holds just that.
+        taken: the highest version that may be seen before the log says more; None: as it was.
 
     Returns:
         The checksum of the configuration, to which a log belongs.
     """
     _render(config)  # raises before anything is written
+    taken = storage.taken if taken is None else taken
     if (directory / (CONFIG + _NEW)).exists():
         _complete(directory)
     new = directory / (TENSORS + _NEW)
@@ -126,6 +129,7 @@ def write(
             "config": config,
             "files": {TENSORS: _sha256_of(new), **checksums},
             **({} if follows is None else {"follows": follows}),
+            **({} if taken <= storage.version else {"taken": taken}),
         }
         described["checksum"] = _checksum(described)
         files[CONFIG] = _render(described)
@@ -251,6 +255,7 @@ def load_saved(directory: str | Path, *, writer: bool = False, mapped: bool = Fa
         snapshot.fill_records(book.storage, files[EDITS].decode(), tensors)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise StoreError(f"{directory / EDITS}: bad record ({error!r})") from error
+    book.storage.taken = described.get("taken", 0)
     for record in records:
         try:
             redo.apply(book.storage, record)
@@ -269,7 +274,8 @@ def describe(directory: str | Path) -> dict[str, Any]:
 
     Returns:
         A dict with `format`, `codebook` (sizes, dtypes, policy, version of the snapshot), `config`
-        (the caller's), `files` (checksums), `checksum`, and `follows` if it is there.
+        (the caller's), `files` (checksums), `checksum`, and `follows` and `taken` if they are
+        there, see `write`.
 
     Raises:
         StoreError: it is missing, altered or of a newer format.
