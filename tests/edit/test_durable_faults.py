@@ -273,7 +273,7 @@ def test_readers_do_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.Mo
             thread.start()
             assert reached.wait(LONG)
             assert book.lookup(row(1)[None])[0].shape == (1,)  # or this would hang
-            assert book.lock.acquire(timeout=LONG)
+            assert book.lock.acquire(timeout=LONG / 4)
             book.lock.release()
             go_on.set()
             thread.join(LONG)
@@ -318,6 +318,37 @@ def test_a_record_that_is_not_on_the_disk_yet_is_not_followed(
     assert seen == [(0, 0)]
     follower.poll()
     assert follower.codebook.edits == 1
+    publisher.close()
+
+
+def test_a_version_that_somebody_may_have_seen_is_not_used_again(tmp_path: Path) -> None:
+    book, publisher = opened(tmp_path)
+    book.insert(row(1), [1], row(1, 2))
+    seen = kept = book.version
+
+    def die() -> None:  # nothing of what a writer does at its end
+        book.storage.watcher = None
+        publisher._release()
+
+    for start in range(3):
+        with contextlib.suppress(ZeroDivisionError), book.transaction():
+            book.insert(row(2), [2], row(2, 2))
+            seen = book.version
+            1 / 0  # noqa: B018
+        seen = max(seen, book.version)
+        die()
+        assert store.load(tmp_path)[0].version == kept  # it is what it was
+        if start == 1:  # somebody saves it as it is in between
+            store.save(store.load(tmp_path)[0], tmp_path, {})
+        book, publisher = opened(tmp_path)
+        assert book.version == kept
+    book.insert(row(3), [3], row(3, 2))
+    assert book.version > seen
+    version = book.version
+    publisher.close()
+    book, publisher = opened(tmp_path)
+    book.insert(row(4), [4], row(4, 2))
+    assert book.version == version + 1  # nobody died
     publisher.close()
 
 

@@ -22,6 +22,7 @@ def test_an_edit_that_was_acknowledged_outlives_a_kill(talker: Path, tmp_path: P
     command += ["--layer", LAYER, "--radius", "0.5", "--codebook", str(where)]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "GRACE_TOKEN": TOKEN, "PYTHONPATH": paths}
+    where.mkdir()  # as a volume is, empty
     process = subprocess.Popen(
         [*command, "--port", "0", "--json"], stdout=subprocess.PIPE, text=True, env=environment
     )

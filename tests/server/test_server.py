@@ -9,14 +9,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
-from grace_edit import GraceConfig, GraceEditor
+from grace_edit import GraceConfig, GraceEditor, follow, publish
+from grace_edit.codebook import store
 from grace_edit.families.turns import answer_ids
 from grace_edit.server.app import build_app
-from grace_edit.server.following import Following
-from grace_edit.server.keeping import Saving
 from server_lab import CAPITAL, LAYER, RIVER, TOKEN, WRITER, Client, both, serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.continuous_batching import ContinuousBatchingManager
@@ -245,67 +245,78 @@ def test_what_was_acknowledged_is_on_disk_and_what_is_not_kept_is_not_made(
     talker: Path, editor: GraceEditor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     where = tmp_path / "edits"
-    keep = Saving(editor, where)
-    app = build_app(editor.family, name="talker", editor=editor, token=TOKEN, keep=keep)
+    publisher = publish(editor, where)
+    app = build_app(
+        editor.family, name="talker", editor=editor, token=TOKEN, closing=publisher.close
+    )
+
+    def on_disk() -> tuple[list[int], int]:
+        book = store.load(where)[0]
+        return book.ids, book.version
+
     with serving(app) as client:
         assert client.correct(CAPITAL, "Canberra").status == 200
-        model = AutoModelForCausalLM.from_pretrained(talker).eval()
-        again = GraceEditor.from_pretrained(model, AutoTokenizer.from_pretrained(talker), where)
-        assert again.codebook.ids == [0]
-        assert again.codebook.version == editor.codebook.version
-        again.detach()
-
-        other = GraceEditor.from_pretrained(model, AutoTokenizer.from_pretrained(talker), where)
-        assert other.edit(*correction(other, RIVER, "Oslo")).success
-        other.save_pretrained(where)
-        dropped = client.correct(RIVER, "Quito")
-        assert dropped.status == 507
-        assert "was saved by another process" in dropped.error
+        assert on_disk() == ([0], editor.codebook.version)
+        with pytest.raises(TimeoutError, match="one process at a time"):
+            publish(editor, where, timeout=0.05)
+        full = OSError(28, "No space left on device")
+        with monkeypatch.context() as patch:
+            patch.setattr("os.fsync", Mock(side_effect=full))
+            failed = client.correct(RIVER, "Quito")
+            purge = client.ask("DELETE", "/v1/edits/0?purge=true", **WRITER)
+        for refused in (failed, purge):
+            assert refused.status == 507
+            assert "No space left" in refused.error
         assert client.chat(RIVER).said == "Nile"
-        editor.save_pretrained(where)
-        keep._saved = keep._state()
-
-        def full(*_: Any) -> None:
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(editor, "save_pretrained", full)
-        failed = client.correct(RIVER, "Quito")
-        assert failed.status == 507
-        assert "No space left" in failed.error
-        assert client.chat(RIVER).said == "Nile"
+        assert client.chat(CAPITAL).said == "Canberra"
         assert client.ask("GET", "/v1/edits").json["total"] == 1
+        assert on_disk()[0] == [0]
+        made = client.correct(RIVER, "Quito")
+        assert made.status == 200
+        assert on_disk() == ([0, made.json["id"]], made.json["version"])
+        assert client.ask("DELETE", "/v1/edits/0?purge=true", **WRITER).status == 200
+        assert on_disk()[0] == [made.json["id"]]
+        assert client.ask("POST", "/v1/edits/undo", **WRITER).status == 409
+    with publish(editor, where):  # the server has let go of it
+        assert on_disk()[0] == [made.json["id"]]
 
 
 @pytest.mark.parametrize("batched", [False, True], ids=["alone", "batched"])
+@pytest.mark.parametrize("how", ["published", "saved"])
 def test_a_follower_answers_as_the_writer_does_at_each_version_it_saved(
-    talker: Path, editor: GraceEditor, tmp_path: Path, batched: bool
+    talker: Path, editor: GraceEditor, tmp_path: Path, batched: bool, how: str
 ) -> None:
     where = tmp_path / "edits"
-    editor.save_pretrained(where)
+    writer = publish(editor, where)
+    if how == "saved":
+        writer.close()
     model = AutoModelForCausalLM.from_pretrained(talker).eval()
-    other = GraceEditor.from_pretrained(model, AutoTokenizer.from_pretrained(talker), where)
-    following = Following(other.family, where, interval=0.01)
-    app = build_app(other.family, name="talker", batched=batched, closing=following.close)
+    follower = follow(model, AutoTokenizer.from_pretrained(talker), where, interval=0.01)
+    family, book = follower.family, follower.codebook
+    app = build_app(family, name="talker", batched=batched, closing=follower.close)
     with serving(app) as client:
         assert client.chat(CAPITAL).said == "Sydney"
         for right in ("Canberra", "Oslo"):
             assert editor.edit(*correction(editor, CAPITAL, right)).success
             assert editor.edit(*correction(editor, RIVER, "Quito")).success
-            editor.save_pretrained(where)  # two versions at once: the first of them is never seen
+            for _ in range(2):  # saved again as it was, it has the version that it had
+                editor.save_pretrained(where)
             wait_until(lambda: client.ask("GET", "/v1/status").version == editor.codebook.version)
             reply = client.chat(CAPITAL)
             assert (reply.said, reply.version) == (right, editor.codebook.version)
-        served = other.codebook.version
-        (where / "edits.jsonl").write_bytes(b"damaged")
-        (where / "grace_config.json").touch()
-        time.sleep(0.1)
+        served, described = book.version, (where / "grace_config.json").read_bytes()
+        (where / "grace_config.json").write_bytes(b"damaged")
+        wait_until(lambda: follower.error is not None)
         reply = client.chat(CAPITAL)
         assert (reply.said, reply.version) == ("Oslo", served)
+        (where / "grace_config.json").write_bytes(described)
+        wait_until(lambda: follower.error is None)
         editor.undo()
         editor.save_pretrained(where)
         wait_until(lambda: client.ask("GET", "/v1/status").version == editor.codebook.version)
-        assert torch.equal(other.codebook.values, editor.codebook.values)
+        assert torch.equal(book.values, editor.codebook.values)
         assert client.correct(CAPITAL, "Perth").status == 403
+    writer.close()
 
 
 def wait_until(true: Callable[[], bool]) -> None:

@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from ..adaptor import attach as attaching
+from ..codebook.store import StoreError
 from ..config import GraceConfig
 from ..demo import smollm2
+from ..durable.following import Follower, follow
 from ..editor import GraceEditor
 from ..keys.choice import text_keys
 from .models import Loaded, attach_edits, load_model, read_edits_of
-from .output import NOT_FOUND, USAGE, CommandError, quiet
+from .output import CONFLICT, NOT_FOUND, USAGE, CommandError, quiet
 
 
 def open_editor(
@@ -38,11 +40,8 @@ def open_editor(
     if not source:
         raise CommandError(USAGE, "--model must be given, got none")
     given = {name: value for name, value in settings.items() if value is not None}
-    if saved is not None and given:
-        option = min(given).replace("_", "-")
-        raise CommandError(
-            USAGE, f"--{option} must be left out with the saved edits of --codebook {where}"
-        )
+    if saved is not None:
+        _refuse(given, where)
     if saved is None:
         if source == smollm2.NAME:
             given.setdefault("layer", smollm2.LAYER)
@@ -50,9 +49,7 @@ def open_editor(
             raise CommandError(USAGE, "--layer must be given without saved edits, got none")
     if saved is not None:
         dtype = dtype or str(saved.codebook.values.dtype).removeprefix("torch.")
-    loaded = load_model(source, task="auto", dtype=dtype, device=device)
-    if not hasattr(loaded.model, "generate") or loaded.task not in ("causal", "seq2seq"):
-        raise CommandError(USAGE, f"--model must be one that generates text, got {loaded.task}")
+    loaded = _load_talker(source, dtype, device)
     with quiet():
         if saved is not None and where is not None:
             return attach_edits(loaded, where)
@@ -63,6 +60,47 @@ def open_editor(
         if "query" not in given and _takes_text(loaded, given):
             given["query"] = "text"
         return GraceEditor(loaded.model, loaded.tokenizer, GraceConfig(**given))
+
+
+def _refuse(given: dict[str, Any], where: Path | None) -> None:
+    if given:
+        option = min(given).replace("_", "-")
+        raise CommandError(
+            USAGE, f"--{option} must be left out with the saved edits of --codebook {where}"
+        )
+
+
+def open_follower(
+    model: str | None, where: Path, dtype: str | None, device: str, settings: dict[str, Any]
+) -> Follower:
+    """Load a model that generates text and follow the edits of a directory, in a thread.
+
+    Args:
+        model, dtype, device, settings: as `open_editor`.
+        where: directory of saved edits.
+
+    Raises:
+        CommandError: nothing is there, or the edits belong to another model, layer or dtype.
+    """
+    saved = read_edits_of(where)
+    _refuse({name: value for name, value in settings.items() if value is not None}, where)
+    source = model or saved.source
+    if not source:
+        raise CommandError(USAGE, "--model must be given, got none")
+    dtype = dtype or str(saved.codebook.values.dtype).removeprefix("torch.")
+    loaded = _load_talker(source, dtype, device)
+    try:
+        with quiet():
+            return follow(loaded.model, loaded.tokenizer, where)
+    except StoreError as error:
+        raise CommandError(CONFLICT, str(error)) from error
+
+
+def _load_talker(source: str, dtype: str | None, device: str) -> Loaded:
+    loaded = load_model(source, task="auto", dtype=dtype, device=device)
+    if not hasattr(loaded.model, "generate") or loaded.task not in ("causal", "seq2seq"):
+        raise CommandError(USAGE, f"--model must be one that generates text, got {loaded.task}")
+    return loaded
 
 
 def _takes_text(loaded: Loaded, given: dict[str, Any]) -> bool:

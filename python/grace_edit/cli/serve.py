@@ -13,12 +13,16 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
+from ..codebook.locking import LOCK
+from ..durable.following import Follower
+from ..durable.publishing import Publisher, publish
+from ..editor import GraceEditor
 from ..families import Family
 from ..server import requirements
 from ..terminal import plain
 from .models import holds_edits
-from .opening import open_editor
-from .output import NOT_FOUND, OK, USAGE, CommandError, print_json, quiet
+from .opening import open_editor, open_follower
+from .output import CONFLICT, OK, USAGE, CommandError, print_json, quiet
 
 _GRACE = 10
 """Seconds that a reply in the midst has to end when the server is told to."""
@@ -58,20 +62,50 @@ def run(options: Options, settings: dict[str, Any]) -> int:
 
 
 def _serve(options: Options, settings: dict[str, Any], listening: socket.socket) -> int:
+    editor: GraceEditor | None = None
+    keeper: Follower | Publisher
+    if options.follow:
+        keeper = open_follower(
+            options.model, options.codebook, options.dtype, options.device, settings
+        )
+        family = keeper.family
+    else:
+        editor, keeper = _published(options, settings)
+        family = editor.family
+    with keeper:
+        return _answer(options, family, editor, keeper, listening)
+
+
+def _published(options: Options, settings: dict[str, Any]) -> tuple[GraceEditor, Publisher]:
+    where = options.codebook
+    saved = None if _is_empty(where) else where
+    editor = open_editor(options.model, saved, options.dtype, options.device, settings)
+    try:
+        with quiet():
+            return editor, publish(editor, where)
+    except (TimeoutError, ValueError) as error:  # somebody else writes there, or has
+        raise CommandError(CONFLICT, f"--codebook {error}") from error
+
+
+def _is_empty(directory: Path) -> bool:
+    """Say whether a directory is there without edits: a volume, or a writer died as it began."""
+    if not directory.is_dir() or holds_edits(directory):
+        return False
+    return all(name.startswith(LOCK) or name.endswith(".new") for name in os.listdir(directory))
+
+
+def _answer(
+    options: Options,
+    family: Family,
+    editor: GraceEditor | None,
+    keeper: Follower | Publisher,
+    listening: socket.socket,
+) -> int:
     from ..server.app import build_app
     from ..server.batching import why_not_batched
-    from ..server.following import Following
-    from ..server.keeping import Saving
 
-    if options.follow and not holds_edits(options.codebook):
-        raise CommandError(NOT_FOUND, f"--codebook {options.codebook}: no saved edits to follow")
-    editor = open_editor(options.model, options.codebook, options.dtype, options.device, settings)
-    family = editor.family
     if family.name != "causal":
         raise CommandError(USAGE, f"--model must be a causal language model, got {family.name}")
-    with quiet():
-        following = Following(family, options.codebook) if options.follow else None
-        keep = None if options.follow else Saving(editor, options.codebook)
     name = options.name or _name_of(family)
     transformers_logging.set_verbosity_error()  # it warns of every request
     refused = why_not_batched(family) if options.batched else None
@@ -80,12 +114,11 @@ def _serve(options: Options, settings: dict[str, Any], listening: socket.socket)
     app = build_app(
         family,
         name=name,
-        editor=None if options.follow else editor,
-        keep=keep,
+        editor=editor,
         token=None if options.token is None else options.token.strip(),
         local=_is_loopback(listening),
         batched=options.batched,
-        closing=None if following is None else following.close,
+        closing=keeper.close,
     )
     _run(app, listening, lambda: _tell(options, family, name, listening))
     return OK

@@ -61,6 +61,7 @@ def adopt(storage: Storage, new: Storage) -> None:
             number = -1 if entry is None else storage.label_number(entry.label)
             slots.put_back("label_ids", slot, number)
         storage.version = max(storage.version + 1, new.version)
+        storage.taken = new.taken
         storage.journal.forget("a snapshot was followed")
         slots.maintain_sketch()
 

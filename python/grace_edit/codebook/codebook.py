@@ -380,7 +380,7 @@ class Codebook(Contents):
             raise ValueError(f"id must be at least {self.storage.next_id}, got {id}")
         self.storage.next_id = id
 
-    def take_over(self, other: Codebook, reason: str, *, version: int = 0) -> None:
+    def take_over(self, other: Codebook, reason: str) -> None:
         """Hold from now on what another codebook holds; ids and `version` go on.
 
         A single step to lookups; a change that was waiting for its turn finds the new content.
@@ -389,7 +389,6 @@ class Codebook(Contents):
         Args:
             other: known to this thread alone, and not to be used any more.
             reason: what happened, for the error of `undo`: "the editor was rekeyed".
-            version: to have from now on, if it is higher than the one that follows.
 
         Raises:
             ValueError: a transaction is open.
@@ -399,7 +398,7 @@ class Codebook(Contents):
                 raise ValueError("cannot replace the content inside a transaction: end it first")
             new = other.storage
             new.next_id = max(new.next_id, old.next_id)
-            new.version = max(old.version + 1, version)
+            new.version = old.next_version()
             new.journal.forget(reason)
             if old.watcher is not None:
                 old.watcher.replace(new)

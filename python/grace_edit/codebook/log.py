@@ -39,6 +39,10 @@ class End:
         """Return the beginning of the log that belongs to a snapshot of this checksum."""
         return cls(0, hashlib.sha256(seed.encode()).digest())
 
+    def after(self, record: bytes) -> End:
+        """Return where the next record ends, if it is this one."""
+        return End(self.offset + _HEAD.size + len(record), _digest(self.chain, record))
+
 
 def read(content: bytes, start: End, *, unsealed: bool) -> tuple[list[bytes], End]:
     """Return the records behind `start`, and where they end.

@@ -26,11 +26,16 @@ from .storage import Absent, Storage
 
 _LENGTH = struct.Struct("<Q")
 _ROWS = ("keys", "values", "radii")
+_CHANGES = ("free", "keys", "values", "radii", "records", "asked", "retired", "dropped")
 _OF_QUERIES = ("vectors", "owners", "answers")
 
 
-def render(storage: Storage, changed: Iterable[Place]) -> bytes:
-    """Return the record of a change that `storage` has just gone through."""
+def render(storage: Storage, changed: Iterable[Place], taken: int = 0) -> bytes:
+    """Return the record of a change that `storage` has just gone through.
+
+    Args:
+        taken: the highest version that may be seen before the next record is there.
+    """
     places: dict[Any, dict[str, list[Any]]] = {
         part: defaultdict(list) for part in (storage, storage.slots, storage.queries)
     }
@@ -49,6 +54,7 @@ def render(storage: Storage, changed: Iterable[Place]) -> bytes:
     tensors["retired"] = torch.stack(values) if values else storage.slots.values[:0].cpu()
     said: dict[str, Any] = {
         "version": storage.version,
+        "taken": taken,
         "next_id": storage.next_id,
         "next_stamp": storage.next_value_id,
         "capacity": storage.slots.capacity,
@@ -150,7 +156,11 @@ def apply(storage: Storage, record: bytes) -> None:
         storage.next_id, storage.next_value_id = said["next_id"], said["next_stamp"]
         _apply_slots(storage, said, tensors)
         _apply_records(storage, said, tensors)
-        storage.version = max(storage.version, said["version"])
+        storage.taken = said["taken"]
+        if said["version"] > storage.version:
+            storage.version = said["version"]
+        elif any(said[name] for name in _CHANGES):  # the writer's number has gone back
+            storage.version += 1
         storage.slots.maintain_sketch()
     storage.journal.forget("a change was followed")
 

@@ -62,6 +62,21 @@ def content_of(storage: Storage) -> tuple[dict[str, Tensor], str]:
     return _tensors(storage, at), "".join(line + "\n" for line in lines)
 
 
+def same(a: Storage, b: Storage) -> bool:
+    """Say whether two codebooks are equal to the bit, but for capacity, sketch and hits."""
+    settings = [{**settings_of(one), "capacity": 0} for one in (a, b)]
+    if settings[0] != settings[1]:  # the version is among them
+        return False
+    (mine, records), (theirs, others) = content_of(a), content_of(b)
+    kept = [name for name in mine if not name.startswith(("sketch.", "hit_"))]
+    return records == others and all(_same_bits(mine[name], theirs[name]) for name in kept)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    x, y = (t.cpu().flatten().view(torch.uint8) for t in (a, b))
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(x, y)
+
+
 def _tensors(storage: Storage, at: Tensor) -> dict[str, Tensor]:
     slots, queries, imported = storage.slots, storage.queries, storage.imported
     with storage.lock:

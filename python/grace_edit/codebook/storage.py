@@ -92,6 +92,7 @@ class Storage:
         history_limit: how many of these are kept, None: all; see `past.forget`.
         live_edits: how many there are, parts not counted.
         purged: whether an edit was purged within the open transaction.
+        taken: the highest version that somebody may have seen of a writer that died since.
         watcher: is told of every change; None: nobody. Not copied with the storage.
         next_id, next_value_id: never go down; neither is used twice.
     """
@@ -115,6 +116,7 @@ class Storage:
         self.lock = threading.RLock()
         self.changing = threading.RLock()
         self.version = 0
+        self.taken = 0
         self.entry_records: dict[int, Entry | None] = {}
         self.edit_records: dict[int, Edit | None] = {}
         self.retired_values: dict[int, Tensor] = {}
@@ -183,7 +185,7 @@ class Storage:
                 self.journal.roll_back()
                 if not self.journal.is_open:
                     if self._changed:  # somebody may have seen a version in between
-                        self.version += 1
+                        self.version = self.next_version()
                     self._changed = False
                 self.slots.tell_sketch()
             if self.watcher is not None and not self.journal.is_open:
@@ -209,7 +211,7 @@ class Storage:
         """Do what ends every change: drop values nobody needs, count it, maintain the sketch."""
         self._drop_values()
         self._drop_labels()
-        self.version += 1
+        self.version = self.next_version()
         self._changed = True
         self.slots.maintain_sketch()
 
@@ -230,7 +232,7 @@ class Storage:
         with self.lock:
             self.gather_hits()
             redo = self.journal.undo()
-            self.version += 1
+            self.version = self.next_version()
             self.slots.maintain_sketch()
         if self.watcher is None:
             return
@@ -240,11 +242,15 @@ class Storage:
             with self.lock:
                 self.gather_hits()
                 self.journal.redo(redo)
-                self.version += 1
+                self.version = self.next_version()
                 self.slots.maintain_sketch()
             self.watcher.taken_back(self)
             raise
         self.watcher.settled(self)
+
+    def next_version(self) -> int:
+        """Return the version of the next change, a number that nobody has seen before."""
+        return max(self.version, self.taken) + 1
 
     def gather_hits(self) -> None:
         """Note what the entries answered so far with their edits, before a slot changes hands."""

@@ -98,6 +98,7 @@ def write(
     config: dict[str, Any],
     beside: dict[str, bytes] | None = None,
     follows: str | None = None,
+    taken: int | None = None,
     logged: bool = False,
 ) -> str:
     """Do what `save` does, for who holds the lock of the directory and changes the codebook alone.
@@ -106,12 +107,14 @@ def write(
 
     Args:
         follows: what the log before ended with, if this snapshot holds just that.
+        taken: the highest version that may be seen before the log says more; None: as it was.
         logged: a log may be written beside it.
 
     Returns:
         The checksum of the configuration, to which a log belongs.
     """
     _render(config)  # raises before anything is written
+    taken = storage.taken if taken is None else taken
     if (directory / (CONFIG + _NEW)).exists():
         _complete(directory)
     new = directory / (TENSORS + _NEW)
@@ -131,6 +134,7 @@ def write(
             "config": config,
             "files": {TENSORS: _sha256_of(new), **checksums},
             **({} if follows is None else {"follows": follows}),
+            **({} if taken <= storage.version else {"taken": taken}),
         }
         described["checksum"] = _checksum(described)
         files[CONFIG] = _render(described)
@@ -258,6 +262,7 @@ def load_saved(directory: str | Path, *, writer: bool = False, mapped: bool = Fa
         snapshot.fill_records(book.storage, files[EDITS].decode(), tensors)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise StoreError(f"{directory / EDITS}: bad record ({error!r})") from error
+    book.storage.taken = described.get("taken", 0)
     for record in records:
         try:
             redo.apply(book.storage, record)
@@ -276,7 +281,8 @@ def describe(directory: str | Path) -> dict[str, Any]:
 
     Returns:
         A dict with `format`, `codebook` (sizes, dtypes, policy, version of the snapshot), `config`
-        (the caller's), `files` (checksums), `checksum`, and `follows` if it is there.
+        (the caller's), `files` (checksums), `checksum`, and `follows` and `taken` if they are
+        there, see `write`.
 
     Raises:
         StoreError: it is missing, altered or of a newer format.

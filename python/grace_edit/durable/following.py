@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from .. import serving
-from ..codebook import adopting, redo, store
+from ..codebook import adopting, redo, snapshot, store
 from ..codebook.journal import Place
 from ..codebook.log import End
 from ..codebook.storage import Storage
@@ -26,6 +26,7 @@ class Follower:
     """Brings the edits of a served model up to those of a directory; see `follow`.
 
     Attributes:
+        family: of the served model.
         error: why the last look brought nothing; None: it went well. The model goes on serving
             the version before, and it is tried again.
         version: of the writer, that the model serves.
@@ -34,7 +35,7 @@ class Follower:
     def __init__(
         self, family: Family, directory: Path, saved: store.Saved, interval: float | None
     ) -> None:
-        self._family, self.directory = family, directory
+        self.family, self.directory = family, directory
         self._book = family.adaptor.codebook
         self._config = saved.config
         self._checksum, self._end = saved.checksum, saved.end
@@ -94,13 +95,13 @@ class Follower:
             if found is not None or self._end.offset == 0:
                 return False
             return self._reload()
-        records, end = found
-        for record in records:
+        before = self.version
+        for record in found[0]:
             with self._guard.open():
                 redo.apply(self._book.storage, record)
-        self._end = end
-        self.version = redo.version_of(records[-1])
-        return True
+            self._end = self._end.after(record)
+            self.version = redo.version_of(record)
+        return self.version != before  # a writer that comes or goes notes it
 
     def _reload(self) -> bool:
         saved = store.load_saved(self.directory)
@@ -110,8 +111,10 @@ class Follower:
                 raise StoreError(
                     f"{self.directory}: edits of another {part} now; follow it with a model anew"
                 )
-        with self._guard.open():
-            adopting.adopt(self._book.storage, saved.codebook.storage)
+        # Saved again as it was: another version would not be the writer's.
+        if not snapshot.same(self._book.storage, saved.codebook.storage):
+            with self._guard.open():
+                adopting.adopt(self._book.storage, saved.codebook.storage)
         self._checksum, self._end = saved.checksum, saved.end
         self.version = saved.codebook.version
         return True

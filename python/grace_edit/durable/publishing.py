@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from .. import serving
 from ..codebook import locking, redo, snapshot, store
@@ -19,6 +18,7 @@ from ..editor import GraceEditor
 log = logging.getLogger("grace_edit")
 
 _LEAST = 16 << 20  # bytes of a log before it is worth a snapshot
+_AHEAD = 1 << 20  # versions that somebody may see of changes that are not kept, in a row
 
 
 class Publisher:
@@ -31,7 +31,6 @@ class Publisher:
         self._snapshot_bytes = 0
         self._due = True  # a snapshot, before anything is appended
         self._appended = False  # something that is not yet final in memory
-        self._purged = False  # something that the log still holds
         self._closed = False
         with editor.codebook.changing() as storage:
             if storage.journal.is_open:
@@ -48,7 +47,7 @@ class Publisher:
             self._write(storage)
             return
         saved = store.load_saved(self.directory, writer=True)
-        if _content(saved.codebook.storage) != _content(storage):
+        if not snapshot.same(saved.codebook.storage, storage):
             raise ValueError(
                 f"directory must hold the editor's own edits or none, got others in "
                 f"{self.directory}: make the editor of them with GraceEditor.from_pretrained"
@@ -58,6 +57,11 @@ class Publisher:
         self._snapshot_bytes = saved.snapshot_bytes
         same = saved.codebook.capacity == storage.slots.capacity
         self._due = not same or saved.format < store.LOGGED
+        try:
+            self._mark(storage, self._ahead(storage))
+        except OSError:
+            self._log.close()
+            raise
 
     @property
     def version(self) -> int:
@@ -75,25 +79,22 @@ class Publisher:
 
     def commit(self, storage: Storage, changed: Sequence[Place]) -> None:
         """Have a change on the disk; see `codebook.storage.Watcher`."""
-        if self._due or self._log is None:
-            # It holds the change already.
+        if self._due or self._log is None or storage.purged:
+            # It holds the change already; a log would hold what was purged as well.
             self._appended = True
             self._write(storage)
             return
-        record = redo.render(storage, changed)
+        record = redo.render(storage, changed, self._ahead(storage))
         try:
             self._log.append(record)
         finally:
             self._due = not self._log.sound
         self._appended = True
-        # The log holds what it was; see `settled`.
-        self._purged = self._purged or storage.purged
 
     def settled(self, storage: Storage, *, anew: bool = False) -> None:
         """Make a snapshot where one is due; see `codebook.storage.Watcher`."""
         self._appended = False
-        if anew or self._purged:
-            self._due = True
+        self._due = self._due or anew
         if not self._due and self.log_bytes <= max(_LEAST, self._snapshot_bytes):
             return
         try:
@@ -133,12 +134,26 @@ class Publisher:
             try:
                 if self._due:
                     self._write(storage)
+                with contextlib.suppress(OSError):  # versions leave a gap then
+                    self._mark(storage, storage.taken)
             finally:
                 if storage.watcher is self:
                     storage.watcher = None
                 if self._log is not None:
                     self._log.close()
                 self._release()
+
+    def _ahead(self, storage: Storage) -> int:
+        """Return a version that is not reached before the next record says more.
+
+        Readers may see a change before it is on the disk, and versions that come to nothing. Who
+        goes on after a crash begins behind them, or one version would name two states.
+        """
+        return max(storage.version, storage.taken) + _AHEAD
+
+    def _mark(self, storage: Storage, taken: int) -> None:
+        if self._log is not None:
+            self._log.append(redo.render(storage, (), taken))
 
     def __enter__(self) -> Publisher:
         return self
@@ -156,24 +171,17 @@ class Publisher:
         before = self._log
         known = before is not None and follows and before.sound and not self._appended
         chain = before.end.chain.hex() if before is not None and known else None
-        checksum = store.write(storage, self.directory, described, beside, chain, logged=True)
+        ahead = self._ahead(storage)
+        checksum = store.write(
+            storage, self.directory, described, beside, chain, ahead, logged=True
+        )
         path = store.log_of(self.directory, checksum)
         self._log = LogWriter(path, End.of_empty(checksum))
         if before is not None:
             before.close()
         names = (store.CONFIG, store.TENSORS, store.EDITS, *beside)
         self._snapshot_bytes = sum((self.directory / name).stat().st_size for name in names)
-        self._due = self._purged = False
-
-
-def _content(storage: Storage) -> tuple[Any, ...]:
-    """Return what must be equal, to the bit, in memory and in the directory."""
-    tensors, records = snapshot.content_of(storage)
-    settings = snapshot.settings_of(storage)
-    del settings["capacity"]
-    kept = {k: t for k, t in tensors.items() if not k.startswith(("sketch.", "hit_"))}
-    plain = {k: (t.shape, t.flatten().view(torch.uint8).numpy().tobytes()) for k, t in kept.items()}
-    return settings, records, plain
+        self._due = False
 
 
 def publish(editor: GraceEditor, directory: str | Path, *, timeout: float = 10.0) -> Publisher:

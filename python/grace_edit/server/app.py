@@ -19,7 +19,7 @@ from ..families import Family
 from .answering import current
 from .batching import Batches, why_not_batched
 from .boundary import Boundary, error_body
-from .edits import Edits, Keep, Refused, described
+from .edits import Edits, Refused, described
 from .generating import handlers, stamped
 from .metrics import Metrics
 
@@ -41,7 +41,6 @@ def build_app(
     *,
     name: str,
     editor: GraceEditor | None = None,
-    keep: Keep | None = None,
     token: str | None = None,
     local: bool = True,
     batched: bool = False,
@@ -52,9 +51,8 @@ def build_app(
     Args:
         family: of the attached model: causal, with a tokenizer.
         name: what clients call the model.
-        editor: makes edits; None: they are made elsewhere, and changes are refused.
-        keep: runs a change and makes it durable, see `edits.Keep`. None: edits are lost with the
-            process.
+        editor: makes edits, which are lost with the process unless it is published. None: they
+            are made elsewhere, and changes are refused.
         token: who sends it may change edits; None: nobody may.
         local: the server listens on the loopback address alone.
         batched: generate what is to be chosen greedily in common batches.
@@ -67,7 +65,7 @@ def build_app(
     if refused is not None:
         raise ValueError(f"continuous batching must suit the model and its edits: {refused}")
     metrics = Metrics(family.adaptor.codebook)
-    edits = Edits(family, metrics, editor, keep or (lambda change: change()))
+    edits = Edits(family, metrics, editor)
     batches = Batches(family) if batched else None
     app = _transformers_app(family, name, batches)
     _tell_errors(app)

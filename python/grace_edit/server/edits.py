@@ -1,4 +1,4 @@
-"""The edits of a served model: made one at a time in a thread of their own, kept before they count.
+"""The edits of a served model: made one at a time in a thread of their own.
 
 Requests go on meanwhile: they meet an edit in the moment it is committed, and wait for that alone.
 """
@@ -22,9 +22,6 @@ from ..keys.prompts import PromptReader
 from .metrics import Metrics
 
 T = TypeVar("T")
-Keep = Callable[[Callable[[], Any]], Any]
-"""Runs a change and returns what it did once that is durable; raises if it cannot be, and then
-nothing has changed."""
 
 _MOST_WAITING = 64
 _FIELDS = {"prompt", "target", "paraphrases", "negatives"}
@@ -50,15 +47,13 @@ class Edits:
     Args:
         family: of the attached model.
         metrics: where changes are counted.
-        editor: makes the edits; None: they are made elsewhere and followed here.
-        keep: makes a change durable.
+        editor: makes the edits; what it has made is durable if it is published, see
+            `grace_edit.publish`. None: they are made elsewhere and followed here.
     """
 
-    def __init__(
-        self, family: Family, metrics: Metrics, editor: GraceEditor | None, keep: Keep
-    ) -> None:
+    def __init__(self, family: Family, metrics: Metrics, editor: GraceEditor | None) -> None:
         self.family, self.editor = family, editor
-        self._metrics, self._keep = metrics, keep
+        self._metrics = metrics
         self._reader = None if family.tokenizer is None else PromptReader(family.tokenizer)
         self._changing = ThreadPoolExecutor(1, "grace-edit")
         self._reading = ThreadPoolExecutor(1, "grace-explain")
@@ -153,7 +148,7 @@ class Edits:
     # Changing
 
     async def add(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Make an edit; returns once it is durable.
+        """Make an edit.
 
         Raises:
             Refused: 422, a field that breaks its rule, or a target that cannot be reached; 403, 429
@@ -184,7 +179,7 @@ class Edits:
             asked = [body.get(name, []) for name in ("paraphrases", "negatives")]
             return editor.edit(prompt, own, *asked)
 
-        result: EditResult = _checked(lambda: self._keep(edit))
+        result: EditResult = _checked(edit)
         if not result.success:
             self._metrics.refuse()
             raise Refused(422, f"the edit could not be made: {result.reason}", result)
@@ -195,7 +190,7 @@ class Edits:
         """Take an edit back. Raises Refused, 404, and as every change."""
 
         def delete(editor: GraceEditor) -> dict[str, Any]:
-            self._keep(lambda: editor.delete(id, purge=purge))
+            editor.delete(id, purge=purge)
             return {"id": id, "purged": purge}
 
         def known(editor: GraceEditor) -> dict[str, Any]:
@@ -212,7 +207,7 @@ class Edits:
         """Take the last change back. Raises Refused, 409: there is none; and as every change."""
 
         def undo(editor: GraceEditor) -> dict[str, Any]:
-            self._keep(editor.undo)
+            editor.undo()
             return {}
 
         def known(editor: GraceEditor) -> dict[str, Any]:
