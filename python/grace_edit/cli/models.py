@@ -80,7 +80,7 @@ def read_edits_of(directory: Path) -> SavedEdits:
     saved = store.load_saved(directory)
     book = saved.codebook.to("cpu")
     book.storage.slots.maintain_sketch()
-    return SavedEdits(book, saved.config, saved.beside, saved.records, saved.end.offset)
+    return SavedEdits(book, saved.config, saved.beside, saved.changes, saved.end.offset)
 
 
 def holds_edits(directory: Path) -> bool:

@@ -124,7 +124,7 @@ def _parse(record: bytes) -> tuple[dict[str, Any], bytes]:
     return json.loads(record[_LENGTH.size : end]), record[end:]
 
 
-def apply(storage: Storage, record: bytes) -> None:
+def apply(storage: Storage, record: bytes) -> bool:
     """Make the change of a record, within the tensors that are there if the capacity allows it.
 
     A single step to lookups, all of it or nothing. It is no step of undo: what was done before
@@ -133,6 +133,9 @@ def apply(storage: Storage, record: bytes) -> None:
     Args:
         storage: equal to the one that the record was made of, before that change.
         record: what `render` returned.
+
+    Returns:
+        Whether it changes anything: one that says no more than a version does not.
 
     Raises:
         CapacityError: it needs more slots than there are, and the codebook is frozen.
@@ -151,6 +154,7 @@ def apply(storage: Storage, record: bytes) -> None:
                 f"has {capacity}; thaw it, or attach with a larger capacity"
             )
         storage.slots.warn_of_new_memory(said["capacity"])
+    changes = any(said[name] for name in _CHANGES)
     with storage.changing, storage.lock, storage.transaction():
         storage.gather_hits()
         storage.next_id, storage.next_value_id = said["next_id"], said["next_stamp"]
@@ -159,10 +163,11 @@ def apply(storage: Storage, record: bytes) -> None:
         storage.taken = said["taken"]
         if said["version"] > storage.version:
             storage.version = said["version"]
-        elif any(said[name] for name in _CHANGES):  # the writer's number has gone back
+        elif changes:  # the writer's number has gone back
             storage.version += 1
         storage.slots.maintain_sketch()
     storage.journal.forget("a change was followed")
+    return changes
 
 
 def _apply_slots(storage: Storage, said: dict[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -224,7 +224,7 @@ class Saved:
         codebook, config, beside: as `load_all` returns them.
         checksum: of the configuration.
         format: of the snapshot.
-        end: of the log that was read; `records` are in it.
+        end: of the log that was read; `changes` are in it.
         snapshot_bytes: the size of the files but the log.
     """
 
@@ -234,7 +234,7 @@ class Saved:
     checksum: str
     format: int
     end: End
-    records: int
+    changes: int
     snapshot_bytes: int
 
 
@@ -263,9 +263,10 @@ def load_saved(directory: str | Path, *, writer: bool = False, mapped: bool = Fa
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise StoreError(f"{directory / EDITS}: bad record ({error!r})") from error
     book.storage.taken = described.get("taken", 0)
+    changes = 0
     for record in records:
         try:
-            redo.apply(book.storage, record)
+            changes += redo.apply(book.storage, record)
         except (KeyError, TypeError, ValueError, IndexError) as error:
             path = log_of(directory, described["checksum"])
             raise StoreError(f"{path}: bad record ({error!r})") from error
@@ -273,7 +274,7 @@ def load_saved(directory: str | Path, *, writer: bool = False, mapped: bool = Fa
     beside = {name: found for name, found in files.items() if name != EDITS}
     size = sum(map(len, files.values())) + sum(x.nbytes for x in tensors.values())
     checksum, number = described["checksum"], described["format"]
-    return Saved(book, described["config"], beside, checksum, number, end, len(records), size)
+    return Saved(book, described["config"], beside, checksum, number, end, changes, size)
 
 
 def describe(directory: str | Path) -> dict[str, Any]:
