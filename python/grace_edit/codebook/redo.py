@@ -117,6 +117,19 @@ def version_of(record: bytes) -> int:
     return int(_parse(record)[0]["version"])
 
 
+def changes_something(record: bytes) -> bool:
+    """Say whether a record is of a change, not of a writer that came or went.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is no record.
+    """
+    return _changes(_parse(record)[0])
+
+
+def _changes(said: dict[str, Any]) -> bool:
+    return any(said[name] for name in _CHANGES)
+
+
 def _parse(record: bytes) -> tuple[dict[str, Any], bytes]:
     if len(record) < _LENGTH.size:
         raise ValueError(f"record must have {_LENGTH.size} bytes at least, got {len(record)}")
@@ -159,7 +172,7 @@ def apply(storage: Storage, record: bytes) -> None:
         storage.taken = said["taken"]
         if said["version"] > storage.version:
             storage.version = said["version"]
-        elif any(said[name] for name in _CHANGES):  # the writer's number has gone back
+        elif _changes(said):  # the writer's number has gone back
             storage.version += 1
         storage.slots.maintain_sketch()
     storage.journal.forget("a change was followed")
