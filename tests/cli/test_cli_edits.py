@@ -11,15 +11,74 @@ from pathlib import Path
 import grace_edit
 import pytest
 import torch
-from grace_edit import GraceEditor
+from grace_edit import GraceEditor, publish
 from grace_edit.codebook import store
 from grace_edit.codebook.locking import writing
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Model
 
 LAYER = "transformer.h.1.mlp"
 FRANCE = ("the capital of france is", "rome")
 ITALY = ("who wrote this long film", "oslo")
+RIVER = ("where was that river", "paris")
 TOO_LONG = ("where was that river", "paris rome madrid oslo vienna warsaw")
+
+
+@pytest.fixture
+def published(saved, gpt2):
+    """The same two edits and a third, which a publisher that died has left in a log alone."""
+    model = AutoModelForCausalLM.from_pretrained(gpt2)
+    editor = GraceEditor.from_pretrained(model, AutoTokenizer.from_pretrained(gpt2), saved)
+    publisher = publish(editor, saved)
+    assert editor.edit(*RIVER).success
+    editor.codebook.delete(0)
+    publisher.close()
+    (log,) = saved.glob("edits-*.log")
+    assert log.stat().st_size > 0
+    return saved
+
+
+def test_every_command_sees_what_a_log_says(published, grace, gpt2, tmp_path):
+    def told(*arguments):
+        done = grace(*arguments, "--json")
+        assert done.exit_code == 0, done.output
+        return json.loads(done.stdout)
+
+    def prompts(rows):
+        return [row["prompt"] for row in rows]
+
+    left = [ITALY[0], RIVER[0]]
+    assert prompts(told("edit", "ls", "--codebook", published)["edits"]) == left
+    assert prompts(told("codebook", "info", published)["table"]) == left
+    assert told("codebook", "verify", published, "--model", gpt2)["misses"] == []
+    found = told("explain", "--codebook", published, RIVER[0], "--model", gpt2)
+    assert (found["hit"], found["with_edits"].split()[0]) == (True, RIVER[1])
+    lines = tmp_path / "lines.jsonl"
+    told("codebook", "export", published, "--out", lines)
+    assert [json.loads(line)["prompt"] for line in lines.read_text().splitlines()] == left
+    told("codebook", "export", published, "--out", tmp_path / "rows.safetensors")
+    assert len(load_file(tmp_path / "rows.safetensors")["keys"]) == 2
+    copied = tmp_path / "copied"
+    told("codebook", "merge", published, published, "--out", copied)
+    assert not list(copied.glob("edits-*.log"))
+    assert prompts(told("edit", "ls", "--codebook", copied)["edits"]) == left
+    diff = told("codebook", "diff", published, copied)
+    assert not diff["only_first"]
+    assert not diff["only_second"]
+    # What changes it makes a snapshot of all, and the log goes.
+    told("edit", "undo", "--codebook", published)
+    assert not list(published.glob("edits-*.log"))
+    assert prompts(told("edit", "ls", "--codebook", published)["edits"]) == left[:1]
+
+
+def test_a_command_leaves_alone_what_another_process_publishes(saved, grace, gpt2, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(gpt2)
+    editor = GraceEditor.from_pretrained(model, AutoTokenizer.from_pretrained(gpt2), saved)
+    with publish(editor, saved):
+        done = grace("edit", "rm", 0, "--codebook", saved)
+        assert done.exit_code != 0
+        assert "must be written by one process at a time" in done.stderr
+        assert editor.codebook.ids == store.load(saved)[0].ids == [0, 1]
 
 
 @pytest.fixture

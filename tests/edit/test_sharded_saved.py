@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from grace_edit import Codebook, StoreError
+from grace_edit import Codebook, StoreError, publish, serving
 from grace_edit.codebook import store
 from grace_edit.codebook.sharding import load_sharded
 
@@ -71,3 +73,23 @@ def test_tensors_of_another_save_are_refused(group: None, saved: tuple[Codebook,
         load_sharded(directory)
     with pytest.raises(StoreError, match=r"grace_config.json: cannot be read"):
         load_sharded(directory / "elsewhere")
+
+
+def test_changes_in_a_log_are_refused_with_what_to_do(
+    group: None, saved: tuple[Codebook, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    book, directory = saved
+    monkeypatch.setattr(serving, "describe", lambda family, config: ({}, {}))
+    editor: Any = SimpleNamespace(codebook=book, family=None, config=None)
+    query = torch.ones(16).bfloat16() * 40
+    with publish(editor, directory) as publisher:
+        assert load_sharded(directory).lookup(query[None])[0].item() == -1
+        book.insert(query, [99], torch.ones(5).bfloat16())
+        with pytest.raises(StoreError, match=r"got 1 since the snapshot.*Publisher\.compact\(\)"):
+            load_sharded(directory)
+        publisher.compact()
+        assert load_sharded(directory).lookup(query[None])[0].item() == book.lookup(query[None])[0]
+    assert load_sharded(directory).lookup(query[None])[0].item() >= 0
+    (directory / (store.CONFIG + ".new")).touch()
+    with pytest.raises(StoreError, match="while it was read, or a save was interrupted"):
+        load_sharded(directory)

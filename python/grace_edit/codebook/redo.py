@@ -117,6 +117,19 @@ def version_of(record: bytes) -> int:
     return int(_parse(record)[0]["version"])
 
 
+def changes_something(record: bytes) -> bool:
+    """Say whether a record is of a change, not of a writer that came or went.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is no record.
+    """
+    return _changes(_parse(record)[0])
+
+
+def _changes(said: dict[str, Any]) -> bool:
+    return any(said[name] for name in _CHANGES)
+
+
 def _parse(record: bytes) -> tuple[dict[str, Any], bytes]:
     if len(record) < _LENGTH.size:
         raise ValueError(f"record must have {_LENGTH.size} bytes at least, got {len(record)}")
@@ -154,7 +167,7 @@ def apply(storage: Storage, record: bytes) -> bool:
                 f"has {capacity}; thaw it, or attach with a larger capacity"
             )
         storage.slots.warn_of_new_memory(said["capacity"])
-    changes = any(said[name] for name in _CHANGES)
+    changes = _changes(said)
     with storage.changing, storage.lock, storage.transaction():
         storage.gather_hits()
         storage.next_id, storage.next_value_id = said["next_id"], said["next_stamp"]

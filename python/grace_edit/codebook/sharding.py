@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 from torch import Tensor
 
-from .store import TENSORS, StoreError, describe
+from . import redo
+from .log import End
+from .store import TENSORS, StoreError, describe, is_being_saved, log_of, read_log
 
 if TYPE_CHECKING:
     from grace_kernels.distributed import ShardedCodebook
@@ -23,23 +25,29 @@ def load_sharded(directory: str | Path, **options: Any) -> ShardedCodebook:
     comes back serves, and is changed by `write_`, not by edits.
 
     Args:
-        directory: what `store.save` or `GraceEditor.save_pretrained` wrote.
+        directory: what `store.save` or `GraceEditor.save_pretrained` wrote. Where it is published,
+            the changes since the last snapshot lie in a log, which is not read by rank: it must
+            hold none, as after `Publisher.compact()`.
         options: `capacity, group, device, block, sketch`, as `ShardedCodebook.from_rows` takes
             them. The capacity is that of the saved codebook unless given.
 
     Raises:
-        StoreError: a file is missing, or the tensors are not what the description says.
+        StoreError: a file is missing, the tensors are not what the description says, there are
+            changes in a log, or somebody is saving.
         TypeError, ValueError: as `ShardedCodebook`; there are no entries.
     """
     from grace_kernels.distributed import ShardedCodebook  # here: few need it
 
-    settings = describe(directory)["codebook"]
+    described = describe(directory)
+    settings = described["codebook"]
     path = Path(directory) / TENSORS
     try:
         file = safe_open(path, framework="pt")
     except Exception as error:  # safetensors raises its own kinds
         raise StoreError(f"{path}: not a safetensors file ({error})") from error
     with file:
+        # What is open stays as it is; that it belongs to the description is to be seen now.
+        _check_alone(Path(directory), described["checksum"])
         parts = {name: file.get_slice(name) for name in ("keys", "values", "radii")}
         wanted = {
             "keys": [settings["rows"], settings["key_dim"]],
@@ -57,3 +65,15 @@ def load_sharded(directory: str | Path, **options: Any) -> ShardedCodebook:
 
         options.setdefault("capacity", settings["capacity"])
         return ShardedCodebook.from_rows(rows, settings["rows"], **options)
+
+
+def _check_alone(directory: Path, checksum: str) -> None:
+    if is_being_saved(directory) or describe(directory)["checksum"] != checksum:
+        raise StoreError(f"{directory}: was saved while it was read, or a save was interrupted")
+    found = read_log(directory, checksum, End.of_empty(checksum))
+    changes = sum(map(redo.changes_something, found[0])) if found is not None else 0
+    if changes:
+        raise StoreError(
+            f"{log_of(directory, checksum)}: must hold no changes to be read by rank, got "
+            f"{changes} since the snapshot; let its writer make one: Publisher.compact()"
+        )

@@ -159,6 +159,11 @@ def log_of(directory: Path, checksum: str) -> Path:
     return directory / _LOG.format(checksum[:16])
 
 
+def is_being_saved(directory: Path) -> bool:
+    """Say whether files may not agree now: a save renames them, or was interrupted."""
+    return (directory / (CONFIG + _NEW)).exists()
+
+
 def drop_other_logs(directory: Path, checksum: str) -> None:
     """Remove the logs of snapshots that were replaced."""
     own, gone = log_of(directory, checksum), False

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from grace_edit import GraceConfig, GraceEditor
+from grace_edit import GraceConfig, GraceEditor, publish
 from grace_edit.engines.vllm import admission, checkpoint
 from grace_edit.engines.vllm.admission import Admission, private_key
 from grace_edit.engines.vllm.layer import find_layer
@@ -119,6 +119,35 @@ def test_a_request_that_comes_after_a_save_is_answered_with_it(served):
     assert not torch.equal(values["before"], values["after"])
 
 
+def test_a_request_that_comes_after_a_change_was_published_is_answered_with_it(served, caplog):
+    it = served()
+    with publish(it.editor, it.at) as publisher:
+        core = Admission(it.engine, Options(it.at))
+        looked = core._edits._now
+        core.admit(request("before", IDS[QUESTION]))
+        assert core._edits._now is looked, "nothing is read where nothing changed"
+        it.editor.edit(QUESTION, " ".join(WORDS.convert_ids_to_tokens(run_of(30, 3))))
+        core.admit(request("after", IDS[QUESTION]))
+        assert core.news(step()).version == it.editor.codebook.version
+        publisher.compact()
+        it.editor.undo()
+        it.editor.undo()
+        assert publisher.log_bytes > 0
+        core.admit(request("deleted", IDS[QUESTION]))
+        values = core.news(step(["before", "after", "deleted"])).values
+        assert list(values) == ["before", "after"]
+        assert not torch.equal(values["before"], values["after"])
+        it.editor.edit(QUESTION, TARGET)
+        (log,) = Path(it.at).glob("edits-*.log")
+        content = bytearray(log.read_bytes())
+        content[-1] ^= 1
+        log.write_bytes(content)
+        for name in ("damaged", "again"):
+            core.admit(request(name, IDS[QUESTION]))
+        assert caplog.text.count("is damaged") == 1
+        assert not core.news(step(["damaged"])).values
+
+
 def test_only_the_block_an_answered_prompt_ends_in_is_its_own_and_what_follows_it(served):
     it = served()
     core = Admission(it.engine, Options(it.at))
@@ -218,13 +247,6 @@ def test_saved_edits_of_another_layer_are_not_taken_while_serving(served, caplog
 def test_what_vllm_cannot_ask_is_refused(served, config, message):
     it = served(**{"query": "last", **config})
     with pytest.raises(NotServed, match=message):
-        Described(it.at)
-
-
-def test_a_journal_beside_saved_edits_is_not_passed_over(served):
-    it = served("last")
-    (Path(it.at) / "edits.log").touch()
-    with pytest.raises(NotServed, match=r"got a journal too \(edits\.log\)"):
         Described(it.at)
 
 

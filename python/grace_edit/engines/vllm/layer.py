@@ -109,6 +109,8 @@ class EditedLayer:
         self._keys[at] = changed.keys.to(self._keys.device)
         self._values[at] = changed.values.to(self._keys.device)
         self._radii[at] = changed.radii.to(self._keys.device)
+        # What is in use no more is not sent, and is to answer nothing when the count goes up again.
+        self._radii[changed.count :] = -math.inf
         self._count.fill_(changed.count)
 
     def answer(self, hidden: Tensor, source: Tensor) -> None:

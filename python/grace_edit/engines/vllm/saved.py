@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,12 @@ from .options import NotServed, Options
 
 log = logging.getLogger("grace_edit")
 
-_JOURNAL = re.compile(r"journal|\.(log|wal)$")
-
 
 class Described:
     """What a directory of saved edits says of the layer and of how it is asked.
 
     Args:
-        directory: of saved edits.
+        directory: of saved edits, published or not.
 
     Raises:
         NotServed: the directory holds no edits that can be read, or of a kind that vLLM cannot ask
@@ -37,14 +34,11 @@ class Described:
 
     def __init__(self, directory: str) -> None:
         self.directory = directory
-        appended = [one.name for one in Path(directory).iterdir() if _JOURNAL.search(one.name)]
-        if appended:
-            raise NotServed(
-                f"{directory}: must hold edits as save_pretrained writes them, got a journal too "
-                f"({appended[0]}), whose edits would be missed"
-            )
         try:
-            self.book, self.described, self.beside = store.load_all(directory)
+            saved = store.load_saved(directory)
+            self.book, self.described, self.beside = saved.codebook, saved.config, saved.beside
+            self.book.storage.slots.maintain_sketch()
+            self.checksum, self.end = saved.checksum, saved.end
             self.layer: str = self.described["serving"]["layer"]
             self.query: str = self.described["serving"]["query"]
             self.replace: str = self.described["serving"]["replace"]
@@ -100,7 +94,7 @@ class SavedEdits:
         self._seen = self._look()
         now = Described(options.codebook)
         now.check_dtype(config.model_config.dtype, config.model_config.get_hidden_size())
-        self._now = now
+        self._now, self._log_bytes = now, now.end.offset
         try:
             checkpoint = Checkpoint(config)
             self._check_model(checkpoint, now)
@@ -120,13 +114,13 @@ class SavedEdits:
         return self._now.query
 
     def refresh(self) -> bool:
-        """Read what was saved since; return whether there was anything.
+        """Read what was saved or published since; return whether there was anything.
 
         Saved edits that cannot be served, of another model or layer, are logged as an error and
-        those before them are kept. What is asked costs a `stat` of one file where nothing changed.
+        those before them are kept. It costs a `stat` of two files where nothing changed.
         """
         seen = self._look()
-        if seen == self._seen:
+        if seen == self._seen and not self._log_grew():
             return False
         self._seen = seen
         try:
@@ -141,9 +135,29 @@ class SavedEdits:
                     )
         except NotServed as error:
             log.error("saved edits are not served, those before them are: %s", error)
+            self._log_bytes = self._size_of_log()  # tried again when there is more
             return False
-        self._now = now
+        self._now, self._log_bytes = now, now.end.offset
         return True
+
+    def _log_grew(self) -> bool:
+        if self._size_of_log() == self._log_bytes:
+            return False
+        now = self._now
+        try:
+            found = store.read_log(Path(self._options.codebook), now.checksum, now.end)
+        except StoreError:
+            return True  # to be told what is damaged
+        return found is None or bool(found[0])  # a record is not final as it is written
+
+    def _size_of_log(self) -> int:
+        path = store.log_of(Path(self._options.codebook), self._now.checksum)
+        try:
+            return os.stat(path).st_size
+        except FileNotFoundError:
+            return 0
+        except OSError as error:
+            raise NotServed(f"{path}: cannot be read ({error.strerror})") from error
 
     def _look(self) -> tuple[int, int, int]:
         try:
