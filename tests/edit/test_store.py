@@ -391,3 +391,9 @@ def test_loading_leaves_the_codebook_in_memory_alone(damaged: Path) -> None:
     (damaged / TENSORS).write_bytes(b"")
     refuses(damaged, TENSORS)
     assert state(book) == before
+
+
+def test_all_files_of_a_save_may_be_read_by_who_may_read_one(tmp_path: Path) -> None:
+    store.save(Codebook(3, 2, capacity=2), tmp_path / "saved", {})
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "saved").iterdir()}
+    assert modes[store.TENSORS] == modes[store.CONFIG] == modes[store.EDITS]

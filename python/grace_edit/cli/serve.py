@@ -191,7 +191,7 @@ def _tell(options: Options, family: Family, name: str, listening: socket.socket)
     else:
         who = "with the token" if writes else "refused"
         print(
-            plain(f"{name} with {book.edits} edits, version {book.version}: {url}\n")
-            + f"changes of edits: {who}. Ctrl-C stops."
+            plain(f"{name} with {book.edits} edits, version {book.version}: {url}")
+            + f"\nchanges of edits: {who}. Ctrl-C stops."
         )
     sys.stdout.flush()  # whoever started this by a program waits for the line

@@ -131,7 +131,7 @@ def _take(directory: Path, timeout: float, lasting: bool = False) -> tuple[Path,
         if waited > (min(timeout, _SHORT) if _lasts(directory) else timeout):
             raise TimeoutError(
                 f"{directory}: must be written by one process at a time, got "
-                f"{_owner(directory)} that is still writing after {waited:.0f} s; if it is gone, "
+                f"{_owner(directory)}, that is still writing after {waited:.0f} s; if it is gone, "
                 f"remove {directory / LOCK}*"
             )
         if waited > _PATIENCE and not told:
@@ -234,4 +234,4 @@ def _owner(directory: Path) -> str:
     owner = _signed(directory / LOCK) or _signed(directory / _MADE)
     if not owner:
         return "another process"
-    return f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('since')},"
+    return f"process {owner.get('pid')} on {owner.get('host')}, since {owner.get('since')}"

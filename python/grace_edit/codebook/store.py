@@ -143,6 +143,8 @@ def write(
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+        # safetensors makes its file for the owner alone; who may read the others reads it too.
+        os.chmod(new, (directory / (CONFIG + _NEW)).stat().st_mode & 0o777)
         sync_directory(directory)
     except OSError:  # the disk may be full: what is not complete takes no room
         for name in reversed(names):

@@ -71,6 +71,10 @@ def build_app(
     _tell_errors(app)
 
     def may_write(request: Request) -> None:
+        if editor is None:
+            raise HTTPException(
+                403, "changes are refused: this server follows edits that are made elsewhere"
+            )
         if token is None:
             raise HTTPException(
                 403, "changes are refused: this server was started without a token for them"
@@ -114,7 +118,8 @@ def build_app(
         return told(await edits.one(id))
 
     @app.post("/v1/edits/explain")
-    async def explain(body: dict[str, Any]) -> Response:
+    async def explain(request: Request) -> Response:
+        body = await _json_of(request)
         if set(body) != {"prompt"}:
             raise HTTPException(422, f"the body must hold prompt alone, got {sorted(body)}")
         return told(await edits.explain(body["prompt"]))

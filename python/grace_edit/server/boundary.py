@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import json
 import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -74,6 +75,8 @@ class Boundary:
                     413,
                     headers={"connection": "close"},
                 )
+            elif wrong := _unreadable(body):
+                refused = JSONResponse(error_body(f"the body must {wrong}"), 400)
             if refused is not None:
                 await refused(scope, receive, counted)
                 return
@@ -139,6 +142,19 @@ class Boundary:
             message = f"the body must have at most {self.longest_body} bytes, got {int(length)}"
             return JSONResponse(error_body(message), 413, headers={"connection": "close"})
         return None
+
+
+def _unreadable(body: bytes) -> str | None:
+    """Say which rule of text a JSON body breaks that no later reader would name."""
+    try:
+        json.dumps(json.loads(body), ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return "be Unicode text, got half of a surrogate pair"
+    except RecursionError:
+        return "be nested less deeply"
+    except ValueError:
+        pass  # no JSON at all, which is told where it is needed
+    return None
 
 
 class _Left(Exception):

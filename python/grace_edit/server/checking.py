@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
 
 from fastapi import HTTPException
+from transformers import PreTrainedTokenizerBase
 
 Rule = tuple[Callable[[Any], bool], str]
 
@@ -33,6 +35,17 @@ def _objects(given: Any) -> bool:
     return isinstance(given, list) and all(isinstance(item, dict) for item in given)
 
 
+# Handed on by name: a template of the client's own would run here, for as long as it likes.
+_TAKEN = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+
+
+def _switches(given: Any) -> bool:
+    single = (str, bool, int, float, type(None))
+    return isinstance(given, dict) and all(
+        name not in _TAKEN and isinstance(value, single) for name, value in given.items()
+    )
+
+
 _TOKENS: Rule = (_whole(1, 2**31), "a whole number of at least 1")
 _RULES: dict[str, Rule] = {
     "model": (lambda given: isinstance(given, str), "a string"),
@@ -49,7 +62,10 @@ _RULES: dict[str, Rule] = {
     "suffix": (lambda given: isinstance(given, str), "a string"),
     "n": (lambda given: given == 1 and type(given) is int, "1"),
     "tools": (_objects, "a list of objects"),
-    "chat_template_kwargs": (lambda given: isinstance(given, dict), "an object"),
+    "chat_template_kwargs": (
+        _switches,
+        "an object of strings, numbers and booleans, without what apply_chat_template itself takes",
+    ),
     "generation_config": (lambda given: False, "left out"),
     "logit_bias": (lambda given: False, "left out"),
 }

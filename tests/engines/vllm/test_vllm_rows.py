@@ -252,6 +252,18 @@ def test_entries_beyond_the_room_grow_it_or_are_refused_where_graphs_read_it():
         layer_of("last").write(many)
 
 
+def test_a_slot_that_went_out_of_use_answers_nothing_when_the_count_goes_up_again():
+    layer = layer_of("last")
+    layer.write(entries((0, 0, -1.0), (1, 5, -2.0)))
+    layer.write(entries((0, 0, -1.0)))  # what is beyond the count is not sent
+    layer.write(entries((2, 3, -3.0)))
+    layer.ask([5, 3], [])
+    hidden = SOURCE + 1
+    layer.answer(hidden, SOURCE)
+    assert torch.equal(hidden[5], SOURCE[5] + 1)
+    assert hidden[3].eq(-3).all()
+
+
 @pytest.mark.parametrize("query", ["text", "last"])
 def test_a_captured_graph_writes_what_is_asked_and_nothing_where_nobody_asks(query, monkeypatch):
     """It runs on every row there is room for, as it cannot know how many ask."""
