@@ -17,6 +17,7 @@ from grace_edit import GraceConfig, GraceEditor, follow, publish
 from grace_edit.codebook import store
 from grace_edit.families.turns import answer_ids
 from grace_edit.server.app import build_app
+from grace_edit.serving import save
 from server_lab import CAPITAL, LAYER, RIVER, TOKEN, WRITER, Client, both, serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.continuous_batching import ContinuousBatchingManager
@@ -299,9 +300,11 @@ def test_a_follower_answers_as_the_writer_does_at_each_version_it_saved(
         for right in ("Canberra", "Oslo"):
             assert editor.edit(*correction(editor, CAPITAL, right)).success
             assert editor.edit(*correction(editor, RIVER, "Quito")).success
-            for _ in range(2):  # saved again as it was, it has the version that it had
-                editor.save_pretrained(where)
+            editor.save_pretrained(where)
             wait_until(lambda: client.ask("GET", "/v1/status").version == editor.codebook.version)
+            # Saved again with something else beside, it has the version that it had.
+            save(editor.family, editor.config, where, {"noted": right})
+            wait_until(lambda: follower._checksum == store.describe(where)["checksum"])
             reply = client.chat(CAPITAL)
             assert (reply.said, reply.version) == (right, editor.codebook.version)
         served, described = book.version, (where / "grace_config.json").read_bytes()
