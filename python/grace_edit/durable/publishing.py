@@ -31,6 +31,7 @@ class Publisher:
         self._snapshot_bytes = 0
         self._due = True  # a snapshot, before anything is appended
         self._appended = False  # something that is not yet final in memory
+        self._astray = False  # the log may hold what was taken back
         self._closed = False
         with editor.codebook.changing() as storage:
             if storage.journal.is_open:
@@ -43,6 +44,8 @@ class Publisher:
             storage.watcher = self
 
     def _open(self, storage: Storage) -> None:
+        # Readers tell by the configuration what is new, so it must be the one that is gone on from.
+        store.complete(self.directory)
         if not (self.directory / store.CONFIG).exists():
             self._write(storage)
             return
@@ -82,21 +85,25 @@ class Publisher:
         if self._due or self._log is None or storage.purged:
             # It holds the change already; a log would hold what was purged as well.
             self._appended = True
-            self._write(storage)
+            self._write(storage, follows=False)
             return
-        record = redo.render(storage, changed, self._ahead(storage))
+        record, end = redo.render(storage, changed, self._ahead(storage)), self._log.end
+        self._appended = True
         try:
             self._log.append(record)
-        finally:
-            self._due = not self._log.sound
-        self._appended = True
+        except BaseException:
+            # What is not certain to be gone would come back, if this process died.
+            self._appended = not self._log.sound or self._log.end != end
+            raise
 
     def settled(self, storage: Storage, *, anew: bool = False) -> None:
         """Make a snapshot where one is due; see `codebook.storage.Watcher`."""
         self._appended = False
         self._due = self._due or anew
-        if not self._due and self.log_bytes <= max(_LEAST, self._snapshot_bytes):
-            return
+        if self._due or self.log_bytes > max(_LEAST, self._snapshot_bytes):
+            self._try_to_write(storage)
+
+    def _try_to_write(self, storage: Storage) -> None:
         try:
             self._write(storage)
         except OSError as error:
@@ -108,8 +115,9 @@ class Publisher:
     def taken_back(self, storage: Storage) -> None:
         """Let what is on the disk be what it was; see `codebook.storage.Watcher`."""
         if self._appended:
-            self._due = True
-            self.settled(storage)
+            self._appended = False
+            self._due = self._astray = True
+            self._try_to_write(storage)
 
     def replace(self, storage: Storage) -> None:
         """Make a snapshot of what takes over; see `codebook.storage.Watcher`."""
@@ -169,8 +177,9 @@ class Publisher:
         described, beside = serving.describe(self._editor.family, self._editor.config)
         self._due = True
         before = self._log
-        known = before is not None and follows and before.sound and not self._appended
-        chain = before.end.chain.hex() if before is not None and known else None
+        chain = None
+        if before is not None and follows and before.sound and not self._astray:
+            chain = before.end.chain.hex()
         ahead = self._ahead(storage)
         checksum = store.write(
             storage, self.directory, described, beside, chain, ahead, logged=True
@@ -181,7 +190,7 @@ class Publisher:
             before.close()
         names = (store.CONFIG, store.TENSORS, store.EDITS, *beside)
         self._snapshot_bytes = sum((self.directory / name).stat().st_size for name in names)
-        self._due = False
+        self._due = self._astray = False
 
 
 def publish(editor: GraceEditor, directory: str | Path, *, timeout: float = 10.0) -> Publisher:
