@@ -640,3 +640,30 @@ def test_records_before_one_that_cannot_be_followed_yet_are_followed_once(tmp_pa
     assert versions[0] == versions[1]
     assert versions[0][0] == book.version - 1
     publisher.close()
+
+
+@pytest.mark.parametrize(
+    ("other", "beside"),
+    [
+        ({"serving": {"layer": "h.1.mlp"}, "model": {}}, b"of texts"),
+        ({"serving": {"query": "text"}, "model": {}}, b"of texts"),
+        ({"serving": {}, "model": {"fingerprint": {"below": "f00"}}}, b"of texts"),
+        ({"serving": {}, "model": {}}, b"of other texts"),
+    ],
+)
+def test_edits_of_another_layer_model_or_map_are_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, Any], beside: bytes
+) -> None:
+    opened(tmp_path)[1].close()  # without edits
+    own, about = serving.describe, {"config": {}, **other}
+    monkeypatch.setattr(serving, "describe", lambda family, config: (about, {"map": beside}))
+    book, publisher = opened(tmp_path)
+    book.insert(row(1), [1], row(1, 2))
+    publisher.close()
+    saved = store.load_saved(tmp_path)
+    assert (saved.config, saved.beside) == (about, {"map": beside})
+    opened(tmp_path)[1].close()  # its own
+    monkeypatch.setattr(serving, "describe", own)
+    with pytest.raises(ValueError, match="differs"):
+        opened(tmp_path)
+    assert not locking.is_held(tmp_path)

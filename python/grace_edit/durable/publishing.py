@@ -55,11 +55,18 @@ class Publisher:
                 f"directory must hold the editor's own edits or none, got others in "
                 f"{self.directory}: make the editor of them with GraceEditor.from_pretrained"
             )
+        described, beside = serving.describe(self._editor.family, self._editor.config)
+        other = _other_part(saved, described, beside)
+        if other and (storage.live_edits or storage.past):
+            raise ValueError(
+                f"directory must hold edits of the editor's own model, got others in "
+                f"{self.directory}: their {other} differs"
+            )
         store.drop_other_logs(self.directory, saved.checksum)
         self._log = LogWriter(store.log_of(self.directory, saved.checksum), saved.end)
         self._snapshot_bytes = saved.snapshot_bytes
         same = saved.codebook.capacity == storage.slots.capacity
-        self._due = not same or saved.format < store.LOGGED
+        self._due = not same or saved.format < store.LOGGED or other is not None
         try:
             self._mark(storage, self._ahead(storage))
         except OSError:
@@ -193,6 +200,25 @@ class Publisher:
         self._due = self._astray = False
 
 
+def _other_part(
+    saved: store.Saved, described: dict[str, Any], beside: dict[str, bytes]
+) -> str | None:
+    """Name what makes saved edits those of another model or layer; None: nothing does."""
+    was, now = saved.config.get("serving", {}), described["serving"]
+    layers = str(was.get("layer")), str(now.get("layer"))
+    # A wrapper puts something before the name.
+    if not (layers[0].endswith(layers[1]) or layers[1].endswith(layers[0])):
+        return "layer"
+    for part in ("query", "replace"):
+        if was.get(part) != now.get(part):
+            return part
+    # What is above the layer may differ, if whoever loaded the edits has allowed it.
+    below = [of.get("model", {}).get("fingerprint", {}) for of in (saved.config, described)]
+    if below[0].get("below") != below[1].get("below"):
+        return "model"
+    return "text map" if saved.beside != beside else None
+
+
 def publish(editor: GraceEditor, directory: str | Path, *, timeout: float = 10.0) -> Publisher:
     """Keep every change of an editor in a directory, before the call that makes it returns.
 
@@ -213,7 +239,8 @@ def publish(editor: GraceEditor, directory: str | Path, *, timeout: float = 10.0
 
     Raises:
         TimeoutError: another process publishes there; the message names it.
-        ValueError: the directory holds other edits, or the editor is published already.
+        ValueError: the directory holds other edits or those of another model, or the editor is
+            published already.
         StoreError: the directory is damaged.
         OSError: as the file system says.
     """
