@@ -339,7 +339,8 @@ def test_a_version_that_somebody_may_have_seen_is_not_used_again(tmp_path: Path)
         die()
         assert store.load(tmp_path)[0].version == kept  # it is what it was
         if start == 1:  # somebody saves it as it is in between
-            store.save(store.load(tmp_path)[0], tmp_path, {})
+            saved, about, beside = store.load_all(tmp_path)
+            store.save(saved, tmp_path, about, beside)
         book, publisher = opened(tmp_path)
         assert book.version == kept
     book.insert(row(3), [3], row(3, 2))
