@@ -339,7 +339,8 @@ def test_a_version_that_somebody_may_have_seen_is_not_used_again(tmp_path: Path)
         die()
         assert store.load(tmp_path)[0].version == kept  # it is what it was
         if start == 1:  # somebody saves it as it is in between
-            store.save(store.load(tmp_path)[0], tmp_path, {})
+            saved, about, beside = store.load_all(tmp_path)
+            store.save(saved, tmp_path, about, beside)
         book, publisher = opened(tmp_path)
         assert book.version == kept
     book.insert(row(3), [3], row(3, 2))
@@ -508,3 +509,162 @@ def test_a_follower_that_is_frozen_refuses_growth_and_goes_on_when_it_may(tmp_pa
     assert whole(follower.codebook) == whole(book)
     publisher.close()
     assert redo.version_of(redo.render(book.storage, [])) == book.version
+
+
+def test_a_writer_that_comes_after_a_kill_between_renames_finishes_them(tmp_path: Path) -> None:
+    """A follower that has read no log yet tells by the configuration that something is new."""
+
+    def work(pipe: Any) -> None:
+        book, _ = opened(tmp_path)
+        own = os.replace
+
+        def replace(new: Any, old: Any) -> None:
+            if str(old).endswith(store.CONFIG):
+                os._exit(9)
+            own(new, old)
+
+        os.replace = replace
+        book.insert(row(1), [1], row(1, 2))  # the first one is in a snapshot
+
+    store.save(Codebook(3, 2, capacity=8), tmp_path, {"serving": {}, "model": {}, "config": {}})
+    follower = followed(tmp_path)
+    assert in_child(work) == [9]
+    assert list(tmp_path.glob("*.new")) != []
+    book, publisher = opened(tmp_path)
+    assert list(tmp_path.glob("*.new")) == []
+    book.insert(row(2), [2], row(2, 2))
+    assert follower.poll()
+    assert whole(follower.codebook) == whole(book)
+    publisher.close()
+
+
+def test_a_follower_that_has_seen_what_was_taken_back_takes_it_back(tmp_path: Path) -> None:
+    for refused in (False, True):  # so is the snapshot, at first
+        directory = tmp_path / str(refused)
+        book, publisher = opened(directory)
+        book.insert(row(1), [1], row(1, 2))
+        follower, own = followed(directory), publisher.commit
+
+        def commit(*args: Any, own: Any = own, follower: Follower = follower) -> None:
+            own(*args)
+            assert follower.poll()
+            raise KeyboardInterrupt
+
+        def write(*args: Any, **kwargs: Any) -> str:
+            raise OSError(errno.ENOSPC, "full")
+
+        writing = changed(store, "write", write) if refused else contextlib.nullcontext()
+        with writing, changed(publisher, "commit", commit), pytest.raises(KeyboardInterrupt):
+            book.insert(row(2), [2], row(2, 2))
+        assert follower.codebook.edits == 2
+        if refused:
+            publisher.compact()
+        assert follower.poll()
+        assert whole(follower.codebook)[:2] == whole(book)[:2]
+        publisher.close()
+
+
+@pytest.mark.parametrize("failing", ["fsync", "pwrite"])
+def test_a_refused_edit_does_not_come_back_where_the_log_keeps_it(
+    tmp_path: Path, failing: str
+) -> None:
+    """The frame is whole, and neither its seal nor its removal is to be had."""
+    book, publisher = opened(tmp_path)
+    book.insert(row(1), [1], row(1, 2))
+    left, own = [2 if failing == "pwrite" else 1], getattr(os, failing)
+
+    def fail(*args: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise OSError(errno.EIO, failing)
+        return own(*args)
+
+    def truncate(handle: int, size: int) -> None:
+        raise OSError(errno.EIO, "ftruncate")
+
+    with (
+        changed(os, "ftruncate", truncate),
+        changed(os, failing, fail),
+        pytest.raises(OSError, match=failing),
+    ):
+        book.insert(row(2), [2], row(2, 2))
+    assert left[0] <= 0
+    assert book.edits == 1
+    left_behind = store.load_saved(tmp_path, writer=True).codebook  # as if the writer died now
+    assert whole(left_behind)[:2] == whole(book)[:2]
+    book.insert(row(3), [3], row(3, 2))
+    publisher.close()
+    assert whole(store.load(tmp_path)[0]) == whole(book)
+
+
+def test_a_frame_of_a_writer_that_came_while_the_log_was_read_waits_for_its_seal(
+    tmp_path: Path,
+) -> None:
+    book, publisher = opened(tmp_path)
+    book.insert(row(1), [1], row(1, 2))
+    publisher.close()
+    (path,) = tmp_path.glob("edits-*.log")
+    saved = store.load_saved(tmp_path)
+    own, came = store.is_held, []
+
+    def is_held(directory: Path) -> bool:
+        held = own(directory)
+        if not came:  # between this answer and the reading
+            came.append(locking.take(directory, LONG))
+            writer = LogWriter(path, saved.end)
+            with changed(os, "fsync", lambda handle: 1 / 0), pytest.raises(ZeroDivisionError):
+                with changed(os, "ftruncate", lambda *args: None):
+                    writer.append(redo.render(book.storage, [], 10**6))
+            writer.close()
+        return held
+
+    with changed(store, "is_held", is_held):
+        found = store.read_log(tmp_path, saved.checksum, saved.end)
+    assert found == ([], saved.end)
+    came[0]()  # it is gone
+    found = store.read_log(tmp_path, saved.checksum, saved.end)
+    assert found is not None
+    assert len(found[0]) == 1
+
+
+def test_records_before_one_that_cannot_be_followed_yet_are_followed_once(tmp_path: Path) -> None:
+    book, publisher = opened(tmp_path)
+    follower = followed(tmp_path)
+    follower.codebook.frozen = True
+    for i in range(3):
+        book.insert(row(i), [i], row(i, 2))
+    versions = []
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="frozen"):
+            follower.poll()
+        versions.append((follower.version, follower.codebook.version))
+    assert versions[0] == versions[1]
+    assert versions[0][0] == book.version - 1
+    publisher.close()
+
+
+@pytest.mark.parametrize(
+    ("other", "beside"),
+    [
+        ({"serving": {"layer": "h.1.mlp"}, "model": {}}, b"of texts"),
+        ({"serving": {"query": "text"}, "model": {}}, b"of texts"),
+        ({"serving": {}, "model": {"fingerprint": {"below": "f00"}}}, b"of texts"),
+        ({"serving": {}, "model": {}}, b"of other texts"),
+    ],
+)
+def test_edits_of_another_layer_model_or_map_are_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, Any], beside: bytes
+) -> None:
+    opened(tmp_path)[1].close()  # without edits
+    own, about = serving.describe, {"config": {}, **other}
+    monkeypatch.setattr(serving, "describe", lambda family, config: (about, {"map": beside}))
+    book, publisher = opened(tmp_path)
+    book.insert(row(1), [1], row(1, 2))
+    publisher.close()
+    saved = store.load_saved(tmp_path)
+    assert (saved.config, saved.beside) == (about, {"map": beside})
+    opened(tmp_path)[1].close()  # its own
+    monkeypatch.setattr(serving, "describe", own)
+    with pytest.raises(ValueError, match="differs"):
+        opened(tmp_path)
+    assert not locking.is_held(tmp_path)

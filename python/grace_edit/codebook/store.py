@@ -115,8 +115,7 @@ def write(
     """
     _render(config)  # raises before anything is written
     taken = storage.taken if taken is None else taken
-    if (directory / (CONFIG + _NEW)).exists():
-        _complete(directory)
+    complete(directory)
     new = directory / (TENSORS + _NEW)
     names = [TENSORS, EDITS, *(beside or {}), CONFIG]
     try:
@@ -315,20 +314,30 @@ def read_log(
         StoreError: it is damaged, or does not go on from there.
     """
     path = log_of(directory, checksum)
-    # Before it is read: who takes the lock later changes no frame.
-    free = writer or not is_held(directory)
+    while True:
+        free = writer or not is_held(directory)
+        content = _read_from(path, start.offset)
+        if content is None:
+            return None
+        # A frame without a seal counts if its writer is gone, and not if one came meanwhile.
+        asked = free and content and not writer
+        if asked and (is_held(directory) or _read_from(path, start.offset) != content):
+            continue
+        try:
+            return read(content, start, unsealed=free)
+        except LogError as error:
+            raise StoreError(f"{path}: {error}") from error
+
+
+def _read_from(path: Path, offset: int) -> bytes | None:
     try:
         with open(path, "rb") as file:
-            file.seek(start.offset)
-            content = file.read()
+            file.seek(offset)
+            return file.read()
     except FileNotFoundError:
         return None
     except OSError as error:
         raise StoreError(f"{path}: cannot be read ({error.strerror})") from error
-    try:
-        return read(content, start, unsealed=free)
-    except LogError as error:
-        raise StoreError(f"{path}: {error}") from error
 
 
 def _render(described: dict[str, Any]) -> bytes:
@@ -358,8 +367,13 @@ def _rename(directory: Path, described: dict[str, Any]) -> None:
     sync_directory(directory)
 
 
-def _complete(directory: Path) -> None:
-    """Finish a save that was interrupted between its renames, before another one begins."""
+def complete(directory: Path) -> None:
+    """Finish a save that was interrupted between its renames, for who holds the lock.
+
+    To be done before anything else is written, or before a log is added to.
+    """
+    if not (directory / (CONFIG + _NEW)).exists():
+        return
     try:
         _read_files(directory, _read_config(directory / CONFIG))
     except StoreError:

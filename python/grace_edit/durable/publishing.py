@@ -31,6 +31,7 @@ class Publisher:
         self._snapshot_bytes = 0
         self._due = True  # a snapshot, before anything is appended
         self._appended = False  # something that is not yet final in memory
+        self._astray = False  # the log may hold what was taken back
         self._closed = False
         with editor.codebook.changing() as storage:
             if storage.journal.is_open:
@@ -43,6 +44,8 @@ class Publisher:
             storage.watcher = self
 
     def _open(self, storage: Storage) -> None:
+        # Readers tell by the configuration what is new, so it must be the one that is gone on from.
+        store.complete(self.directory)
         if not (self.directory / store.CONFIG).exists():
             self._write(storage)
             return
@@ -52,11 +55,18 @@ class Publisher:
                 f"directory must hold the editor's own edits or none, got others in "
                 f"{self.directory}: make the editor of them with GraceEditor.from_pretrained"
             )
+        described, beside = serving.describe(self._editor.family, self._editor.config)
+        other = _other_part(saved, described, beside)
+        if other and (storage.live_edits or storage.past):
+            raise ValueError(
+                f"directory must hold edits of the editor's own model, got others in "
+                f"{self.directory}: their {other} differs"
+            )
         store.drop_other_logs(self.directory, saved.checksum)
         self._log = LogWriter(store.log_of(self.directory, saved.checksum), saved.end)
         self._snapshot_bytes = saved.snapshot_bytes
         same = saved.codebook.capacity == storage.slots.capacity
-        self._due = not same or saved.format < store.LOGGED
+        self._due = not same or saved.format < store.LOGGED or other is not None
         try:
             self._mark(storage, self._ahead(storage))
         except OSError:
@@ -82,21 +92,25 @@ class Publisher:
         if self._due or self._log is None or storage.purged:
             # It holds the change already; a log would hold what was purged as well.
             self._appended = True
-            self._write(storage)
+            self._write(storage, follows=False)
             return
-        record = redo.render(storage, changed, self._ahead(storage))
+        record, end = redo.render(storage, changed, self._ahead(storage)), self._log.end
+        self._appended = True
         try:
             self._log.append(record)
-        finally:
-            self._due = not self._log.sound
-        self._appended = True
+        except BaseException:
+            # What is not certain to be gone would come back, if this process died.
+            self._appended = not self._log.sound or self._log.end != end
+            raise
 
     def settled(self, storage: Storage, *, anew: bool = False) -> None:
         """Make a snapshot where one is due; see `codebook.storage.Watcher`."""
         self._appended = False
         self._due = self._due or anew
-        if not self._due and self.log_bytes <= max(_LEAST, self._snapshot_bytes):
-            return
+        if self._due or self.log_bytes > max(_LEAST, self._snapshot_bytes):
+            self._try_to_write(storage)
+
+    def _try_to_write(self, storage: Storage) -> None:
         try:
             self._write(storage)
         except OSError as error:
@@ -108,8 +122,9 @@ class Publisher:
     def taken_back(self, storage: Storage) -> None:
         """Let what is on the disk be what it was; see `codebook.storage.Watcher`."""
         if self._appended:
-            self._due = True
-            self.settled(storage)
+            self._appended = False
+            self._due = self._astray = True
+            self._try_to_write(storage)
 
     def replace(self, storage: Storage) -> None:
         """Make a snapshot of what takes over; see `codebook.storage.Watcher`."""
@@ -169,8 +184,9 @@ class Publisher:
         described, beside = serving.describe(self._editor.family, self._editor.config)
         self._due = True
         before = self._log
-        known = before is not None and follows and before.sound and not self._appended
-        chain = before.end.chain.hex() if before is not None and known else None
+        chain = None
+        if before is not None and follows and before.sound and not self._astray:
+            chain = before.end.chain.hex()
         ahead = self._ahead(storage)
         checksum = store.write(
             storage, self.directory, described, beside, chain, ahead, logged=True
@@ -181,7 +197,26 @@ class Publisher:
             before.close()
         names = (store.CONFIG, store.TENSORS, store.EDITS, *beside)
         self._snapshot_bytes = sum((self.directory / name).stat().st_size for name in names)
-        self._due = False
+        self._due = self._astray = False
+
+
+def _other_part(
+    saved: store.Saved, described: dict[str, Any], beside: dict[str, bytes]
+) -> str | None:
+    """Name what makes saved edits those of another model or layer; None: nothing does."""
+    was, now = saved.config.get("serving", {}), described["serving"]
+    layers = str(was.get("layer")), str(now.get("layer"))
+    # A wrapper puts something before the name.
+    if not (layers[0].endswith(layers[1]) or layers[1].endswith(layers[0])):
+        return "layer"
+    for part in ("query", "replace"):
+        if was.get(part) != now.get(part):
+            return part
+    # What is above the layer may differ, if whoever loaded the edits has allowed it.
+    below = [of.get("model", {}).get("fingerprint", {}) for of in (saved.config, described)]
+    if below[0].get("below") != below[1].get("below"):
+        return "model"
+    return "text map" if saved.beside != beside else None
 
 
 def publish(editor: GraceEditor, directory: str | Path, *, timeout: float = 10.0) -> Publisher:
@@ -204,7 +239,8 @@ def publish(editor: GraceEditor, directory: str | Path, *, timeout: float = 10.0
 
     Raises:
         TimeoutError: another process publishes there; the message names it.
-        ValueError: the directory holds other edits, or the editor is published already.
+        ValueError: the directory holds other edits or those of another model, or the editor is
+            published already.
         StoreError: the directory is damaged.
         OSError: as the file system says.
     """
