@@ -79,7 +79,9 @@ def test_changes_in_a_log_are_refused_with_what_to_do(
     group: None, saved: tuple[Codebook, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     book, directory = saved
-    monkeypatch.setattr(serving, "describe", lambda family, config: ({}, {}))
+    about: dict[str, Any] = {"serving": {}, "model": {}, "config": {}}
+    monkeypatch.setattr(serving, "describe", lambda family, config: (about, {}))
+    store.save(book, directory, about)
     editor: Any = SimpleNamespace(codebook=book, family=None, config=None)
     query = torch.ones(16).bfloat16() * 40
     with publish(editor, directory) as publisher:
