@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +29,11 @@ from .editing.explanation import Explanation, explain
 from .editing.making import EditMaker
 from .editing.scoring import Score, score
 from .editing.verification import Misfire, find_misfires
-from .families import family_of
+from .families import Family, family_of
 from .families.ids import is_chat, token_ids
 from .keys.choice import text_keys
 from .keys.prompts import PromptReader
+from .layers import Layers
 from .progress import bar
 
 log = logging.getLogger("grace_edit")
@@ -57,33 +60,52 @@ class GraceEditor:
 
     def __init__(self, model: nn.Module, tokenizer: Any, config: GraceConfig) -> None:
         family = family_of(attaching.core_of(model), tokenizer)
-        replace = config.replace or family.default_replace
-        if config.recipe == "paper" and config.replace in (None, "prompt"):
-            replace = "before"
-        query = config.query or family.default_query
-        text = None
-        if query == "text":
-            if tokenizer is None:
-                raise ValueError('tokenizer must be given for query="text", got None')
-            keys = text_keys(family.model, tokenizer, config.encoder, config.text_map)
-            text = TextQueries(keys, PromptReader(tokenizer))
-        asks_at_mask = query == "last" or (query == "text" and replace == "last")
-        adaptor = GraceAdaptor(
-            Codebook(1, 1),  # until the layer has shown its widths
-            query=query,
-            replace=replace,
-            special_ids=family.special_ids if query == "mean" else (),
-            mask_token_id=family.mask_token_id if asks_at_mask else None,
-            text=text,
-        )
-        family.attach(config.layer, adaptor)
-        try:
-            with family.working():
-                adaptor.codebook = EditMaker(family, config).new_codebook(config.capacity)
-        except BaseException:
-            family.detach()
-            raise
+        _attach(family, config)
         self.model, self.family, self.config = model, family, config
+        self.layers: Layers[GraceEditor] = Layers()
+        self.layers.add(self)
+
+    @classmethod
+    def _of(
+        cls, model: nn.Module, family: Family, config: GraceConfig, layers: Layers[GraceEditor]
+    ) -> GraceEditor:
+        """Return the editor of an attached layer."""
+        editor = cls.__new__(cls)
+        editor.model, editor.family, editor.config = model, family, config
+        editor.layers = layers
+        layers.add(editor)
+        return editor
+
+    def add_layer(self, layer: str, **settings: Any) -> GraceEditor:
+        """Edit one more layer of the same model, with a codebook of its own.
+
+        A prompt is answered in every layer whose codebook it hits, the lower ones first. An edit
+        is trained and proven with the answers of the other layers in place. What it changes for
+        edits of other layers is looked for among their stored prompts: those that it reaches are
+        keyed anew, where their queries come from the layer, and proven again. If one no longer
+        holds, the edit is refused with the reason, and a `delete` raises; all is as it was.
+
+        `editor.layers` maps the names of the layers to their editors. They are saved and loaded
+        together, `undo` takes the last change back in whichever layer it was, `disable` and
+        `detach` are of all layers. `explain`, `status`, `verify` and `delete` are of one.
+
+        Args:
+            layer: its name, as in `GraceConfig`.
+            settings: of the `GraceConfig`, where they are to differ from this editor's.
+
+        Raises:
+            ValueError: an unknown or ambiguous layer, one that has a codebook already or lies in
+                one that has, `policy="paper"`, or edits that are published or followed.
+        """
+        config = dataclasses.replace(self.config, **{"layer": layer, **settings})
+        with self.codebook.changing() as storage:
+            if "paper" in (config.policy, self.config.policy):
+                raise ValueError('policy must be "default" where several layers are edited')
+            if storage.watcher is not None:
+                raise ValueError("editor must not be published where several layers are edited")
+            family = self.family.beside()
+            _attach(family, config, further=True)
+            return self._of(self.model, family, config, self.layers)
 
     @property
     def tokenizer(self) -> Any:
@@ -147,8 +169,8 @@ class GraceEditor:
             CapacityError: the codebook is frozen and full.
         """
         wanted = read_wanted(self.family, (prompt, target, paraphrases, negatives))
-        with self.codebook.transaction(), self.family.working():
-            result = self._maker.make(wanted)
+        with self.layers.changing(), self.family.working():
+            result = self.layers.edit(lambda: self._maker.make(wanted))
         log.info("edit %s", result.to_dict())
         return result
 
@@ -158,7 +180,7 @@ class GraceEditor:
         """Make many edits, with the same decisions as one by one in this order.
 
         Values are trained in common forwards, where they start from the layer's own output
-        (`init="warm"`), and each is proven as a single one is. So keys, radii and cases are those
+        (`init="warm"`) and one layer is edited, and each is proven as a single one is. So keys, radii and cases are those
         of one by one, while values and losses may differ in their last bits, and then in the steps
         they took. One that fails so is trained alone before it is refused.
 
@@ -176,9 +198,13 @@ class GraceEditor:
                 encoded.append(read_wanted(self.family, edit))
             except ValueError as error:
                 raise ValueError(f"edits[{number}]: {error}") from error
-        with self.codebook.transaction(), self.family.working():
-            together = Together(self._maker, encoded)
-            results = [together.make(n) for n in bar(range(len(encoded)), "editing", progress)]
+        with self.layers.changing(), self.family.working():
+            numbers = bar(range(len(encoded)), "editing", progress)
+            if len(self.layers) == 1:
+                together = Together(self._maker, encoded)
+                results = [together.make(n) for n in numbers]
+            else:  # what one does to other layers may change what the next is trained to
+                results = [self.layers.edit(partial(self._maker.make, encoded[n])) for n in numbers]
         for result in results:
             log.info("edit %s", result.to_dict())
         return results
@@ -198,16 +224,23 @@ class GraceEditor:
 
         Raises:
             KeyError: no live edit has this id.
+            LayersError: without it, edits of other layers would no longer hold.
         """
-        self.codebook.delete(edit_id, purge=purge)
+        if len(self.layers) == 1:
+            self.codebook.delete(edit_id, purge=purge)
+            return
+        with self.layers.changing(), self.family.working():
+            self.layers.change(lambda: self.codebook.delete(edit_id, purge=purge))
 
     def undo(self) -> None:
         """Take the last edit, batch or delete back, bitwise; `version` still increases.
 
+        Of several layers the last one, whichever it was in, with what it did to the others.
+
         Raises:
             UndoError: there is nothing to undo, or it was purged.
         """
-        self.codebook.undo()
+        self.layers.undo()
 
     def rekey(self, *, progress: bool = False) -> list[EditResult]:
         """Make every live edit anew on the model as it is now, after a change of dtype or device.
@@ -300,7 +333,7 @@ class GraceEditor:
             raise ValueError("prompts or lengths must be given, and not both")
         encoded = None if prompts is None else self._encode_each(prompts)
         counts = None if lengths is None else token_ids(lengths)
-        return self.adaptor.using(ends=PromptEnds(counts, encoded))
+        return self.adaptor.using_all(ends=PromptEnds(counts, encoded))
 
     def queries(self, prompts: Sequence[Any]) -> Tensor:
         """Return the queries of prompts as `[B, D]`, run in padded batches."""
@@ -339,6 +372,7 @@ class GraceEditor:
         book = self.codebook
         return {
             "layer": self.layer,
+            "layers": list(self.layers),
             "query": self.adaptor.query,
             "text": None if self.adaptor.text is None else self.adaptor.text.describe(),
             "replace": self.adaptor.replace,
@@ -383,8 +417,11 @@ class GraceEditor:
         return self.adaptor.disabled(thread_only=thread_only)
 
     def plan(self, plan: QueryPlan) -> AbstractContextManager[None]:
-        """Name the rows that ask yourself inside a `with` block (packed batches, past tokens)."""
-        return self.adaptor.using(plan=plan)
+        """Name the rows that ask yourself inside a `with` block (packed batches, past tokens).
+
+        Another layer takes the same rows, unless a block round this one has named its own.
+        """
+        return self.adaptor.planned(plan)
 
     @property
     def frozen(self) -> bool:
@@ -396,8 +433,12 @@ class GraceEditor:
         self.codebook.frozen = value
 
     def detach(self) -> None:
-        """Leave the model as it was before the editor came; edits stay in `editor.codebook`."""
-        self.family.detach()
+        """Leave the model as it was before the editor came; edits stay in `editor.codebook`.
+
+        All layers are detached.
+        """
+        for editor in self.layers.values():
+            editor.family.detach()
 
     if not TYPE_CHECKING:  # to a type checker any name at all would then be one of the editor's
 
@@ -453,3 +494,38 @@ class GraceEditor:
         editor = cls.__new__(cls)
         editor.model, editor.family, editor.config = model, family, config
         return editor
+
+
+def _attach(family: Family, config: GraceConfig, *, further: bool = False) -> None:
+    """Attach an adaptor with an empty codebook as a configuration says.
+
+    Args:
+        further: other layers of the model carry adaptors.
+    """
+    tokenizer = family.tokenizer
+    replace = config.replace or family.default_replace
+    if config.recipe == "paper" and config.replace in (None, "prompt"):
+        replace = "before"
+    query = config.query or family.default_query
+    text = None
+    if query == "text":
+        if tokenizer is None:
+            raise ValueError('tokenizer must be given for query="text", got None')
+        keys = text_keys(family.model, tokenizer, config.encoder, config.text_map)
+        text = TextQueries(keys, PromptReader(tokenizer))
+    asks_at_mask = query == "last" or (query == "text" and replace == "last")
+    adaptor = GraceAdaptor(
+        Codebook(1, 1),  # until the layer has shown its widths
+        query=query,
+        replace=replace,
+        special_ids=family.special_ids if query == "mean" else (),
+        mask_token_id=family.mask_token_id if asks_at_mask else None,
+        text=text,
+    )
+    family.attach(config.layer, adaptor, further=further)
+    try:
+        with family.working():
+            adaptor.codebook = EditMaker(family, config).new_codebook(config.capacity)
+    except BaseException:
+        family.detach(alone=True)
+        raise

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 
-from .codebook.codebook import Codebook
-from .codebook.records import Edit, EditResult
+from .codebook.records import EditResult
 from .config import GraceConfig
-from .editing.asked import Wanted
+from .editing.asked import wanted_of
 from .editing.making import EditMaker
-from .families import Family, target_of
+from .families import Family
 from .progress import bar
 
 log = logging.getLogger("grace_edit")
@@ -43,7 +42,7 @@ def _rekey(family: Family, config: GraceConfig, progress: bool) -> list[EditResu
         for edit in bar(edits, "rekeying", progress):
             new.number_from(edit.id)  # ids stay
             value = old.values[edit.slot].to(new.values)
-            result = maker.make(_wanted(old, edit), value)
+            result = maker.make(wanted_of(old, edit), value)
             if not result.success:
                 raise RuntimeError(f"edit {edit.id} cannot be made anew: {result.reason}")
             results.append(result)
@@ -53,12 +52,3 @@ def _rekey(family: Family, config: GraceConfig, progress: bool) -> list[EditResu
     old.take_over(new, "the editor was rekeyed")
     log.info("rekey of %d edits", len(results))
     return results
-
-
-def _wanted(book: Codebook, edit: Edit) -> Wanted:
-    return Wanted(
-        list(edit.prompt or ()),
-        target_of(edit.label),
-        tuple(list(part.prompt or ()) for part in book.parts(edit.id)),
-        tuple(list(negative) for negative in edit.negatives),
-    )

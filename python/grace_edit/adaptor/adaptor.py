@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +46,8 @@ class GraceAdaptor:
         special_ids: token ids that `query="mean"` leaves out.
         mask_token_id: token that asks under `query="last"` in a masked language model.
         text: makes the queries under `query="text"`; None under the others.
+
+    `others` are the adaptors of the model's other layers, as `attach` and `detach` have it.
     """
 
     codebook: Codebook
@@ -58,6 +61,7 @@ class GraceAdaptor:
     followed: FollowedForwards = field(default_factory=FollowedForwards, repr=False)
     thread: ThreadState = field(default_factory=ThreadState, repr=False)
     switch: Switch = field(default_factory=Switch, repr=False)
+    others: tuple[GraceAdaptor, ...] = field(default=(), init=False, repr=False)
 
     enabled = _of_thread("enabled")
     inside = _of_thread("inside")
@@ -68,6 +72,7 @@ class GraceAdaptor:
     captures = _of_thread("captures")
     stops = _of_thread("stops")
     witness = _of_thread("witness")
+    counts = _of_thread("counts")
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("thread", "followed", "switch")
@@ -94,8 +99,51 @@ class GraceAdaptor:
                 setattr(self, name, value)
 
     @contextmanager
+    def using_all(self, **state: Any) -> Iterator[None]:
+        """Do as `using` does, here and in the adaptors of the model's other layers."""
+        with ExitStack() as stack:
+            for adaptor in (self, *self.others):
+                stack.enter_context(adaptor.using(**state))
+            yield
+
+    @contextmanager
+    def planned(self, plan: QueryPlan) -> Iterator[None]:
+        """Let a plan be that of a `with` block, see `GraceEditor.plan`."""
+        with ExitStack() as stack:
+            stack.enter_context(self.using(plan=plan))
+            for other in self.others:
+                if other.plan is None:
+                    rows = dataclasses.replace(plan, answers=None, kept=None)
+                    stack.enter_context(other.using(plan=rows))
+            yield
+
+    @contextmanager
+    def among_others(self, plans: Sequence[QueryPlan | None] = ()) -> Iterator[None]:
+        """Let the other layers answer as they serve inside a `with` block, without counting it.
+
+        For forwards that show or change what this layer does.
+
+        Args:
+            plans: of the other layers, in their order; none: they plan each forward themselves.
+        """
+        serving = {"enabled": True, "generation": None, "ends": None, "counts": False}
+        serving |= {"forced": None, "captures": None, "witness": None}
+        with ExitStack() as stack:
+            for number, other in enumerate(self.others):
+                plan = plans[number] if plans else None
+                stack.enter_context(other.using(plan=plan, **serving))
+            yield
+
+    @contextmanager
     def disabled(self, *, thread_only: bool = False) -> Iterator[None]:
         """Serve the unedited model inside a `with` block; see `GraceEditor.disable`."""
+        with ExitStack() as stack:
+            for adaptor in (self, *self.others):
+                stack.enter_context(adaptor._off(thread_only))
+            yield
+
+    @contextmanager
+    def _off(self, thread_only: bool) -> Iterator[None]:
         if not thread_only:
             self.switch.turn_off()
         try:
@@ -123,7 +171,7 @@ class GraceAdaptor:
     def answer(self, prompts: Sequence[Sequence[int]]) -> Latched:
         """Return the answers to prompts of token ids; under `query="text"` alone."""
         assert self.text is not None
-        return self.text.answer(self.codebook, prompts, self.witness)
+        return self.text.answer(self.codebook, prompts, self.witness, counts=self.counts)
 
     def remember(self, start: int, plan: QueryPlan | LatchedPlan | None) -> None:
         """Note what a forward did whose first autograd node was to have the number `start`."""
@@ -236,7 +284,8 @@ class GraceAdaptor:
                 rows, queries, *tensors, book.count, sketch=book.sketch
             )
         if not torch.compiler.is_compiling():
-            book.count_answers(index)
+            if self.counts:
+                book.count_answers(index)
             if self.witness is not None:
                 self.witness(book, index, distance, time.perf_counter() - start)
         if plan.kept is not None:

@@ -28,6 +28,9 @@ from .packed import PackedPlan
 from .state import Generation
 from .torch_private import next_node_number
 
+_FURTHER = "grace_further"
+"""Where a seam keeps the adaptors of the layers that were attached after the first."""
+
 _WRAPPERS = re.compile(r"(^|\.)(base_model\.model|_orig_mod|module)(?=\.)")
 
 
@@ -89,35 +92,7 @@ class GraceGenerator(GraceSeam):
     """Mixin of a model that generates: one lookup at the prompt's end, latched for what follows."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        adaptor: GraceAdaptor | None = self.__dict__.get("grace")
-        generate = _beneath(self, "generate")
-        if adaptor is None or not adaptor.active:
-            return generate(*args, **kwargs)
-        if adaptor.plan is not None:
-            raise ValueError(
-                "generate must be called outside editor.plan(...): a plan names the rows of a "
-                "single forward, and generate plans each of its own"
-            )
-        whole_prefill(adaptor, kwargs, getattr(self, "generation_config", None))
-        if adaptor.generation is None:  # an assistant inside generate keeps a cache of its own
-            warn_later_turn(adaptor, kwargs)
-        state = Generation(prompt_length(args, kwargs))
-        _follow_preparing(self)
-        try:
-            # enabled: it ends as it begins, whatever other threads switch off meanwhile.
-            with adaptor.using(generation=state, enabled=True, ends=None):
-                out = generate(*args, **kwargs)
-        finally:
-            if state.latched is not None:
-                adaptor.thread.give_back(state.latched)
-        # Inside another generate this is an assistant's, which may leave before the layer.
-        if state.planned and not state.reached and adaptor.generation is None:
-            warnings.warn(
-                f"generate was not edited: the forward of {shadowed(self)} was replaced after "
-                "attaching by one that does not call it; replace it before attaching",
-                stacklevel=2,
-            )
-        return out
+        return _by_each(self, _generate, _beneath(self, "generate"), args, kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         adaptor: GraceAdaptor | None = self.__dict__.get("grace")
@@ -130,13 +105,63 @@ class GraceGenerator(GraceSeam):
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         own = _beneath(self, "prepare_inputs_for_generation")
-        return _planned_inputs(self, own, args, kwargs)
+        return _by_each(self, _planned_inputs, own, args, kwargs)
 
 
-def _planned_inputs(model: Any, prepare: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _by_each(module: Any, wrap: Callable[..., Any], beneath: Any, args: Any, kwargs: Any) -> Any:
+    """Call a method of a seam with `wrap` round it, once for each adaptor that it plans for."""
+    for adaptor in module.__dict__.get(_FURTHER, ()):
+        beneath = _round(module, wrap, adaptor, beneath)
+    adaptor = module.__dict__.get("grace")
+    if adaptor is None:
+        return beneath(*args, **kwargs)
+    return wrap(module, adaptor, beneath, args, kwargs)
+
+
+def _round(module: Any, wrap: Callable[..., Any], adaptor: GraceAdaptor, beneath: Any) -> Any:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrap(module, adaptor, beneath, args, kwargs)
+
+    return wrapped
+
+
+def _generate(
+    model: Any, adaptor: GraceAdaptor, generate: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
+    if not adaptor.active:
+        return generate(*args, **kwargs)
+    if adaptor.plan is not None:
+        raise ValueError(
+            "generate must be called outside editor.plan(...): a plan names the rows of a "
+            "single forward, and generate plans each of its own"
+        )
+    whole_prefill(adaptor, kwargs, getattr(model, "generation_config", None))
+    if adaptor.generation is None:  # an assistant inside generate keeps a cache of its own
+        warn_later_turn(adaptor, kwargs)
+    state = Generation(prompt_length(args, kwargs))
+    _follow_preparing(model)
+    try:
+        # enabled: it ends as it begins, whatever other threads switch off meanwhile.
+        with adaptor.using(generation=state, enabled=True, ends=None):
+            out = generate(*args, **kwargs)
+    finally:
+        if state.latched is not None:
+            adaptor.thread.give_back(state.latched)
+    # Inside another generate this is an assistant's, which may leave before the layer.
+    if state.planned and not state.reached and adaptor.generation is None:
+        warnings.warn(
+            f"generate was not edited: the forward of {shadowed(model)} was replaced after "
+            "attaching by one that does not call it; replace it before attaching",
+            stacklevel=4,
+        )
+    return out
+
+
+def _planned_inputs(
+    model: Any, adaptor: GraceAdaptor, prepare: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
     """Prepare the inputs of a forward of `generate`, and plan it by what comes out."""
-    adaptor: GraceAdaptor | None = model.__dict__.get("grace")
-    if adaptor is None or adaptor.generation is None:
+    if adaptor.generation is None:
         return prepare(*args, **kwargs)
     state = adaptor.generation
     with adaptor.using(generation=None):  # it may call what it has replaced, which plans nothing
@@ -155,7 +180,7 @@ class _InstancePrepare:
         functools.update_wrapper(self, prepare)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _planned_inputs(self.model, self.prepare, args, kwargs)
+        return _by_each(self.model, _planned_inputs, self.prepare, args, kwargs)
 
 
 def _follow_preparing(model: Any) -> None:
@@ -241,39 +266,83 @@ def attach(
     adaptor: GraceAdaptor,
     *,
     generates: bool,
+    further: bool = False,
 ) -> None:
     """Set `adaptor` into `layer`; `seam` (the model or its encoder) will plan its forwards.
 
     Args:
         generates: the seam is a model whose `generate` is to be edited; it has transformers'
             `prepare_inputs_for_generation`.
+        further: other layers of the model carry adaptors already, beside which this one comes.
 
     Raises:
-        ValueError: the layer or the model carries an adaptor already.
+        ValueError: the layer carries an adaptor already, or lies in one that does or round it; or
+            the model does, and `further` is False.
     """
     if is_attached(layer):
         raise ValueError("the layer must not carry an adaptor already; detach that one first")
-    if any(map(is_attached, model.modules())):
+    others = [module for module in model.modules() if is_attached(module)]
+    if others and not further:
         raise ValueError("the model must not carry an adaptor already; detach that one first")
+    layers = [module for module in others if isinstance(module, GraceLayer)]
+    if any(_is_within(layer, other) or _is_within(other, layer) for other in layers):
+        raise ValueError(
+            "layer must lie beside the layers that carry an adaptor already, got one inside "
+            "another, whose answer replaces that of the inner one"
+        )
+    _meet(adaptor, [module.__dict__["grace"] for module in layers])
+    if seam.__dict__.get("grace") is not None:
+        seam.__dict__[_FURTHER] = (*seam.__dict__.get(_FURTHER, ()), adaptor)
+        _swap(layer, GraceLayer, adaptor)
+        return
     swaps: list[tuple[nn.Module, type]] = [
         (layer, GraceLayer),
         (seam, GraceGenerator if generates else GraceSeam),
     ]
     for module, mixin in swaps:
-        own = module.__dict__.get("forward")
-        module.__dict__["grace"] = adaptor
-        if own is not None:
-            # accelerate and others set forward on the instance, where it would shadow the class.
-            wrap = _adapt_output if mixin is GraceLayer else _planned_forward
-            module.__dict__["forward"] = InstanceForward(wrap, module, own)
-        base: Any = getattr(type(module), "grace_base", type(module))
-        module.__class__ = _swapped(mixin, base)
+        _swap(module, mixin, adaptor)
 
 
-def detach(model: nn.Module) -> None:
-    """Give every module of `model` its own class and forward back."""
+def _swap(module: nn.Module, mixin: type, adaptor: GraceAdaptor) -> None:
+    own = module.__dict__.get("forward")
+    module.__dict__["grace"] = adaptor
+    if own is not None:
+        # accelerate and others set forward on the instance, where it would shadow the class.
+        wrap = _adapt_output if mixin is GraceLayer else _planned_forward
+        module.__dict__["forward"] = InstanceForward(wrap, module, own)
+    base: Any = getattr(type(module), "grace_base", type(module))
+    module.__class__ = _swapped(mixin, base)
+
+
+def _is_within(module: nn.Module, outer: nn.Module) -> bool:
+    return any(inner is module for inner in outer.modules())
+
+
+def _meet(adaptor: GraceAdaptor, others: list[GraceAdaptor]) -> None:
+    """Let the adaptors of a model know of one that comes, and it of them."""
+    adaptor.others = tuple(others)
+    for other in others:
+        other.others = (*other.others, adaptor)
+
+
+def detach(model: nn.Module, adaptor: GraceAdaptor | None = None) -> None:
+    """Give every module of `model` its own class and forward back.
+
+    Args:
+        adaptor: the one to take out; None: those of all layers.
+    """
     for module in model.modules():
         if not is_attached(module):
+            continue
+        carried = (module.__dict__["grace"], *module.__dict__.pop(_FURTHER, ()))
+        left = [each for each in carried if adaptor is not None and each is not adaptor]
+        for each in carried:
+            stay = each.others if each in left else ()
+            each.others = tuple(other for other in stay if other is not adaptor)
+        if left:
+            module.__dict__["grace"] = left[0]
+            if left[1:]:
+                module.__dict__[_FURTHER] = tuple(left[1:])
             continue
         module.__class__ = type(module).grace_base
         del module.__dict__["grace"]
@@ -346,6 +415,12 @@ def _planned_forward(seam: Any, forward: Any, args: Any, kwargs: Any) -> Any:
         return forward(*args, **kwargs)
     if packed is not None:
         return _packed_forward(adaptor, packed, forward, args, kwargs)
+    return _by_each(seam, _plan_and_run, forward, args, kwargs)
+
+
+def _plan_and_run(
+    seam: Any, adaptor: GraceAdaptor, forward: Callable[..., Any], args: Any, kwargs: Any
+) -> Any:
     before = plan = adaptor.plan
     if adaptor.active and before is None:
         generation = adaptor.generation

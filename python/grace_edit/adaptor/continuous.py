@@ -207,6 +207,11 @@ def check_served(adaptor: GraceAdaptor) -> None:
     Raises:
         ValueError: naming what can be.
     """
+    if adaptor.others:
+        raise ValueError(
+            "continuous batching serves the edits of one layer, got a model with adaptors in "
+            f"{1 + len(adaptor.others)}; use generate"
+        )
     if adaptor.query == "text" or (adaptor.query == "last" and adaptor.replace == "last"):
         return
     raise ValueError(

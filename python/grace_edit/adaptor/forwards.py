@@ -305,7 +305,7 @@ def whole_prefill(adaptor: GraceAdaptor, kwargs: dict[str, Any], default: Any) -
         warnings.warn(
             f"prefill_chunk_size is ignored: replace={adaptor.replace!r} and "
             f"query={adaptor.query!r} need the whole prompt in one forward",
-            stacklevel=3,
+            stacklevel=5,
         )
         kwargs["prefill_chunk_size"] = None
 
@@ -318,7 +318,7 @@ def warn_later_turn(adaptor: GraceAdaptor, kwargs: dict[str, Any]) -> None:
             f"past_key_values holds earlier tokens: replace={adaptor.replace!r} and "
             f"query={adaptor.query!r} reach the new ones only, so answers may differ from those "
             "without a cache",
-            stacklevel=3,
+            stacklevel=5,
         )
 
 
@@ -330,5 +330,5 @@ def _warn_left_padding(adaptor: GraceAdaptor, mask: Tensor) -> None:
         warnings.warn(
             "left padding without position_ids shifts the positions of most causal models, whose "
             "edits then do not fire; pass position_ids",
-            stacklevel=5,
+            stacklevel=7,
         )

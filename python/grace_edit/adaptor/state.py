@@ -106,6 +106,7 @@ class ThreadState(threading.local):
         self.captures: list[Captured] | None = None
         self.stops = False  # a capture ends its forward
         self.witness: Witness | None = None
+        self.counts = True  # answers are those of a request
         self.rooms: dict[int, Latched] = {}  # free ones, by the number of sequences
         self.pinned: dict[tuple[str, torch.Size, torch.device], Tensor] = {}
 

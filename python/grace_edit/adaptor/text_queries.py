@@ -101,6 +101,8 @@ class TextQueries:
         book: Codebook,
         prompts: Sequence[Sequence[int]],
         witness: Witness | None = None,
+        *,
+        counts: bool = True,
     ) -> Latched:
         """Say which entry answers each of B prompts, and with which value.
 
@@ -108,6 +110,7 @@ class TextQueries:
             book: of keys of this width.
             prompts: token ids without padding.
             witness: is told of the lookup; its seconds are those of keys and lookup together.
+            counts: it is a request, and counted as one.
 
         Returns:
             On the device of the codebook. Equal prompts have equal answers.
@@ -117,22 +120,27 @@ class TextQueries:
         # Nothing is made for an empty codebook, and nothing under the lock: an encoder is slow.
         rows = {ids: self.rows(ids) for ids in known} if book.entries else {}
         with book.lock:
-            slots = dict(zip(rows, _decide(book, [*rows.values()]), strict=True)) if rows else {}
+            slots = dict(zip(rows, decide(book, [*rows.values()]), strict=True)) if rows else {}
             found = [slots.get(ids, (-1, float("inf"))) for ids in known]
             index = torch.tensor([s for s, _ in found], dtype=torch.int64, device=book.device)
-            book.count_answers(index)
+            if counts:
+                book.count_answers(index)
             if witness is not None:
                 near = torch.tensor([d for _, d in found])
                 witness(book, index, near, time.perf_counter() - start)
             answered = Latched(index, book.values[index.clamp(min=0)])
-        with self._lock:
-            self.requests += len(prompts)
-            self.seconds += time.perf_counter() - start
+        if counts:
+            with self._lock:
+                self.requests += len(prompts)
+                self.seconds += time.perf_counter() - start
         return answered
 
 
-def _decide(book: Codebook, each: Sequence[Tensor]) -> list[tuple[int, float]]:
-    """Return the slot that answers each prompt of queries `[S, D]` and how far it is; -1: none."""
+def decide(book: Codebook, each: Sequence[Tensor]) -> list[tuple[int, float]]:
+    """Return the slot that answers each prompt of queries `[S, D]` and how far it is; -1: none.
+
+    The lock of the codebook must be held.
+    """
     rows = torch.cat(list(each)).to(book.device)
     index, distance = book.lookup(rows)
     slots, distances = index.tolist(), distance.tolist()

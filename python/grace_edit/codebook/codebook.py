@@ -9,14 +9,14 @@ The method is that of Hartvigsen et al., "Aging with GRACE" (NeurIPS 2023, arXiv
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from . import audit, deletion, importing, past, planning, retention
+from . import audit, deletion, importing, past, planning, requerying, retention
 from . import policy as rules
 from .contents import Contents
 from .records import EditResult, Proposal
@@ -261,6 +261,31 @@ class Codebook(Contents):
         """
         with self.changing() as storage:
             deletion.delete(storage, id, purge)
+
+    def requery(self, queries: Mapping[int, tuple[Tensor, float | None]]) -> None:
+        """Give edits other queries, as if they had been made with these.
+
+        All decisions are taken again in order, without a model: afterwards the codebook is what the
+        history gives with the new queries, up to the order of the slots. Each edit keeps its id and
+        the value that answers it. Edits whose queries are equal then supersede each other.
+
+        Args:
+            queries: by the id of an edit, or of a part, its query `[D]` and the radius of its new
+                entry (None: the codebook's).
+
+        Raises:
+            KeyError: an id is unknown, or that of an edit without a stored prompt.
+            TypeError, ValueError: a query or a radius is not one.
+        """
+        with self.changing() as storage:
+            requerying.requery(storage, queries)
+
+    def take_turns_with(self, other: Codebook) -> None:
+        """Let changes of this codebook and of another one wait for each other from now on.
+
+        To be called before another thread knows this one.
+        """
+        self.storage.changing = other.storage.changing
 
     def compact(self, keep: int = 0) -> int:
         """Forget deleted and superseded edits, with all that only they need, and the undo.

@@ -38,9 +38,13 @@ _Step = dict[Place, Any]  # in the order of the first change of each place
 
 
 class Journal:
-    """The open transactions, the innermost last, and the steps of undo, the latest last."""
+    """The open transactions, the innermost last, and the steps of undo, the latest last.
+
+    `made` counts the steps that there ever were.
+    """
 
     def __init__(self) -> None:
+        self.made = 0
         self._open: list[_Step] = []
         self._steps: list[_Step] = []
         self._beginning = "the codebook was made"
@@ -103,6 +107,7 @@ class Journal:
         changed = {place: old for place, old in step.items() if not _holds(place, old)}
         if changed:
             self._steps.append(changed)
+            self.made += 1
             self._drop_oldest()
 
     def changed(self) -> list[Place] | None:

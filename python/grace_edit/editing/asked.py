@@ -14,7 +14,8 @@ from grace_kernels import nearest
 from ..adaptor.precision import check_fits
 from ..codebook.codebook import Codebook
 from ..codebook.policy import fp32
-from ..families import Family
+from ..codebook.records import Edit
+from ..families import Family, target_of
 
 _FIELDS = ("prompt", "target", "paraphrases", "negatives")
 
@@ -42,6 +43,16 @@ class Key:
     prompt: list[int]
     query: Tensor
     radius: float | None = None
+
+
+def wanted_of(book: Codebook, edit: Edit) -> Wanted:
+    """Return what a whole edit of the history asked for."""
+    return Wanted(
+        list(edit.prompt or ()),
+        target_of(edit.label),
+        tuple(list(part.prompt or ()) for part in book.parts(edit.id)),
+        tuple(list(negative) for negative in edit.negatives),
+    )
 
 
 def read_wanted(family: Family, edit: Any) -> Wanted:

@@ -7,12 +7,12 @@ and its test.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
-import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -26,6 +26,7 @@ from ..adaptor.forwards import plan_prompts
 from ..adaptor.positions import QueryPlan
 from ..adaptor.state import Captured, LayerReached
 from ..adaptor.surroundings import can_stop, device_of
+from .eval_mode import EvalMode
 from .ids import is_chat, token_ids
 
 MOST_ROWS = 32
@@ -123,9 +124,7 @@ class Family(ABC):
         self.attached = False
         self.cuts: bool | None = None
         self.runs_once = False
-        self._at_work = 0  # threads inside `working`, and what they put into eval mode
-        self._training: list[nn.Module] = []
-        self._lock = threading.Lock()
+        self._eval_mode = EvalMode(model)
 
     @classmethod
     @abstractmethod
@@ -321,12 +320,19 @@ class Family(ABC):
         found = getattr(self.config, name, None) if found is None else found
         return found[0] if isinstance(found, list) else found
 
-    def attach(self, layer: str, adaptor: GraceAdaptor) -> None:
+    def beside(self) -> Family:
+        """Return the family of one more layer of the same model, not attached yet."""
+        further = copy.copy(self)
+        further.attached = False
+        return further
+
+    def attach(self, layer: str, adaptor: GraceAdaptor, *, further: bool = False) -> None:
         """Set an adaptor into a layer of the model, which this family then runs.
 
         Args:
             layer: its name or a unique part of it, see `find_layer`; `self.layer` is the full one.
             adaptor: becomes `self.adaptor`.
+            further: the model carries adaptors in other layers, see `attach.attach`.
 
         Raises:
             ValueError: an unknown or ambiguous layer, one that cannot be edited, or a model that
@@ -341,42 +347,29 @@ class Family(ABC):
             )
         # A `generate` of somebody's own that prepares nothing runs plain forwards.
         latches = self.generates and hasattr(seam, "prepare_inputs_for_generation")
-        attaching.attach(self.model, module, seam, adaptor, generates=latches)
+        how = {"generates": latches, "further": further}
+        attaching.attach(self.model, module, seam, adaptor, **how)
         self.adaptor = adaptor
         self.attached = True
         self.cuts, self.runs_once = None, False
 
-    def detach(self) -> None:
-        """Take the adaptor out of the model; it stays here, with its codebook."""
+    def detach(self, *, alone: bool = False) -> None:
+        """Take the adaptor out of the model; it stays here, with its codebook.
+
+        Args:
+            alone: leave those of other layers.
+        """
         if self.attached:
-            attaching.detach(self.model)
+            attaching.detach(self.model, self.adaptor if alone else None)
             self.attached = False
 
     @contextmanager
     def working(self) -> Iterator[None]:
-        """Run the model in eval mode inside a `with` block; all is put back, whatever happens.
-
-        Where several threads are inside at a time, the last one that leaves puts it back.
-        """
+        """Run the model in eval mode inside a `with` block; all is put back, whatever happens."""
         if not self.attached:
             raise ValueError("the editor must be attached to its model for this; it was detached")
-        with self._lock:
-            self._at_work += 1
-        try:
-            with self._lock:
-                for module in self.model.modules():
-                    if module.training:
-                        self._training.append(module)
-                        module.training = False
-            with torch.inference_mode(False), self.adaptor.using(ends=None):
-                yield
-        finally:
-            with self._lock:
-                self._at_work -= 1
-                if not self._at_work:
-                    for module in self._training:
-                        module.training = True
-                    self._training = []
+        with self._eval_mode, torch.inference_mode(False), self.adaptor.using_all(ends=None):
+            yield
 
     @property
     def device(self) -> torch.device:
@@ -406,10 +399,9 @@ class Family(ABC):
         """
         captures: list[Captured] = []
         stops = self.runs_once and can_stop(self.model, self.layer)
-        with self.adaptor.using(
-            captures=captures, stops=stops, plan=None, generation=None, forced=None
-        ):
-            with suppress(LayerReached):
+        captured = {"captures": captures, "stops": stops}
+        with self.adaptor.using(plan=None, generation=None, forced=None, **captured):
+            with self.adaptor.among_others(), suppress(LayerReached):
                 self.run_prompts(self.inputs(prompts, left=left))
         if len(captures) != 1:
             raise ValueError(
@@ -438,11 +430,27 @@ class Family(ABC):
         """Run a batch of prompts through the model (its encoder, where that is what is edited)."""
         return self.model(**batch)
 
+    @contextmanager
     def answering(
-        self, values: Tensor | None, plan: QueryPlan | None = None
-    ) -> AbstractContextManager[None]:
-        """Answer the prompts of a `with` block by `values [B, V]`; None: by the codebook."""
-        return self.adaptor.using(forced=values, plan=plan, generation=None)
+        self,
+        values: Tensor | None,
+        plan: QueryPlan | None = None,
+        others: Sequence[QueryPlan | None] = (),
+    ) -> Iterator[None]:
+        """Answer the prompts of a `with` block by `values [B, V]`; None: by the codebook.
+
+        Other layers answer by their codebooks, under plans of theirs where these are given.
+        """
+        own = self.adaptor.using(forced=values, plan=plan, generation=None)
+        if values is not None:
+            with own, self.adaptor.among_others(others):
+                yield
+            return
+        with own, ExitStack() as stack:
+            for number, other in enumerate(self.adaptor.others):
+                its = others[number] if others else None
+                stack.enter_context(other.using(plan=its, generation=None))
+            yield
 
     def teaching(
         self,
@@ -452,15 +460,16 @@ class Family(ABC):
         prompt_len: Tensor | None = None,
     ) -> AbstractContextManager[None]:
         """Answer one forward over `inputs` of prompts, or of what begins with them."""
-        plan = self.plan(batch, prompt_len)
-        if values is None and self.adaptor.text is not None:
-            plan.answers = self.adaptor.answer(prompts)
-        return self.answering(values, plan)
-
-    def plan(self, batch: dict[str, Tensor], prompt_len: Tensor | None = None) -> QueryPlan:
-        """Plan a forward over `inputs`; `prompt_len [B]`: how much of each is prompt, None: all."""
-        mask = batch["attention_mask"].bool()
-        return plan_prompts(self.adaptor, mask, batch["input_ids"], prompt_len=prompt_len)
+        mask, ids = batch["attention_mask"].bool(), batch["input_ids"]
+        plans = []
+        for adaptor in (self.adaptor, *self.adaptor.others):
+            plan = plan_prompts(adaptor, mask, ids, prompt_len=prompt_len)
+            forced = values is not None and adaptor is self.adaptor
+            if adaptor.text is not None and not forced:
+                with adaptor.using(counts=values is None and adaptor.counts):
+                    plan.answers = adaptor.answer(prompts)
+            plans.append(plan)
+        return self.answering(values, plans[0], plans[1:])
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], length: int) -> Tensor:
