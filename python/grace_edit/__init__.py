@@ -16,6 +16,7 @@ from .editing.explanation import Explanation
 from .editing.scoring import Score
 from .editing.verification import Misfire
 from .editor import GraceEditor
+from .layers import LayersError
 from .serving import load
 from .suggesting import LayerSuggestion, RadiusSuggestion, suggest_layer, suggest_radius
 
@@ -29,6 +30,7 @@ __all__ = [
     "GraceConfig",
     "GraceEditor",
     "LayerSuggestion",
+    "LayersError",
     "Misfire",
     "Publisher",
     "QueryPlan",

@@ -180,9 +180,10 @@ class GraceEditor:
         """Make many edits, with the same decisions as one by one in this order.
 
         Values are trained in common forwards, where they start from the layer's own output
-        (`init="warm"`) and one layer is edited, and each is proven as a single one is. So keys, radii and cases are those
+        (`init="warm"`), and each is proven as a single one is. So keys, radii and cases are those
         of one by one, while values and losses may differ in their last bits, and then in the steps
-        they took. One that fails so is trained alone before it is refused.
+        they took. One that fails so is trained alone before it is refused. Where several layers are
+        edited, all are trained alone.
 
         All or nothing on an exception (Ctrl-C included), and one step for `undo`. An edit that is
         refused (`success=False`) does not stop the others.
@@ -454,8 +455,9 @@ class GraceEditor:
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the edits to `directory`: `grace_config.json`, `codebook.safetensors`,
         `edits.jsonl`, and under `query="text"` the map, `text_map.safetensors` and
-        `text_map.json`; its encoder by name and fingerprint."""
-        serving.save(self.family, self.config, directory)
+        `text_map.json`; its encoder by name and fingerprint. Those of all layers at once."""
+        first, *others = [(editor.family, editor.config) for editor in self.layers.values()]
+        serving.save(*first, directory, others=others)
 
     @classmethod
     def from_pretrained(
@@ -477,13 +479,16 @@ class GraceEditor:
                 layer, after proving every edit on it anew.
             progress: show a progress bar while proving.
 
+        Returns:
+            The editor, of several layers that of the lowest; `editor.layers` has them all.
+
         Raises:
             StoreError: a file is missing, truncated, altered or of a newer format, or the edits
                 belong to another model, layer, dtype, text map or encoder; the message names which.
             ValueError: edits with `query="text"` need a tokenizer, or an encoder that must be given
                 again.
         """
-        family, config = serving.attach_saved(
+        attached = serving.attach_saved(
             model,
             tokenizer,
             directory,
@@ -491,9 +496,9 @@ class GraceEditor:
             allow_above=allow_above,
             progress=progress,
         )
-        editor = cls.__new__(cls)
-        editor.model, editor.family, editor.config = model, family, config
-        return editor
+        layers: Layers[GraceEditor] = Layers()
+        editors = [cls._of(model, family, config, layers) for family, config in attached]
+        return editors[0]
 
 
 def _attach(family: Family, config: GraceConfig, *, further: bool = False) -> None:

@@ -38,7 +38,7 @@ What serving with `torch.compile` and CUDA graphs may count on, edits being made
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +68,18 @@ def save(
     config: GraceConfig,
     directory: str | Path,
     further: dict[str, Any] | None = None,
+    others: Sequence[tuple[Family, GraceConfig]] = (),
 ) -> None:
     """Write the edits of an attached model to `directory`.
 
     Args:
         further: what JSON can hold, kept in the description by these names until the next save.
+        others: the model's other layers, whose edits are saved in the same step.
     """
     described, beside = describe(family, config)
-    store.save(family.adaptor.codebook, directory, {**described, **(further or {})}, beside)
+    kept = [store.Kept(one.adaptor.codebook, *describe(one, its)) for one, its in others]
+    described |= further or {}
+    store.save(family.adaptor.codebook, directory, described, beside, kept)
 
 
 def describe(family: Family, config: GraceConfig) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -110,7 +114,7 @@ def attach_saved(
     allow_above: bool = False,
     progress: bool = False,
     saved: store.Saved | None = None,
-) -> tuple[Family, GraceConfig]:
+) -> list[tuple[Family, GraceConfig]]:
     """Attach saved edits to `model`, whether to serve them or to go on editing.
 
     Args:
@@ -124,7 +128,7 @@ def attach_saved(
         saved: what was read of the directory already; None: it is read.
 
     Returns:
-        The family of the attached model, and the settings of the edits.
+        For each layer the family of the attached model, and the settings of the edits.
 
     Raises:
         StoreError: bad files, or another model, layer, dtype, text map or encoder. The model is
@@ -132,8 +136,44 @@ def attach_saved(
         ValueError: a tokenizer or an encoder is needed and was not given.
     """
     model = attaching.core_of(model)
-    read = store.load_saved(directory) if saved is None else saved
-    codebook, described, beside = read.codebook, read.config, read.beside
+    read = store.load_saved(directory, several=True) if saved is None else saved
+    attached: list[tuple[Family, GraceConfig]] = []
+    other = False
+    try:
+        for kept in (store.Kept(read.codebook, read.config, read.beside), *read.further):
+            beside = attached[0][0] if attached else None
+            family, config, differs = _attach(
+                model, tokenizer, directory, kept, encoder, allow_above, beside
+            )
+            attached.append((family, config))
+            other = other or differs
+        for family, _ in attached if other else ():
+            _prove(family, directory, progress)
+    except BaseException:
+        for family, _ in attached:
+            family.detach()
+        raise
+    return attached
+
+
+def _attach(
+    model: nn.Module,
+    tokenizer: Any,
+    directory: str | Path,
+    kept: store.Kept,
+    encoder: Callable[[list[str]], Any] | str | None,
+    allow_above: bool,
+    attached: Family | None,
+) -> tuple[Family, GraceConfig, bool]:
+    """Attach the saved edits of one layer, see `attach_saved`.
+
+    Args:
+        attached: the family of a layer that is attached already.
+
+    Returns:
+        The family, the settings, and whether the model is another one above the layer.
+    """
+    codebook, described, beside = kept.codebook, kept.config, kept.beside
     try:
         config = GraceConfig(**described["config"])
         config = config if encoder is None else dataclasses.replace(config, encoder=encoder)
@@ -171,15 +211,9 @@ def attach_saved(
         adaptor.text = text_of(model, tokenizer, config, serving["text"], beside, directory)
         check_reading(adaptor.text, codebook, directory)
     codebook.to(next(model.parameters()).device).storage.slots.maintain_sketch()
-    family = family_of(model, tokenizer)
-    family.attach(found, adaptor)
-    if different:
-        try:
-            _prove(family, directory, progress)
-        except BaseException:
-            family.detach()
-            raise
-    return family, config
+    family = family_of(model, tokenizer) if attached is None else attached.beside()
+    family.attach(found, adaptor, further=attached is not None)
+    return family, config, bool(different)
 
 
 def text_of(
@@ -273,11 +307,12 @@ def load(
         encoder: of such edits, where it was a callable or lies elsewhere now.
 
     Returns:
-        The adaptor. `grace_edit.detach(model)` takes it out again.
+        The adaptor, of several layers that of the lowest. `grace_edit.detach(model)` takes all out
+        again.
 
     Raises:
         StoreError: bad files, or another model, layer, dtype, text map or encoder.
         ValueError: a tokenizer or an encoder is needed and was not given.
     """
-    family, _ = attach_saved(model, tokenizer, directory, encoder=encoder)
+    (family, _), *_ = attach_saved(model, tokenizer, directory, encoder=encoder)
     return family.adaptor

@@ -137,21 +137,15 @@ class GraceAdaptor:
     @contextmanager
     def disabled(self, *, thread_only: bool = False) -> Iterator[None]:
         """Serve the unedited model inside a `with` block; see `GraceEditor.disable`."""
-        with ExitStack() as stack:
-            for adaptor in (self, *self.others):
-                stack.enter_context(adaptor._off(thread_only))
-            yield
-
-    @contextmanager
-    def _off(self, thread_only: bool) -> Iterator[None]:
-        if not thread_only:
-            self.switch.turn_off()
+        off = [] if thread_only else [self.switch, *(other.switch for other in self.others)]
+        for switch in off:
+            switch.turn_off()
         try:
-            with self.using(enabled=False):
+            with self.using_all(enabled=False):
                 yield
         finally:
-            if not thread_only:
-                self.switch.turn_on()
+            for switch in off:
+                switch.turn_on()
 
     def take_room(self, sequences: int) -> Latched:
         """Return room for the answers of a batch, until `self.thread.give_back`."""

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from . import redo
 from .log import End
-from .store import TENSORS, StoreError, describe, is_being_saved, log_of, read_log
+from .store import (
+    TENSORS,
+    StoreError,
+    describe,
+    is_being_saved,
+    log_of,
+    read_log,
+    several_layers,
+)
 
 if TYPE_CHECKING:
     from grace_kernels.distributed import ShardedCodebook
@@ -33,12 +41,14 @@ def load_sharded(directory: str | Path, **options: Any) -> ShardedCodebook:
 
     Raises:
         StoreError: a file is missing, the tensors are not what the description says, there are
-            changes in a log, or somebody is saving.
+            changes in a log, several layers were saved, or somebody is saving.
         TypeError, ValueError: as `ShardedCodebook`; there are no entries.
     """
     from grace_kernels.distributed import ShardedCodebook  # here: few need it
 
     described = describe(directory)
+    if "layers" in described:
+        raise several_layers(Path(directory), described)
     settings = described["codebook"]
     path = Path(directory) / TENSORS
     try:

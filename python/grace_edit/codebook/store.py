@@ -7,7 +7,9 @@
     edits-….log            where somebody publishes: every change since, see `log`; its name says to
                            which checksum of the configuration it belongs
 
-and further ones that the caller names, such as the map of text keys. The configuration vouches for
+and further ones that the caller names, such as the map of text keys. The codebooks of further
+layers of the same model lie beside, each with files of its own ("layer-2." and so on before their
+names), and are described in the same configuration. The configuration vouches for
 the others, so the state it describes is either there as a whole or refused. Each file is first
 written under its name + ".new" and fsynced; then they are renamed, the configuration last. What an
 interruption between the renames leaves is completed on reading.
@@ -23,7 +25,8 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +41,14 @@ from .locking import LOCK, is_held, writing
 from .log import End, LogError, read, sync_directory
 from .storage import Storage
 
-FORMAT = 3
+FORMAT = 4
 """The highest that is read; what an older release reads right is written as 1."""
 
 LOGGED = 3
 """The format of a snapshot to which a log may belong, which an older release would not read."""
+
+SEVERAL = 4
+"""The format of the codebooks of several layers."""
 
 CONFIG = "grace_config.json"
 TENSORS = "codebook.safetensors"
@@ -50,6 +56,7 @@ EDITS = "edits.jsonl"
 _NEW = ".new"
 _PIECE = 1 << 22  # bytes read at a time
 _LOG = "edits-{}.log"
+_LAYER = "layer-{}."
 _READINGS = 1000  # of files that somebody renames each time
 _DTYPES = {str(t).removeprefix("torch."): t for t in (torch.float32, torch.float16, torch.bfloat16)}
 _DTYPES["float64"] = torch.float64
@@ -59,11 +66,21 @@ class StoreError(ValueError):
     """A saved codebook is missing, damaged, too new, or not one that belongs here."""
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A codebook as it is saved: with the caller's `config` for it, and further files by name."""
+
+    codebook: Codebook
+    config: dict[str, Any]
+    beside: dict[str, bytes] = field(default_factory=dict)
+
+
 def save(
     codebook: Codebook,
     directory: str | Path,
     config: dict[str, Any],
     beside: dict[str, bytes] | None = None,
+    further: Sequence[Kept] = (),
 ) -> None:
     """Write a codebook with its whole history, and the caller's `config`, to a directory.
 
@@ -76,6 +93,8 @@ def save(
         directory: made if it is not there.
         config: what JSON can hold; `load` returns it.
         beside: further files by name, saved with the same care; `load_all` returns them.
+        further: the codebooks of further layers, whose changes wait for those of this one; they are
+            saved in the same step.
 
     Raises:
         TypeError, ValueError: `config` is not JSON. Nothing is written.
@@ -89,7 +108,7 @@ def save(
             storage.watcher.settled(storage, anew=True)
             return
     with writing(directory), codebook.changing() as storage:
-        write(storage, Path(directory), config, beside)
+        write(storage, Path(directory), config, beside, further=further)
 
 
 def write(
@@ -100,6 +119,7 @@ def write(
     follows: str | None = None,
     taken: int | None = None,
     logged: bool = False,
+    further: Sequence[Kept] = (),
 ) -> str:
     """Do what `save` does, for who holds the lock of the directory and changes the codebook alone.
 
@@ -109,29 +129,40 @@ def write(
         follows: what the log before ended with, if this snapshot holds just that.
         taken: the highest version that may be seen before the log says more; None: as it was.
         logged: a log may be written beside it.
+        further: see `save`.
 
     Returns:
         The checksum of the configuration, to which a log belongs.
     """
-    _render(config)  # raises before anything is written
+    _render({"each": [config, *(kept.config for kept in further)]})  # raises before it writes
     taken = storage.taken if taken is None else taken
     complete(directory)
-    new = directory / (TENSORS + _NEW)
-    names = [TENSORS, EDITS, *(beside or {}), CONFIG]
+    each = [("", storage, config, beside or {})]
+    for n, kept in enumerate(further, 2):
+        each.append((_LAYER.format(n), kept.codebook.storage, kept.config, kept.beside))
+    made = [prefix + TENSORS for prefix, *_ in each]
+    names = [*made, *(prefix + name for prefix, *_, its in each for name in (EDITS, *its)), CONFIG]
+    files: dict[str, bytes] = {}
+    layers: list[dict[str, Any]] = []
     try:
         with storage.changing:
-            # Straight from the codebook's memory: its tensors may be most of what the machine has.
-            tensors, records = snapshot.content_of(storage)
-            settings, number = snapshot.settings_of(storage), snapshot.format_of(storage)
-            _write_tensors(tensors, new)
-        del tensors
-        files = {EDITS: records.encode(), **(beside or {})}
-        checksums = {name: _sha256(content) for name, content in files.items()}
+            for prefix, one, its_config, its in each:
+                # Straight from the codebook's memory: its tensors may be most of what there is.
+                tensors, records = snapshot.content_of(one)
+                settings, number = snapshot.settings_of(one), snapshot.format_of(one)
+                _write_tensors(tensors, directory / (prefix + TENSORS + _NEW))
+                del tensors
+                files[prefix + EDITS] = records.encode()
+                files |= {prefix + name: content for name, content in its.items()}
+                layers.append({"codebook": settings, "config": its_config})
+        checksums = {name: _sha256_of(directory / (name + _NEW)) for name in made}
+        checksums |= {name: _sha256(content) for name, content in files.items()}
+        number = LOGGED if logged else SEVERAL if further else number
         described: dict[str, Any] = {
-            "format": LOGGED if logged else number,
-            "codebook": settings,
-            "config": config,
-            "files": {TENSORS: _sha256_of(new), **checksums},
+            "format": number,
+            **layers[0],
+            **({"layers": layers[1:]} if further else {}),
+            "files": checksums,
             **({} if follows is None else {"follows": follows}),
             **({} if taken <= storage.version else {"taken": taken}),
         }
@@ -143,7 +174,9 @@ def write(
                 file.flush()
                 os.fsync(file.fileno())
         # safetensors makes its file for the owner alone; who may read the others reads it too.
-        os.chmod(new, (directory / (CONFIG + _NEW)).stat().st_mode & 0o777)
+        for name in made:
+            path = directory / (name + _NEW)
+            os.chmod(path, (directory / (CONFIG + _NEW)).stat().st_mode & 0o777)
         sync_directory(directory)
     except OSError:  # the disk may be full: what is not complete takes no room
         for name in reversed(names):
@@ -152,6 +185,7 @@ def write(
         raise
     _rename(directory, described)
     drop_other_logs(directory, described["checksum"])
+    _drop_other_layers(directory, names)
     return str(described["checksum"])
 
 
@@ -174,6 +208,13 @@ def drop_other_logs(directory: Path, checksum: str) -> None:
             gone = True
     if gone:
         sync_directory(directory)
+
+
+def _drop_other_layers(directory: Path, names: Sequence[str]) -> None:
+    """Remove the files of further layers that a snapshot before had."""
+    for path in directory.glob(_LAYER.format("*") + "*"):
+        if path.name not in names:
+            path.unlink(missing_ok=True)
 
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -232,6 +273,7 @@ class Saved:
         format: of the snapshot.
         end: of the log that was read; `changes` are in it.
         snapshot_bytes: the size of the files but the log.
+        further: the codebooks of further layers.
     """
 
     codebook: Codebook
@@ -242,32 +284,31 @@ class Saved:
     end: End
     changes: int
     snapshot_bytes: int
+    further: list[Kept] = field(default_factory=list)
 
 
-def load_saved(directory: str | Path, *, writer: bool = False, mapped: bool = False) -> Saved:
+def load_saved(
+    directory: str | Path, *, writer: bool = False, mapped: bool = False, several: bool = False
+) -> Saved:
     """Read what `save` wrote and what a log says was done since; see `load_all`.
 
     Args:
         writer: this process holds the lock, and no other one can be writing.
         mapped: see `load_all`.
+        several: the caller takes the codebooks of several layers too.
     """
     directory = Path(directory)
     described, files, records, end = _read(directory, writer)
-    tensors = files.pop(TENSORS)
-    try:
-        settings = described["codebook"]
-        adopt = mapped and settings["rows"] == settings["capacity"] > 0
-        book = _empty(settings, 1 if adopt else settings["capacity"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{directory / CONFIG}: bad settings ({error!r})") from error
-    try:
-        snapshot.fill_tensors(book.storage, tensors, settings, adopt=adopt)
-    except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{directory / TENSORS}: bad tensors ({error!r})") from error
-    try:
-        snapshot.fill_records(book.storage, files[EDITS].decode(), tensors)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise StoreError(f"{directory / EDITS}: bad record ({error!r})") from error
+    others = described.get("layers", [])
+    if others and not several:
+        raise several_layers(directory, described)
+    book = _filled(directory, described, files, "", mapped)
+    further = []
+    for n, other in enumerate(others, 2):
+        prefix = _LAYER.format(n)
+        one = _filled(directory, other, files, prefix, mapped)
+        its = _beside(files, prefix)
+        further.append(Kept(one, other["config"], its))
     book.storage.taken = described.get("taken", 0)
     changes = 0
     for record in records:
@@ -277,10 +318,53 @@ def load_saved(directory: str | Path, *, writer: bool = False, mapped: bool = Fa
             path = log_of(directory, described["checksum"])
             raise StoreError(f"{path}: bad record ({error!r})") from error
     book.storage.journal.forget("the codebook was loaded")
-    beside = {name: found for name, found in files.items() if name != EDITS}
-    size = sum(map(len, files.values())) + sum(x.nbytes for x in tensors.values())
+    beside, size = _beside(files, ""), sum(map(_size, files.values()))
     checksum, number = described["checksum"], described["format"]
-    return Saved(book, described["config"], beside, checksum, number, end, changes, size)
+    return Saved(book, described["config"], beside, checksum, number, end, changes, size, further)
+
+
+def several_layers(directory: Path, described: dict[str, Any]) -> StoreError:
+    """Return the error of who takes the codebook of one layer alone; see `describe`."""
+    return StoreError(
+        f"{directory}: must hold the edits of one layer here, got those of "
+        f"{1 + len(described['layers'])}; GraceEditor.from_pretrained and grace_edit.load attach "
+        "them all to a model"
+    )
+
+
+def _filled(
+    directory: Path, described: dict[str, Any], files: dict[str, Any], prefix: str, mapped: bool
+) -> Codebook:
+    """Return a codebook from the files that begin with `prefix`."""
+    tensors = files[prefix + TENSORS]
+    try:
+        settings = described["codebook"]
+        adopt = mapped and settings["rows"] == settings["capacity"] > 0
+        book = _empty(settings, 1 if adopt else settings["capacity"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{directory / CONFIG}: bad settings ({error!r})") from error
+    try:
+        snapshot.fill_tensors(book.storage, tensors, settings, adopt=adopt)
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{directory / (prefix + TENSORS)}: bad tensors ({error!r})") from error
+    try:
+        snapshot.fill_records(book.storage, files[prefix + EDITS].decode(), tensors)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise StoreError(f"{directory / (prefix + EDITS)}: bad record ({error!r})") from error
+    return book
+
+
+def _beside(files: dict[str, Any], prefix: str) -> dict[str, bytes]:
+    """Return the files that were saved beside the codebook of a layer, by the caller's names."""
+    own = {name: found for name, found in files.items() if name.startswith(prefix)}
+    if not prefix:
+        own = {name: found for name, found in own.items() if not name.startswith(_LAYER[:-3])}
+    named = {name.removeprefix(prefix): found for name, found in own.items()}
+    return {name: found for name, found in named.items() if name not in (TENSORS, EDITS)}
+
+
+def _size(found: Any) -> int:
+    return len(found) if isinstance(found, bytes) else sum(x.nbytes for x in found.values())
 
 
 def describe(directory: str | Path) -> dict[str, Any]:
@@ -289,7 +373,7 @@ def describe(directory: str | Path) -> dict[str, Any]:
     Returns:
         A dict with `format`, `codebook` (sizes, dtypes, policy, version of the snapshot), `config`
         (the caller's), `files` (checksums), `checksum`, and `follows` and `taken` if they are
-        there, see `write`.
+        there, see `write`; of several layers `layers`, `codebook` and `config` of each further one.
 
     Raises:
         StoreError: it is missing, altered or of a newer format.
@@ -466,7 +550,7 @@ def _read_files(directory: Path, described: dict[str, Any]) -> dict[str, Any]:
     for name in dict.fromkeys((TENSORS, EDITS, *named)):
         if Path(name).name != name:
             raise StoreError(f"{directory / CONFIG}: files must lie beside it, got {name!r}")
-        read = _map_tensors if name == TENSORS else _read_checked
+        read = _map_tensors if name.endswith(TENSORS) else _read_checked
         for candidate in (directory / name, directory / (name + _NEW)):
             if candidate.exists():
                 found = read(candidate, named.get(name))

@@ -222,5 +222,6 @@ def follow(
     """
     directory = Path(directory).absolute()
     saved = store.load_saved(directory)
-    family, _ = serving.attach_saved(model, tokenizer, directory, encoder=encoder, saved=saved)
+    attached = serving.attach_saved(model, tokenizer, directory, encoder=encoder, saved=saved)
+    family, _ = attached[0]
     return Follower(family, directory, saved, interval)

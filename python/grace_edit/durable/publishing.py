@@ -36,6 +36,11 @@ class Publisher:
         with editor.codebook.changing() as storage:
             if storage.journal.is_open:
                 raise ValueError("cannot publish inside a transaction: end it first")
+            if len(editor.layers) > 1:
+                raise ValueError(
+                    f"editor must be that of one layer to be published, got {list(editor.layers)}; "
+                    "save_pretrained writes several"
+                )
             if storage.watcher is not None:
                 raise ValueError(
                     "editor must not be published or follow already, got one that does"
