@@ -11,11 +11,14 @@ from .storage import Storage
 _ROWS = ("keys", "values", "radii")
 
 
-def adopt(storage: Storage, new: Storage) -> None:
+def adopt(storage: Storage, new: Storage) -> set[int]:
     """Let `storage` hold what `new` does, which is not to be used any more.
 
     A single step to lookups. Rows that are equal already are not written; within the capacity the
     tensors stay where they are. What was done before cannot be undone. `version` goes up.
+
+    Returns:
+        The slots of which a key, a value or a radius was written.
 
     Raises:
         CapacityError: it needs more slots than there are, and the codebook is frozen.
@@ -40,12 +43,14 @@ def adopt(storage: Storage, new: Storage) -> None:
             if not slots.frozen:
                 slots.warn_of_new_memory(theirs.capacity)
             slots.put_back("capacity", None, theirs.capacity)
+        written: set[int] = set()
         count = min(max(slots.in_use, theirs.in_use), slots.capacity, theirs.capacity)
         for name in _ROWS:
             own, other = getattr(slots, name), getattr(theirs, name)
             rows = other[:count].to(slots.device)
             for slot in _different(own[:count], rows):
                 slots.put_back(name, slot, rows[slot])
+                written.add(slot)
         for slot in range(max(slots.in_use, theirs.in_use)):
             slots.put_back("free", slot, slot in theirs.free)
         slots.put_back("in_use", None, theirs.in_use)
@@ -64,6 +69,7 @@ def adopt(storage: Storage, new: Storage) -> None:
         storage.taken = new.taken
         storage.journal.forget("a snapshot was followed")
         slots.maintain_sketch()
+    return written
 
 
 def _different(a: Tensor, b: Tensor) -> list[int]:

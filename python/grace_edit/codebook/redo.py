@@ -117,6 +117,16 @@ def version_of(record: bytes) -> int:
     return int(_parse(record)[0]["version"])
 
 
+def rows_of(record: bytes) -> set[int]:
+    """Return the slots of which a record holds a key, a value or a radius.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is no record.
+    """
+    said = _parse(record)[0]
+    return {slot for name in _ROWS for slot in said[name]}
+
+
 def changes_something(record: bytes) -> bool:
     """Say whether a record is of a change, not of a writer that came or went.
 

@@ -12,9 +12,9 @@ from typing import Any
 from torch import nn
 
 from .. import serving
-from ..codebook import adopting, redo, snapshot, store
+from ..codebook import store
 from ..codebook.journal import Place
-from ..codebook.log import End
+from ..codebook.replica import Replica
 from ..codebook.storage import Storage
 from ..codebook.store import StoreError
 from ..families import Family
@@ -29,7 +29,6 @@ class Follower:
         family: of the served model.
         error: why the last look brought nothing; None: it went well. The model goes on serving
             the version before, and it is tried again.
-        version: of the writer, that the model serves.
     """
 
     def __init__(
@@ -38,13 +37,12 @@ class Follower:
         self.family, self.directory = family, directory
         self._book = family.adaptor.codebook
         self._config = saved.config
-        self._checksum, self._end = saved.checksum, saved.end
-        self.version = self._book.version
         self.error: Exception | None = None
         self._one = threading.Lock()  # poll at a time
         self._news = threading.Condition()
         self._closed = threading.Event()
         self._guard = _Guard()
+        self._replica = Replica(self._book, directory, saved, self._check, self._guard.open)
         self._book.storage.watcher = self._guard
         self._thread: threading.Thread | None = None
         if interval is not None:
@@ -52,6 +50,11 @@ class Follower:
                 target=self._run, args=[interval], name="grace-follower", daemon=True
             )
             self._thread.start()
+
+    @property
+    def version(self) -> int:
+        """The version of the writer that the model serves."""
+        return self._replica.version
 
     @property
     def codebook(self) -> Any:
@@ -67,7 +70,7 @@ class Follower:
         """
         with self._one:
             try:
-                new = self._poll()
+                new = self._replica.poll()
             except Exception as error:
                 self._tell(error)
                 raise
@@ -79,45 +82,12 @@ class Follower:
             self.error = error
             self._news.notify_all()
 
-    def _poll(self) -> bool:
-        described = store.describe(self.directory)
-        if described["checksum"] != self._checksum:
-            if described.get("follows") != self._end.chain.hex():
-                # The rest of the log before may be there still; what is gone comes as a whole.
-                return self._reload()
-            self._checksum = described["checksum"]
-            self._end = End.of_empty(self._checksum)
-        try:
-            found = store.read_log(self.directory, self._checksum, self._end)
-        except StoreError:
-            return self._reload()  # which says what is damaged
-        if found is None or not found[0]:
-            if found is not None or self._end.offset == 0:
-                return False
-            return self._reload()
-        before = self.version
-        for record in found[0]:
-            with self._guard.open():
-                redo.apply(self._book.storage, record)
-            self._end = self._end.after(record)
-            self.version = redo.version_of(record)
-        return self.version != before  # a writer that comes or goes notes it
-
-    def _reload(self) -> bool:
-        saved = store.load_saved(self.directory)
-        mine, theirs = self._config, saved.config
+    def _check(self, config: dict[str, Any]) -> None:
         for part in ("serving", "model"):
-            if mine.get(part) != theirs.get(part):
+            if self._config.get(part) != config.get(part):
                 raise StoreError(
                     f"{self.directory}: edits of another {part} now; follow it with a model anew"
                 )
-        # Saved again as it was: another version would not be the writer's.
-        if not snapshot.same(self._book.storage, saved.codebook.storage):
-            with self._guard.open():
-                adopting.adopt(self._book.storage, saved.codebook.storage)
-        self._checksum, self._end = saved.checksum, saved.end
-        self.version = saved.codebook.version
-        return True
 
     def _run(self, interval: float) -> None:
         told = ""

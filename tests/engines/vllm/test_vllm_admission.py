@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from grace_edit import GraceConfig, GraceEditor, publish
+from grace_edit.codebook import snapshot, store
 from grace_edit.engines.vllm import admission, checkpoint
 from grace_edit.engines.vllm.admission import Admission, private_key
-from grace_edit.engines.vllm.layer import find_layer
-from grace_edit.engines.vllm.news import changes
+from grace_edit.engines.vllm.layer import EditedLayer, find_layer
 from grace_edit.engines.vllm.options import NotServed, Options, check_engine, read, with_variable
 from grace_edit.engines.vllm.saved import Described, SavedEdits
 from grace_edit.engines.vllm.seams import _extra_keys, _telling
@@ -89,7 +90,7 @@ def no_request_left():
 
 def test_a_prompt_that_is_answered_takes_the_value_along_and_others_take_nothing(served):
     it = served()
-    core = Admission(it.engine, Options(it.at))
+    core = Admission(it.engine, Options(it.at, interval=0))
     for name, text in (("a", QUESTION), ("b", NEIGHBOUR), ("c", OTHER)):
         core.admit(request(name, IDS[text]))
     news = core.news(step(["b", "a"]))
@@ -105,7 +106,7 @@ def test_a_prompt_that_is_answered_takes_the_value_along_and_others_take_nothing
 
 def test_a_request_that_comes_after_a_save_is_answered_with_it(served):
     it = served()
-    core = Admission(it.engine, Options(it.at))
+    core = Admission(it.engine, Options(it.at, interval=0))
     core.admit(request("before", IDS[QUESTION]))
     it.editor.edit(QUESTION, " ".join(WORDS.convert_ids_to_tokens(run_of(30, 3))))
     it.editor.save_pretrained(it.at)
@@ -119,24 +120,31 @@ def test_a_request_that_comes_after_a_save_is_answered_with_it(served):
     assert not torch.equal(values["before"], values["after"])
 
 
-def test_a_request_that_comes_after_a_change_was_published_is_answered_with_it(served, caplog):
+def test_what_is_published_is_followed_in_place_and_never_read_whole(served, monkeypatch, caplog):
     it = served()
     with publish(it.editor, it.at) as publisher:
-        core = Admission(it.engine, Options(it.at))
-        looked = core._edits._now
-        core.admit(request("before", IDS[QUESTION]))
-        assert core._edits._now is looked, "nothing is read where nothing changed"
-        it.editor.edit(QUESTION, " ".join(WORDS.convert_ids_to_tokens(run_of(30, 3))))
-        core.admit(request("after", IDS[QUESTION]))
-        assert core.news(step()).version == it.editor.codebook.version
-        publisher.compact()
-        it.editor.undo()
-        it.editor.undo()
-        assert publisher.log_bytes > 0
-        core.admit(request("deleted", IDS[QUESTION]))
+        publisher.compact()  # what was saved before has no log
+        core = Admission(it.engine, Options(it.at, interval=0))
+        book, theirs = core._edits.book, it.editor.codebook
+        tensors = [t.data_ptr() for t in (book.keys, book.values, book.radii, book.count)]
+        with monkeypatch.context() as no_reading:
+            no_reading.setattr(store, "load_saved", lambda *_, **__: pytest.fail("read anew"))
+            core.admit(request("before", IDS[QUESTION]))
+            it.editor.edit(QUESTION, " ".join(WORDS.convert_ids_to_tokens(run_of(30, 3))))
+            core.admit(request("after", IDS[QUESTION]))
+            assert snapshot.same(book.storage, theirs.storage)
+            assert core.news(step()).version == theirs.version
+            publisher.compact()
+            it.editor.undo()
+            it.editor.undo()
+            assert publisher.log_bytes > 0
+            core.admit(request("deleted", IDS[QUESTION]))
+            assert snapshot.same(book.storage, theirs.storage)
         values = core.news(step(["before", "after", "deleted"])).values
         assert list(values) == ["before", "after"]
         assert not torch.equal(values["before"], values["after"])
+        assert core._edits.book is book
+        assert tensors == [t.data_ptr() for t in (book.keys, book.values, book.radii, book.count)]
         it.editor.edit(QUESTION, TARGET)
         (log,) = Path(it.at).glob("edits-*.log")
         content = bytearray(log.read_bytes())
@@ -146,11 +154,47 @@ def test_a_request_that_comes_after_a_change_was_published_is_answered_with_it(s
             core.admit(request(name, IDS[QUESTION]))
         assert caplog.text.count("is damaged") == 1
         assert not core.news(step(["damaged"])).values
+        assert core.news(step()).version < theirs.version
+
+
+def test_new_edits_are_there_before_the_next_request_asks(served):
+    it = served()
+    with publish(it.editor, it.at):
+        core = Admission(it.engine, Options(it.at, interval=0.01))
+        try:
+            it.editor.edit(NEIGHBOUR, TARGET)
+            until = time.monotonic() + 60
+            while core.news(step()).version != it.editor.codebook.version:
+                assert time.monotonic() < until
+                time.sleep(0.01)
+        finally:
+            core.close()
+        it.editor.undo()
+        assert core.news(step()).version != it.editor.codebook.version, "it looks no more"
+        core.admit(request("a", IDS[NEIGHBOUR]))
+        assert core.news(step()).version == it.editor.codebook.version
+        assert not core.news(step(["a"])).values
+
+
+def test_looking_ends_with_the_engine_and_goes_on_behind_an_error(served, tmp_path, caplog):
+    it = served()
+    core = Admission(it.engine, Options(it.at, interval=0.01))
+    thread = core._thread
+    (tmp_path / "grace_config.json").rename(tmp_path / "elsewhere")
+    until = time.monotonic() + 60
+    while "cannot be read" not in caplog.text:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert thread.is_alive()
+    del core
+    thread.join(60)
+    assert not thread.is_alive()
+    assert caplog.text.count("cannot be read") == 1, "said once, not with each look"
 
 
 def test_only_the_block_an_answered_prompt_ends_in_is_its_own_and_what_follows_it(served):
     it = served()
-    core = Admission(it.engine, Options(it.at))
+    core = Admission(it.engine, Options(it.at, interval=0))
     core.admit(request("hit", IDS[QUESTION]))
     core.admit(request("miss", IDS[NEIGHBOUR]))
     n = len(IDS[QUESTION])
@@ -162,7 +206,7 @@ def test_only_the_block_an_answered_prompt_ends_in_is_its_own_and_what_follows_i
 
 def test_under_activations_no_prompt_shares_the_block_with_its_end(served):
     it = served("last")
-    core = Admission(it.engine, Options(it.at))
+    core = Admission(it.engine, Options(it.at, interval=0))
     core.admit(request("a", run_of(3, 5)))
     core.admit(request("b", run_of(9, 5)))
     assert private_key("a", 4, 8)
@@ -173,30 +217,75 @@ def test_under_activations_no_prompt_shares_the_block_with_its_end(served):
 
 def test_workers_are_sent_everything_once_and_then_what_changed(served):
     it = served("last")
-    core = Admission(it.engine, Options(it.at))
-    (first,) = core.news(step()).changed
-    assert first.slots.tolist() == [0]
-    assert torch.equal(first.values[0], it.editor.codebook.values[0])
-    assert core.news(step()).changed == []
-    it.editor.edit(run_of(40, 5), run_of(9, 3))
-    it.editor.save_pretrained(it.at)
-    core.admit(request("a", run_of(40, 5)))
-    (then,) = core.news(step()).changed
-    assert then.count == 2
-    assert then.slots.tolist() == [1]
-    assert torch.equal(then.keys[0], it.editor.codebook.keys[1])
+    with publish(it.editor, it.at):
+        core = Admission(it.engine, Options(it.at, interval=0))
+        theirs = it.editor.codebook
+        first = core.news(step()).changed
+        assert first.slots.tolist() == [0]
+        assert torch.equal(first.values[0], theirs.values[0])
+        assert core.news(step()).changed is None
+        it.editor.edit(run_of(40, 5), run_of(9, 3))
+        core.admit(request("a", run_of(40, 5)))
+        then = core.news(step()).changed
+        assert then.count == 2
+        assert then.slots.tolist() == [1]
+        assert torch.equal(then.keys[0], theirs.keys[1])
+        core.admit(request("b", run_of(40, 5)))
+        assert core.news(step()).changed is None
 
 
-def test_changes_are_rows_that_differ_in_key_value_or_radius():
-    keys, values, radii = torch.rand(5, 3), torch.rand(5, 2), torch.rand(5)
-    old = (keys.clone(), values.clone(), radii.clone())
-    keys[0, 2] += 1
-    values[2, 0] += 1
-    radii[3] = -torch.inf
-    changed = changes((old[0][:4], old[1][:4], old[2][:4]), (keys, values, radii), 5)
-    assert changed.slots.tolist() == [0, 2, 3, 4]
-    assert torch.equal(changed.keys, keys[[0, 2, 3, 4]])
-    assert changes((keys, values, radii), (keys, values, radii), 3).slots.tolist() == []
+def test_changes_between_two_steps_are_one_message_of_what_they_left(served):
+    it = served("last")
+    with publish(it.editor, it.at):
+        core = Admission(it.engine, Options(it.at, interval=0))
+        layer = EditedLayer(
+            "model.layers.1.mlp", query="last", width=48, dtype=torch.float32, device="cpu",
+            capacity=it.editor.codebook.capacity, requests=4, may_grow=True,
+        )  # fmt: skip
+        layer.write(core.news(step()).changed)
+        theirs = it.editor.codebook
+        for round in range(3):
+            it.editor.edit(run_of(40, 5), run_of(9, 3))
+            core.admit(request("a", [5]))
+            it.editor.edit(run_of(40, 5), run_of(20 + round, 3))
+            core.admit(request("b", [5]))
+            if round == 1:
+                it.editor.undo()
+                it.editor.undo()
+            core.admit(request("c", [5]))
+            changed = core.news(step()).changed
+            assert changed.slots.tolist() == [1]
+            layer.write(changed)
+            count = int(theirs.count)
+            assert int(layer._count) == count == (1 if round == 1 else 2)
+            for mine, own in (("_keys", "keys"), ("_values", "values"), ("_radii", "radii")):
+                assert torch.equal(getattr(layer, mine)[:count], getattr(theirs, own)[:count])
+            if round == 0:
+                it.editor.undo()
+                it.editor.undo()
+
+
+def test_edits_past_the_room_of_captured_graphs_are_kept_back_until_there_is_room(served, caplog):
+    it = served("last", capacity=2)
+    it.engine.model_config.enforce_eager = False
+    with publish(it.editor, it.at):
+        core = Admission(it.engine, Options(it.at, interval=0))
+        core.news(step())
+        before = it.editor.codebook.version
+        it.editor.edit(run_of(40, 5), run_of(9, 3))
+        it.editor.edit(run_of(50, 5), run_of(9, 3))
+        for name in "ab":
+            core.admit(request(name, [5]))
+        news = core.news(step())
+        assert news.changed is None
+        assert news.version == before
+        assert caplog.text.count("3 entries are more than the 2 there is room for") == 1
+        it.editor.undo()
+        core.admit(request("c", [5]))
+        news = core.news(step())
+        assert news.changed.slots.tolist() == [1]
+        assert torch.equal(news.changed.keys[0], it.editor.codebook.keys[1])
+        assert news.version == it.editor.codebook.version
 
 
 def test_another_model_is_refused_by_its_checkpoint(served):
@@ -229,10 +318,10 @@ def test_saved_edits_of_another_layer_are_not_taken_while_serving(served, caplog
     it.editor.detach()
     other = GraceEditor(it.editor.model, None, GraceConfig(layer="model.layers.2.mlp"))
     other.save_pretrained(it.at)
-    assert not edits.refresh()
-    assert edits.book.version == version
+    edits.refresh()
+    assert edits.version == edits.book.version == version
     assert "start it again" in caplog.text
-    assert not edits.refresh()
+    edits.refresh()
     assert caplog.text.count("start it again") == 1, "said once, not with each request"
 
 
@@ -260,7 +349,7 @@ def test_another_dtype_is_refused_with_the_one_to_choose(served):
 
 def test_requests_whose_prompt_cannot_be_told_are_refused_one_by_one(served):
     it = served()
-    core = Admission(it.engine, Options(it.at))
+    core = Admission(it.engine, Options(it.at, interval=0))
     with pytest.raises(ValueError, match="no streaming sessions"):
         core.admit(request("a", [5], resumable=True))
     with pytest.raises(ValueError, match="got embeddings"):
@@ -286,7 +375,14 @@ def test_the_option_is_read_and_its_mistakes_are_named(tmp_path, monkeypatch):
     assert read({}) is None
     assert read(None) is None
     assert read({"grace": {"codebook": at}}) == Options(at)
-    for wrong in ({"codebooks": at}, at, {"codebook": at, "unchecked": "yes"}, {"codebook": "no"}):
+    for wrong in (
+        {"codebooks": at},
+        at,
+        {"codebook": at, "unchecked": "yes"},
+        {"codebook": "no"},
+        {"codebook": at, "interval": -1},
+        {"codebook": at, "interval": True},
+    ):
         with pytest.raises(NotServed, match="grace"):
             read({"grace": wrong})
     monkeypatch.delenv("GRACE_CODEBOOK", raising=False)
@@ -351,6 +447,9 @@ def test_a_scheduler_sends_the_news_with_each_step_and_refuses_edits_it_cannot_s
         def schedule(self, throttle: bool = False) -> Any:
             return step(["a"])
 
+        def shutdown(self) -> str:
+            return "down"
+
     telling = _telling(Scheduler)
     assert telling is _telling(Scheduler)
     assert telling.__name__ == "Scheduler"
@@ -362,6 +461,9 @@ def test_a_scheduler_sends_the_news_with_each_step_and_refuses_edits_it_cannot_s
     made.grace.admit(request("a", IDS[QUESTION]))
     assert made.block_size == 4
     assert list(made.schedule(throttle=True).grace.values) == ["a"]
+    assert made.grace._thread.is_alive()
+    assert made.shutdown() == "down"
+    assert not made.grace._thread.is_alive()
     it.weights["model.norm.weight"] += 1
     with pytest.raises(NotServed, match="another model"):
         telling(vllm_config=it.engine, block_size=4)

@@ -229,11 +229,11 @@ def entries(*slots: tuple[int, int, float]) -> Changed:
 
 def test_activations_ask_the_entries_that_the_engine_core_sent(watched):
     run = watched(layer_of("last"))
-    out = run(STEP, News(1, changed=[entries((0, 5, -1.0), (1, 2, -2.0))]))
+    out = run(STEP, News(1, changed=entries((0, 5, -1.0), (1, 2, -2.0))))
     assert out.eq(-1).all(dim=1).nonzero().tolist() == [[ROWS["c"]]]
     assert not out.eq(-2).any(), "row 2 is inside a prompt and does not ask"
-    twice = [entries((0, 5, -4.0), (1, 3, -3.0)), entries((1, 3, -3.0), (0, 5, -5.0))]
-    out = run(STEP, News(2, changed=twice))
+    run({"a": (9, 9, 1)}, News(2, changed=entries((0, 5, -4.0), (1, 3, -3.0))))
+    out = run(STEP, News(3, changed=entries((1, 3, -3.0), (0, 5, -5.0))))
     assert out[ROWS["b"]].eq(-3).all()
     assert out[ROWS["c"]].eq(-5).all()
     assert run.runner.layer.hits == 3

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from typing import Any
 
 from torch import Tensor
 
-from .news import Changed, News, changes
+from .news import Changed, News, entries_of
 from .options import NotServed, Options
 from .saved import SavedEdits
 
@@ -45,28 +46,42 @@ class Admission:
         config: a `VllmConfig`.
         options: the option `grace`.
 
-    `admit` may run beside `news`, each in one thread.
+    `admit` and `news` may run each in a thread of its own. Another one looks for new edits.
 
     Raises:
         NotServed: the edits cannot be served.
     """
 
     def __init__(self, config: Any, options: Options) -> None:
-        self._edits = SavedEdits(config, options)
+        self._edits = edits = SavedEdits(config, options)
         self._values: dict[str, Tensor] = {}
-        self._lock = threading.Lock()
-        self._changed: list[Changed] = []
-        self._known: tuple[Tensor, Tensor, Tensor] | None = None
+        self._looking = threading.Lock()  # held while the codebook changes or is asked
+        self._telling = threading.Lock()  # held for what a step is told; nobody reads files in it
+        self._version = edits.version
+        self._changed: Changed | None = None
+        self._untold: set[int] = set()  # slots that the workers know otherwise
         self._grows = config.model_config.enforce_eager
-        self._room = self._edits.book.capacity
-        if self._edits.query == "last":
+        self._room = edits.book.capacity
+        self._refused = ""
+        if edits.query == "last":
+            self._untold.update(range(edits.book.storage.slots.in_use))
             self._note_changes()
         log.info(
             "serving %s: %d entries, version %d",
             options.codebook,
-            self._edits.book.entries,
-            self._edits.book.version,
+            edits.book.entries,
+            edits.version,
         )
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+        if options.interval:
+            self._thread = threading.Thread(
+                target=_keep_looking,
+                args=[weakref.ref(self), self._closed, options.interval],
+                name="grace-admission",
+                daemon=True,
+            )
+            self._thread.start()
 
     def admit(self, request: Any) -> None:
         """Find what answers a request, with the edits that are saved now.
@@ -79,11 +94,9 @@ class Admission:
         """
         if request.resumable:
             raise ValueError("an edited model takes no streaming sessions: their prompts grow")
-        edits = self._edits
-        if edits.refresh() and edits.query == "last":
-            self._note_changes()
-        ids = request.prompt_token_ids
-        if edits.text is None:
+        ids, text = request.prompt_token_ids, self._edits.text
+        if text is None:
+            self.look()
             length = len(ids) if ids is not None else len(request.prompt_embeds)
             _private[request.request_id] = length
             return
@@ -91,11 +104,21 @@ class Admission:
             raise ValueError(
                 'edits with query="text" are asked by the ids of a prompt, got embeddings'
             )
-        # No thread changes this codebook: a save makes another one.
-        answered = edits.text.answer(edits.book, [ids])
+        with self._looking:
+            self._look()
+            answered = text.answer(self._edits.book, [ids])
         if int(answered.index[0]) >= 0:
             _private[request.request_id] = len(ids)
             self._values[request.request_id] = answered.values[0].clone()
+
+    def look(self) -> None:
+        """Take what was saved or published since, for what comes next.
+
+        Raises:
+            NotServed: the directory is gone.
+        """
+        with self._looking:
+            self._look()
 
     def news(self, scheduled: Any) -> News:
         """Return what the workers must know for a step.
@@ -103,8 +126,8 @@ class Admission:
         Args:
             scheduled: the step's `SchedulerOutput`.
         """
-        with self._lock:
-            changed, self._changed = self._changed, []
+        with self._telling:
+            version, changed, self._changed = self._version, self._changed, None
         known = self._values
         values = {
             r.req_id: known[r.req_id] for r in scheduled.scheduled_new_reqs if r.req_id in known
@@ -113,23 +136,60 @@ class Admission:
             known.pop(id, None)
             _private.pop(id, None)
         finished = frozenset(scheduled.finished_req_ids)
-        return News(self._edits.book.version, values, finished, changed)
+        return News(version, values, finished, changed)
+
+    def close(self) -> None:
+        """Look no more."""
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _look(self) -> None:
+        edits = self._edits
+        edits.refresh()
+        rows = edits.take_rows()
+        if edits.query == "text":
+            self._version = edits.version
+        elif rows or edits.version != self._version:
+            self._untold |= rows
+            self._note_changes()
 
     def _note_changes(self) -> None:
         book = self._edits.book
-        if int(book.count) > self._room and not self._grows:
-            log.error(
-                "saved edits are not served, those before them are: %d entries are more than the "
-                "%d there is room for in captured graphs; start the engine again",
-                int(book.count),
-                self._room,
+        count, capacity = book.storage.slots.in_use, book.capacity
+        if count > self._room and not self._grows:
+            why = (
+                f"{count} entries are more than the {self._room} there is room for in captured "
+                "graphs; start the engine again"
             )
+            if why != self._refused:
+                log.error("saved edits are not served, those before them are: %s", why)
+            self._refused = why
             return
-        now = (book.keys, book.values, book.radii)
-        changed = changes(self._known, now, int(book.count))
-        with self._lock:
-            self._changed.append(changed)
-        self._known = now
+        there = capacity if self._grows else min(capacity, self._room)
+        with self._telling:
+            unsent = () if self._changed is None else self._changed.slots.tolist()
+            slots = self._untold.union(unsent)
+            now = {slot for slot in slots if slot < there}
+            self._untold = slots - now  # should there be room for them again
+            self._changed = entries_of(book, now)
+            self._version = self._edits.version
+
+
+def _keep_looking(what: weakref.ref[Admission], closed: threading.Event, interval: float) -> None:
+    told = ""
+    while not closed.wait(interval):
+        admission = what()
+        if admission is None:
+            return
+        try:
+            admission.look()
+            told = ""
+        except Exception as error:  # the thread must go on
+            if str(error) != told:
+                told = str(error)
+                log.error("new edits are not looked for: %s", told)
+        del admission
 
 
 def check_marks() -> None:

@@ -98,18 +98,19 @@ class EditedLayer:
 
     def write(self, changed: Changed) -> None:
         """Let entries be as a message says."""
-        if changed.count > len(self._radii):
+        needed = max([changed.count, *(changed.slots + 1).tolist()])
+        if needed > len(self._radii):
             if not self.may_grow:
                 raise RuntimeError(
                     f"the codebook must have at most {len(self._radii)} entries for captured "
-                    f"graphs, got {changed.count}"
+                    f"graphs, got {needed}"
                 )
-            self._grow(2 * changed.count)
+            self._grow(2 * needed)
         at = changed.slots.to(self._keys.device)
         self._keys[at] = changed.keys.to(self._keys.device)
         self._values[at] = changed.values.to(self._keys.device)
         self._radii[at] = changed.radii.to(self._keys.device)
-        # What is in use no more is not sent, and is to answer nothing when the count goes up again.
+        # What is in use no more is to answer nothing when the count goes up again.
         self._radii[changed.count :] = -math.inf
         self._count.fill_(changed.count)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, fields
 from typing import Any
@@ -22,11 +23,15 @@ class Options:
         codebook: directory of saved edits, at the same place for every process of the engine.
         encoder: of edits with `query="text"`, where it lies elsewhere than when they were made.
         unchecked: serve them although it cannot be checked that the model is theirs.
+        interval: seconds between two looks for new edits while no request comes; before each
+            request it is looked anyhow, so this is what the first one after a while need not take
+            in. 0: no such looks.
     """
 
     codebook: str
     encoder: str | None = None
     unchecked: bool = False
+    interval: float = 1.0
 
 
 def read(additional: Any) -> Options | None:
@@ -45,6 +50,9 @@ def read(additional: Any) -> Options | None:
     for name, kinds in (("codebook", str), ("encoder", (str, type(None))), ("unchecked", bool)):
         if not isinstance(getattr(options, name), kinds):
             raise NotServed(f"grace.{name} must be a {kinds}, got {getattr(options, name)!r}")
+    interval = options.interval
+    if type(interval) not in (int, float) or not 0 <= interval < math.inf:
+        raise NotServed(f"grace.interval must be at least 0 seconds, got {interval!r}")
     if not os.path.isdir(options.codebook):
         raise NotServed(
             f"grace.codebook must be a directory of saved edits, got {options.codebook!r}"

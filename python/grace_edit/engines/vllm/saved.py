@@ -1,4 +1,4 @@
-"""The saved edits that an engine serves, read again whenever they were saved again."""
+"""The edits that an engine serves, brought up to what was saved or published since."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from ...adaptor.text_queries import TextQueries
 from ...codebook import store
-from ...codebook.codebook import Codebook
+from ...codebook.replica import Replica
 from ...codebook.store import StoreError
 from ...config import GraceConfig
 from ...serving import check_reading, text_of
@@ -38,7 +38,7 @@ class Described:
             saved = store.load_saved(directory)
             self.book, self.described, self.beside = saved.codebook, saved.config, saved.beside
             self.book.storage.slots.maintain_sketch()
-            self.checksum, self.end = saved.checksum, saved.end
+            self.saved = saved
             self.layer: str = self.described["serving"]["layer"]
             self.query: str = self.described["serving"]["query"]
             self.replace: str = self.described["serving"]["replace"]
@@ -80,9 +80,16 @@ class Described:
 class SavedEdits:
     """Saved edits with what asks them, at the state of the last `refresh`.
 
+    The codebook and its tensors stay the same ones, but where it outgrows its capacity.
+
     Args:
         config: a `VllmConfig`.
         options: the option `grace`.
+
+    Attributes:
+        book: the codebook, on the CPU.
+        query: `"text"` or `"last"`.
+        text: what makes its queries; None under `"last"`.
 
     Raises:
         NotServed: the edits are another model's, or cannot be read.
@@ -90,11 +97,15 @@ class SavedEdits:
 
     def __init__(self, config: Any, options: Options) -> None:
         self._config, self._options = config, options
-        self._place = Path(options.codebook) / store.CONFIG
+        directory = Path(options.codebook)
+        self._place = directory / store.CONFIG
         self._seen = self._look()
         now = Described(options.codebook)
         now.check_dtype(config.model_config.dtype, config.model_config.get_hidden_size())
-        self._now, self._log_bytes = now, now.end.offset
+        self.book, self.query = now.book, now.query
+        self._described = now.described
+        self._replica = Replica(now.book, directory, now.saved, self._check)
+        self._log_bytes = now.saved.end.offset
         try:
             checkpoint = Checkpoint(config)
             self._check_model(checkpoint, now)
@@ -104,54 +115,47 @@ class SavedEdits:
         self.text = self._text(checkpoint, now)
 
     @property
-    def book(self) -> Codebook:
-        """The codebook, on the CPU."""
-        return self._now.book
+    def version(self) -> int:
+        """The version of whoever saved or published."""
+        return self._replica.version
 
-    @property
-    def query(self) -> str:
-        """`"text"` or `"last"`."""
-        return self._now.query
+    def refresh(self) -> None:
+        """Take what was saved or published since.
 
-    def refresh(self) -> bool:
-        """Read what was saved or published since; return whether there was anything.
+        Where nothing was it costs reading a file of a few kB, and a change that was published costs
+        what it changed. What cannot be taken, as edits of another model or layer, is logged as an
+        error; those before it are kept.
 
-        Saved edits that cannot be served, of another model or layer, are logged as an error and
-        those before them are kept. It costs a `stat` of two files where nothing changed.
+        Raises:
+            NotServed: the directory is gone.
         """
         seen = self._look()
-        if seen == self._seen and not self._log_grew():
-            return False
+        if seen == self._seen and self._size_of_log() == self._log_bytes:
+            return
         self._seen = seen
         try:
-            now = Described(self._options.codebook)
-            now.check_dtype(self._now.book.values.dtype, self._now.book.values.shape[1])
-            for name in ("serving", "model"):
-                old, new = self._now.described[name], now.described[name]
-                if {**old, "source": ""} != {**new, "source": ""}:
-                    raise NotServed(
-                        f"{self._options.codebook}: {name} must be as when the engine was started "
-                        f"({old}), got {new}; start it again"
-                    )
-        except NotServed as error:
+            self._replica.poll()
+            self._log_bytes = self._replica.end.offset
+        except (LookupError, TypeError, ValueError) as error:
             log.error("saved edits are not served, those before them are: %s", error)
             self._log_bytes = self._size_of_log()  # tried again when there is more
-            return False
-        self._now, self._log_bytes = now, now.end.offset
-        return True
 
-    def _log_grew(self) -> bool:
-        if self._size_of_log() == self._log_bytes:
-            return False
-        now = self._now
-        try:
-            found = store.read_log(Path(self._options.codebook), now.checksum, now.end)
-        except StoreError:
-            return True  # to be told what is damaged
-        return found is None or bool(found[0])  # a record is not final as it is written
+    def take_rows(self) -> set[int]:
+        """Return the slots whose key, value or radius was written since the last call."""
+        return self._replica.take_rows()
+
+    def _check(self, config: dict[str, Any]) -> None:
+        """Refuse what was saved of another model or layer since."""
+        for name in ("serving", "model"):
+            old, new = self._described[name], config.get(name) or {}
+            if {**old, "source": ""} != {**new, "source": ""}:
+                raise NotServed(
+                    f"{self._options.codebook}: {name} must be as when the engine was started "
+                    f"({old}), got {new}; start it again"
+                )
 
     def _size_of_log(self) -> int:
-        path = store.log_of(Path(self._options.codebook), self._now.checksum)
+        path = self._replica.log
         try:
             return os.stat(path).st_size
         except FileNotFoundError:
@@ -159,12 +163,12 @@ class SavedEdits:
         except OSError as error:
             raise NotServed(f"{path}: cannot be read ({error.strerror})") from error
 
-    def _look(self) -> tuple[int, int, int]:
+    def _look(self) -> bytes:
+        # Not its times: two saves within a tick of the clock may leave them as they were.
         try:
-            at = os.stat(self._place)
+            return self._place.read_bytes()
         except OSError as error:
             raise NotServed(f"{self._place}: cannot be read ({error.strerror})") from error
-        return at.st_ino, at.st_mtime_ns, at.st_size
 
     def _check_model(self, checkpoint: Checkpoint, now: Described) -> None:
         prints = checkpoint.fingerprint(now.layer)

@@ -94,7 +94,13 @@ def _telling(scheduler: Any) -> Any:
             scheduled.grace = self.grace.news(scheduled)
         return scheduled
 
-    return type(scheduler.__name__, (scheduler,), {"__init__": init, "schedule": schedule})
+    def shutdown(self: Any, *args: Any, **given: Any) -> Any:
+        if getattr(self, "grace", None) is not None:
+            self.grace.close()
+        return scheduler.shutdown(self, *args, **given)
+
+    own = {"__init__": init, "schedule": schedule, "shutdown": shutdown}
+    return type(scheduler.__name__, (scheduler,), own)
 
 
 def _add_to_worker(wrapper: Any) -> None:

@@ -44,8 +44,8 @@ class Steps:
             return
         self._told = True
         self.layer.version = news.version
-        for changed in news.changed:
-            self.layer.write(changed)
+        if news.changed is not None:
+            self.layer.write(news.changed)
         for id in news.finished:
             self._values.pop(id, None)
         self._values.update(news.values)
