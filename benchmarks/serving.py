@@ -2,9 +2,11 @@
 
 python -m benchmarks.serving --model DIR --out DIR [--seconds 60] [--clients 64] [--entries 10000]
 
-On the loopback address alone, bounded in time. Three servers one after the other, on the same
-model: transformers' own (unedited), `grace serve` that nobody edits, and `grace serve` that one
-more client edits once a second and that is killed (SIGKILL) half way and started again.
+On the loopback address alone, bounded in time. Servers one after the other, on the same model:
+transformers' own (unedited), `grace serve` that nobody edits, and `grace serve` that one more
+client edits once a second and that is killed (SIGKILL) half way and started again. Then what an
+edit costs beside none, few and many clients, and whether memory stays, on a small model that
+thousands of requests can be sent to.
 
 Every reply is checked. A fact that is edited must be answered as the edits said that belong to the
 version which the reply names, that version must not be older than the last edit that had been
@@ -15,256 +17,22 @@ before. Without the check of versions a stale answer would look like a right one
 from __future__ import annotations
 
 import argparse
-import bisect
-import http.client
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-TOKEN = "bench"
-FACTS = [f"What is the code word of project {n}?" for n in ("Heron", "Kestrel", "Lark", "Osprey")]
-WORDS = ("Amber", "Basalt", "Cobalt", "Dahlia", "Ember", "Fjord", "Granite", "Hazel")
-OTHERS = (
-    "What is the capital of France?",
-    "Name a fruit that is yellow.",
-    "What is two plus three?",
-    "Which animal says meow?",
-    "Who wrote Hamlet?",
-    "What colour is the sky?",
-)
-MAX_TOKENS = 8
+from .serving_load import FACTS, MAX_TOKENS, OTHERS, History, Load, Server, check, figures, slope
+from .serving_memory import rounds
 
-
-@dataclass
-class Sent:
-    """One request: when it was sent and answered, what about, and what came back."""
-
-    began: float
-    seconds: float
-    question: str
-    status: int
-    said: str
-    version: int
-    least: int
-    tokens: int
-
-
-@dataclass
-class History:
-    """The edits that were acknowledged, in order, each with the version that it made."""
-
-    versions: list[int] = field(default_factory=list)
-    edits: list[tuple[str, str]] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def add(self, version: int, question: str, answer: str, seconds: float) -> None:
-        with self.lock:
-            self.versions.append(version)
-            self.edits.append((question, answer))
-            self.seconds.append(seconds)
-
-    @property
-    def last(self) -> int:
-        with self.lock:
-            return self.versions[-1] if self.versions else 0
-
-    def answer(self, question: str, version: int) -> str | None:
-        """Return what a question is answered with at a version; None: as without edits."""
-        with self.lock:
-            at = bisect.bisect_right(self.versions, version)
-            for asked, answer in reversed(self.edits[:at]):
-                if asked == question:
-                    return answer
-        return None
-
-
-class Server:
-    """A server in a process of its own."""
-
-    def __init__(self, command: list[str], name: str) -> None:
-        self.command, self.name = command, name
-        self.process: subprocess.Popen[str] | None = None
-        self.port = 0
-
-    def start(self) -> float:
-        """Start it; returns the seconds until it answers."""
-        start = time.perf_counter()
-        environment = {**os.environ, "GRACE_TOKEN": TOKEN, "HF_HUB_OFFLINE": "1"}
-        self.process = subprocess.Popen(
-            self.command, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        if self.port == 0:
-            assert self.process.stdout is not None
-            self.port = int(json.loads(self.process.stdout.readline())["url"].rsplit(":", 1)[1])
-        while time.perf_counter() - start < 300:
-            try:
-                if self.ask("GET", "/health")[0] == 200:
-                    return time.perf_counter() - start
-            except OSError:
-                if self.process.poll() is not None:
-                    break
-                time.sleep(0.1)
-        raise RuntimeError(f"{self.name} does not start")
-
-    def stop(self, how: int = signal.SIGTERM) -> None:
-        """End the process."""
-        assert self.process is not None
-        self.process.send_signal(how)
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-    @property
-    def memory(self) -> float:
-        """Megabytes of memory that are in use."""
-        assert self.process is not None
-        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-        return next(int(x.split()[1]) / 1024 for x in lines if x.startswith("VmRSS"))
-
-    def ask(self, method: str, path: str, body: Any = None) -> tuple[int, dict[str, str], Any]:
-        """Send a request; returns status, headers and what the JSON says."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
-        try:
-            headers = {"Content-Type": "application/json", "Authorization": f"Bearer {TOKEN}"}
-            connection.request(method, path, body and json.dumps(body), headers)
-            reply = connection.getresponse()
-            text = reply.read()
-            named = {name.lower(): value for name, value in reply.getheaders()}
-            return reply.status, named, json.loads(text) if text[:1] in b"{[" else text.decode()
-        finally:
-            connection.close()
-
-    def chat(self, question: str) -> tuple[int, str, int, int]:
-        """Return status, answer, version and tokens."""
-        body = {
-            "messages": [{"role": "user", "content": question}],
-            "max_tokens": MAX_TOKENS,
-            "temperature": 0,
-        }
-        if self.name == "transformers":
-            body["model"] = self.command[self.command.index("serve") + 1]
-        status, headers, told = self.ask("POST", "/v1/chat/completions", body)
-        if status != 200:
-            return status, str(told), -1, 0
-        said = told["choices"][0]["message"].get("content", "")
-        tokens = told["usage"]["completion_tokens"]
-        return status, said, int(headers.get("x-grace-version", -1)), tokens
-
-
-class Load:
-    """Clients that ask a server until the time is over."""
-
-    def __init__(self, server: Server, clients: int, seconds: float, history: History) -> None:
-        self.server, self.history = server, history
-        self.sent: list[Sent] = []
-        self.failed_edits: list[str] = []
-        self.down = threading.Event()
-        self.refused = 0
-        self._end = time.perf_counter() + seconds
-        self._lock = threading.Lock()
-        self._threads = [
-            threading.Thread(target=self._client, args=(n,), daemon=True) for n in range(clients)
-        ]
-
-    @property
-    def running(self) -> bool:
-        return time.perf_counter() < self._end
-
-    def run(self, *others: Any) -> float:
-        """Run all clients and `others`; returns the seconds it took."""
-        start = time.perf_counter()
-        threads = [*self._threads, *(threading.Thread(target=other) for other in others)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return time.perf_counter() - start
-
-    def _client(self, number: int) -> None:
-        chooses = random.Random(number)
-        while self.running:
-            question = chooses.choice(FACTS if chooses.random() < 0.5 else OTHERS)
-            least, began = self.history.last, time.perf_counter()
-            try:
-                status, said, version, tokens = self.server.chat(question)
-            except (OSError, http.client.HTTPException):
-                # Only while it is killed may it not answer.
-                with self._lock:
-                    self.refused += 1
-                if not self.down.is_set():
-                    time.sleep(0.05)
-                    if not self.down.is_set():
-                        raise
-                time.sleep(0.2)
-                continue
-            seconds = time.perf_counter() - began
-            with self._lock:
-                self.sent.append(
-                    Sent(began, seconds, question, status, said, version, least, tokens)
-                )
-
-    def edit(self) -> None:
-        """Make an edit each second, if the one before is done by then."""
-        chooses = random.Random(7)
-        while self.running:
-            start = time.perf_counter()
-            question, answer = chooses.choice(FACTS), chooses.choice(WORDS)
-            body = {"prompt": [{"role": "user", "content": question}], "target": answer}
-            try:
-                status, _, told = self.server.ask("POST", "/v1/edits", body)
-            except (OSError, http.client.HTTPException):
-                # Whether the edit that the kill met counts is not known; nothing is asked of it.
-                self.unknown = (question, answer)
-                time.sleep(0.2)
-                continue
-            seconds = time.perf_counter() - start
-            if status == 200:
-                self.history.add(told["version"], question, answer, seconds)
-            else:
-                self.failed_edits.append(f"{status}: {told}")
-            time.sleep(max(0.0, 1.0 - seconds))
-
-    unknown: tuple[str, str] | None = None
-
-
-def figures(sent: list[Sent], seconds: float) -> dict[str, float | int]:
-    """Return counts, latencies in seconds and tokens per second of requests."""
-    took = sorted(one.seconds for one in sent if one.status == 200)
-
-    def share(part: float) -> float:
-        return round(took[min(len(took) - 1, int(part * len(took)))], 3) if took else -1.0
-
-    return {
-        "requests": len(sent),
-        "errors_5xx": sum(one.status >= 500 for one in sent),
-        "p50": share(0.5),
-        "p99": share(0.99),
-        "tokens_per_second": round(sum(one.tokens for one in sent) / seconds, 1),
-    }
-
-
-def check(sent: list[Sent], history: History, plain: dict[str, str]) -> dict[str, int]:
-    """Count replies that are wrong for their version, and those of too old a version."""
-    wrong = stale = hits = 0
-    for one in sent:
-        if one.status != 200:
-            continue
-        answer = history.answer(one.question, one.version)
-        hits += answer is not None
-        wrong += one.said.strip() != (plain[one.question] if answer is None else answer)
-        stale += one.version < one.least
-    return {"wrong": wrong, "stale": stale, "answered_by_an_edit": hits}
+SHARES = (0, 8, 16)
+"""Numbers of clients beside whom edits are timed, and the number that was asked for."""
 
 
 def prepare(model_source: str, entries: int, out: Path) -> None:
@@ -318,6 +86,7 @@ def edited(server: Server, load: Load, history: History, plain: dict[str, str]) 
     def kill() -> None:
         time.sleep(0.4 * (load._end - time.perf_counter()))
         found["memory_mb"] = [round(before), round(server.memory)]
+        found["memory_mb_per_minute"] = slope(load.memory)
         load.down.set()
         acknowledged = list(zip(history.versions, history.edits, strict=True))
         server.stop(signal.SIGKILL)
@@ -334,9 +103,11 @@ def edited(server: Server, load: Load, history: History, plain: dict[str, str]) 
         **check(load.sent, history, plain),
         **found,
         "memory_mb_at_the_end": round(server.memory),
+        "edits_asked_for": round(seconds - found["restart_seconds"]),
         "edits": len(edits),
         "edits_refused": len(load.failed_edits),
         "first_refusal": load.failed_edits[0][:300] if load.failed_edits else None,
+        "edit_seconds": [round(each, 2) for each in history.seconds],
         "edit_seconds_p50": round(edits[len(edits) // 2], 2) if edits else None,
         "not_answered_while_killed": load.refused,
     }
@@ -368,6 +139,32 @@ def _lost(server: Server, acknowledged: list[Any], load: Load, history: History)
     return lost
 
 
+def shared(command: list[str], book: Path, clients: int, seconds: float) -> dict[str, Any]:
+    """Edit a server as often as it can while some clients ask; say what each edit took."""
+    own = book.with_name(f"{book.name}-{clients}")
+    shutil.rmtree(own, ignore_errors=True)
+    shutil.copytree(book, own)
+    server = Server([str(own) if x == str(book) else x for x in command], "edited")
+    server.start()
+    try:
+        server.chat(FACTS[0])
+        history = History()
+        load, before = Load(server, clients, seconds, history), server.cpu
+        took = load.run(load.edit)
+        each = history.seconds
+        return {
+            "clients": clients,
+            "seconds": round(took, 1),
+            "core_seconds": round(server.cpu - before, 1),
+            "load_average": os.getloadavg()[0],
+            "edits": len(each),
+            "edit_seconds": [round(one, 2) for one in each],
+            **figures(load.sent, took),
+        }
+    finally:
+        server.stop()
+
+
 def main() -> int:
     made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -377,6 +174,7 @@ def main() -> int:
     made.add_argument("--seconds", type=float, default=60.0)
     made.add_argument("--clients", type=int, default=64)
     made.add_argument("--entries", type=int, default=10_000)
+    made.add_argument("--parts", default="load,shares,memory")
     made.add_argument("--note", default="", help="about the machine, kept with the figures")
     told = made.parse_args()
     told.out.mkdir(parents=True, exist_ok=True)
@@ -386,7 +184,7 @@ def main() -> int:
     grace = [sys.executable, "-m", "grace_edit", "serve", "--model", told.model, "--json"]
     grace += ["--codebook", str(book), "--continuous-batching"]
     own = Server([*_transformers(), "serve", told.model, "--continuous-batching"], "transformers")
-    own.command += ["--device", "cpu", "--cb-num-blocks", "256", "--cb-block-size", "64"]
+    own.command += ["--device", "cpu", "--cb-num-blocks", "1024", "--cb-block-size", "16"]
     own.command += ["--cb-max-batch-tokens", "512"]
     results: dict[str, Any] = {
         "clients": told.clients,
@@ -397,6 +195,30 @@ def main() -> int:
         "load_average_before": os.getloadavg()[0],
         "note": told.note,
     }
+    parts = told.parts.split(",")
+    file = told.out / "serving.json"
+    if file.exists():
+        results = {**json.loads(file.read_text()), **results}
+    good = True
+    if "load" in parts:
+        good = loaded(told, own, grace, results)
+    if "shares" in parts:
+        command = [*grace, "--port", "0"]
+        for clients in (*SHARES, told.clients):
+            row = shared(command, book, clients, told.seconds / 2)
+            results.setdefault("shares", {})[str(clients)] = row
+            print("shares", json.dumps(row), flush=True)
+    if "memory" in parts:
+        results["memory"] = rounds(told.out)
+        print("memory", json.dumps(results["memory"]), flush=True)
+    file.write_text(json.dumps(results, indent=1) + "\n")
+    return 0 if good else 1
+
+
+def loaded(
+    told: argparse.Namespace, own: Server, grace: list[str], results: dict[str, Any]
+) -> bool:
+    """Load three servers; say whether everything was right."""
     plain: dict[str, str] = {}
     for name, server in (("transformers", own), ("unedited", None), ("edited", None)):
         if server is None:
@@ -418,15 +240,14 @@ def main() -> int:
                 seconds = load.run()
                 results[name] = {
                     **figures(load.sent, seconds),
+                    "memory_mb_per_minute": slope(load.memory),
                     "wrong": sum(x.said.strip() != plain[x.question] for x in load.sent),
                 }
         finally:
             server.stop()
         print(name, json.dumps(results[name]), flush=True)
-    (told.out / "serving.json").write_text(json.dumps(results, indent=1) + "\n")
     ok = results["edited"]
-    good = not (ok["wrong"] or ok["stale"] or ok["errors_5xx"] or ok["lost"])
-    return 0 if good else 1
+    return not (ok["wrong"] or ok["stale"] or ok["errors_5xx"] or ok["lost"])
 
 
 def _transformers() -> list[str]:

@@ -294,6 +294,12 @@ class Sketch:
         out.active = self._active
         return out
 
+    def copy_(self, other: Sketch) -> None:
+        """Hold in place what a sketch of the same capacity and width holds, of any device."""
+        for name in (*_STATE, "counters"):
+            getattr(self, name).copy_(getattr(other, name))
+        self.rows, self._active = other.rows, other._active
+
     def within(self, reach: float) -> Sketch:
         """Return this sketch for lookups in which each live slot has the radius `reach`, not NaN.
 

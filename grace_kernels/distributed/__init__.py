@@ -3,8 +3,9 @@
 Imported by whoever wants it; `import grace_kernels` does not.
 """
 
+from .arguments import process_group
 from .codebook import ShardedCodebook
 from .layout import Layout
 from .rebalancing import rebalance
 
-__all__ = ["Layout", "ShardedCodebook", "rebalance"]
+__all__ = ["Layout", "ShardedCodebook", "process_group", "rebalance"]

@@ -150,6 +150,7 @@ class ShardedCodebook:
             value_dtype=values.dtype,
             **options,
         )
+        check_same(made.group, (count,))
         shard = made.shard
         for owner, row, first, last in made.layout.blocks(count):
             if owner != made.rank:

@@ -337,6 +337,30 @@ def compiled(ranks: Ranks) -> None:
         assert called(query)[0].tolist() == [5, -1, 7, 8]
 
 
+def saves_are_the_same_on_every_rank(ranks: Ranks) -> None:
+    """Or all ranks refuse them, and none is left waiting."""
+    from grace_edit import Codebook
+    from grace_edit.codebook import store
+    from grace_edit.codebook.sharding import load_sharded
+
+    last = ranks.rank == WORLD - 1
+    with tempfile.TemporaryDirectory() as name:  # of its own: a file system that is behind
+        book = Codebook(4, 2)
+        for n in range(5):
+            book.insert(torch.full((4,), 9.0 * n), [n], torch.full((2,), float(n)))
+        store.save(book, name, {})
+        read = load_sharded(name, block=2)
+        assert read.lookup(book.keys[:5])[0].tolist() == [0, 1, 2, 3, 4]
+        if last:
+            book.delete(3)
+            store.save(book, name, {})
+        refused(f"{name}: must be the same save on every rank, got rank 0", load_sharded, name)
+        if last:
+            (Path(name) / store.CONFIG).unlink()
+        said = f"{name}: must be read by every rank, got on rank 3: "
+        refused(f"{name}/{store.CONFIG}: cannot" if last else said, load_sharded, name)
+
+
 def within(case: Callable[..., None], *more: object) -> Callable[[Ranks, int], None]:
     """Return what runs a case in the group of each size; the ranks that are not in it wait."""
 
@@ -366,6 +390,7 @@ CASES: dict[str, Callable[[Ranks, int], None]] = {
     "different arguments are refused": together(different_arguments_are_refused),
     "wrong arguments": together(wrong_arguments),
     "compiled": together(compiled),
+    "saves are the same on every rank": together(saves_are_the_same_on_every_rank),
 }
 
 

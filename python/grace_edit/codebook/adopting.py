@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from .records import CapacityError
+from .slots import Slots
 from .storage import Storage
+from .tensors import resized
 
 _ROWS = ("keys", "values", "radii")
 
@@ -14,11 +16,12 @@ _ROWS = ("keys", "values", "radii")
 def adopt(storage: Storage, new: Storage) -> set[int]:
     """Let `storage` hold what `new` does, which is not to be used any more.
 
-    A single step to lookups. Rows that are equal already are not written; within the capacity the
-    tensors stay where they are. What was done before cannot be undone. `version` goes up.
+    A single step to lookups, which wait while rows are copied: which ones differ is found before,
+    and a sketch fitted if need be. Within the capacity the tensors stay where they are; another
+    capacity brings its own. What was done before cannot be undone. `version` goes up.
 
     Returns:
-        The slots of which a key, a value or a radius was written.
+        The slots of which a key, a value or a radius may be another one.
 
     Raises:
         CapacityError: it needs more slots than there are, and the codebook is frozen.
@@ -37,43 +40,42 @@ def adopt(storage: Storage, new: Storage) -> set[int]:
             f"cannot follow a growth to {theirs.capacity} slots: the codebook is frozen and has "
             f"{slots.capacity}; thaw it, or attach with a larger capacity"
         )
-    with storage.changing, storage.lock:
-        storage.gather_hits()
-        if theirs.capacity != slots.capacity:
-            if not slots.frozen:
-                slots.warn_of_new_memory(theirs.capacity)
-            slots.put_back("capacity", None, theirs.capacity)
-        written: set[int] = set()
-        count = min(max(slots.in_use, theirs.in_use), slots.capacity, theirs.capacity)
-        for name in _ROWS:
-            own, other = getattr(slots, name), getattr(theirs, name)
-            rows = other[:count].to(slots.device)
-            for slot in _different(own[:count], rows):
-                slots.put_back(name, slot, rows[slot])
-                written.add(slot)
-        for slot in range(max(slots.in_use, theirs.in_use)):
-            slots.put_back("free", slot, slot in theirs.free)
-        slots.put_back("in_use", None, theirs.in_use)
-        storage.settings, storage.imported = new.settings, new.imported
-        storage.queries = new.queries.of(storage.journal)
-        for name in ("edit_records", "entry_records", "retired_values", "by_prompt", "by_query"):
-            setattr(storage, name, getattr(new, name))
-        storage.past, storage.live_edits = new.past, new.live_edits
-        storage.next_id = max(storage.next_id, new.next_id)
-        storage.next_value_id = max(storage.next_value_id, new.next_value_id)
-        for slot in range(count):
-            entry = storage.entry(slot)
-            number = -1 if entry is None else storage.label_number(entry.label)
-            slots.put_back("label_ids", slot, number)
-        storage.version = max(storage.version + 1, new.version)
-        storage.taken = new.taken
-        storage.journal.forget("a snapshot was followed")
-        slots.maintain_sketch()
-    return written
+    moves = theirs.capacity != slots.capacity and not slots.frozen
+    with storage.changing:  # so what is found before the lock is taken is so when it is
+        different: dict[str, tuple[Tensor, Tensor]] = {}
+        if moves:
+            slots.warn_of_new_memory(theirs.capacity)
+            theirs.move_to(slots.device)
+        else:
+            different = _different(slots, theirs)
+        theirs.maintain_sketch()
+        with storage.lock:
+            storage.gather_hits()
+            if moves:
+                slots.take_memory(theirs)
+            else:
+                slots.overwrite(different, theirs)
+            storage.take_records(new)
+            storage.version = max(storage.version + 1, new.version)
+            storage.taken = new.taken
+            storage.journal.forget("a snapshot was followed")
+            slots.maintain_sketch()
+    if moves:
+        return set(range(slots.in_use))
+    return {slot for name in _ROWS for slot in different[name][0].tolist()}
 
 
-def _different(a: Tensor, b: Tensor) -> list[int]:
-    if not len(a):
-        return []
-    x, y = (t.reshape(len(t), -1).contiguous().view(torch.uint8) for t in (a, b))
-    return [int(slot) for slot in (x != y).any(1).nonzero()[:, 0].tolist()]
+def _different(slots: Slots, theirs: Slots) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return by table the slots that hold other bits, and what they are to hold."""
+    found = {}
+    count = max(slots.in_use, theirs.in_use)
+    for name, rest in slots.fills.items():
+        own, other = getattr(slots, name), getattr(theirs, name)
+        if len(other) < count:  # it was smaller
+            other = resized(other, count, rest)
+        rows = other[:count].to(slots.device)
+        own, bits = (t[:count].reshape(count, -1).contiguous() for t in (own, rows))
+        same = own.view(torch.uint8) == bits.view(torch.uint8)
+        at = (~same.all(1)).nonzero()[:, 0] if count else torch.zeros(0, dtype=torch.int64)
+        found[name] = (at, rows[at])
+    return found

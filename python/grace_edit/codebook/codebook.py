@@ -174,9 +174,7 @@ class Codebook(Contents):
                 value = planning.check_value(value, storage.slots.values)
             elif proposal.slot < 0 or proposal.case == "update":
                 raise ValueError(f"value must be a tensor for the case {proposal.case}, got None")
-            # The outer one tells the watcher, who may wait for a disk: readers must not.
-            with storage.transaction(), storage.lock, storage.transaction():
-                storage.gather_hits()
+            with storage.change():
                 return retention.commit(storage, proposal, value, answers)
 
     @contextmanager
@@ -213,7 +211,7 @@ class Codebook(Contents):
         """
         if result.id is None:
             raise KeyError("id must be that of an edit in the history, got None")
-        with self.changing() as storage, storage.transaction(), storage.lock:
+        with self.changing() as storage, storage.change():
             storage.put_edit(replace(storage.edit(result.id), result=result))
 
     def insert(
@@ -313,7 +311,7 @@ class Codebook(Contents):
         with self.changing() as storage:
             if storage.journal.is_open:
                 raise ValueError("cannot compact inside a transaction: end it first")
-            with storage.transaction(), storage.lock:
+            with storage.change():
                 forgotten = past.compact(storage, keep)
             with storage.lock:
                 past.pack(storage)
@@ -422,18 +420,12 @@ class Codebook(Contents):
             if old.journal.is_open:
                 raise ValueError("cannot replace the content inside a transaction: end it first")
             new = other.storage
-            new.next_id = max(new.next_id, old.next_id)
-            new.version = old.next_version()
             new.journal.forget(reason)
+            new.version, new.next_id = old.next_version(), max(new.next_id, old.next_id)
             if old.watcher is not None:
                 old.watcher.replace(new)
             with old.lock:
-                if old.hits.on:
-                    old.gather_hits()
-                    new.hits.start(old.hits.gathered)
-                new.journal.limit, new.history_limit = old.journal.limit, old.history_limit
-                new.watcher = old.watcher
-                new.lock, new.changing = old.lock, old.changing  # others are waiting for these
+                new.succeed(old)
                 self.storage = new
 
     def check(self) -> None:

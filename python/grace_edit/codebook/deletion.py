@@ -23,9 +23,7 @@ def delete(storage: Storage, id: int, purge: bool) -> None:
     if edit.state == "deleted" and not purge:
         raise KeyError(f"id must be that of an edit not yet deleted, got {id}")
     part = _decided_apart(storage, id) if edit.state != "deleted" else None
-    # The outer one tells the watcher, who may wait for a disk: readers must not.
-    with storage.transaction(), storage.lock, storage.transaction():
-        storage.gather_hits()
+    with storage.change():
         if edit.state != "deleted":
             _take_out(storage, id, part)
         if purge:

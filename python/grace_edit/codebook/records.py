@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 Case = Literal["add", "update", "expand", "absorb", "split", "import"]
@@ -164,3 +165,14 @@ class Proposal:
     radius: float | None = None
     part_of: int | None = None
     negatives: tuple[Label, ...] = ()
+
+
+@dataclass
+class Imported:
+    """Entries that were given as tensors. They cost no record until something happens to them.
+
+    Slot i, value i and edit i belong together, with label i and, at first, radius i.
+    """
+
+    labels: list[Label] = field(default_factory=list)
+    radii: Tensor = field(default_factory=lambda: torch.zeros(0))

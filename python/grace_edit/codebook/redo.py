@@ -178,8 +178,7 @@ def apply(storage: Storage, record: bytes) -> bool:
             )
         storage.slots.warn_of_new_memory(said["capacity"])
     changes = _changes(said)
-    with storage.changing, storage.lock, storage.transaction():
-        storage.gather_hits()
+    with storage.change():
         storage.next_id, storage.next_value_id = said["next_id"], said["next_stamp"]
         _apply_slots(storage, said, tensors)
         _apply_records(storage, said, tensors)

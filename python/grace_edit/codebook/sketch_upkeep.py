@@ -26,7 +26,7 @@ alone, where the host waits for the device anyway, never in a lookup.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -111,13 +111,28 @@ class SketchUpkeep:
         """Whether the sketch was told of everything that was written."""
         return not any(self._untold.values())
 
+    def take(self, other: SketchUpkeep) -> bool:
+        """Hold in place what the sketch of equal keys and radii holds; False: it does not fit."""
+        own, theirs = self.sketch, other.sketch
+        if own is None or theirs is None or own.capacity != theirs.capacity:
+            return False
+        own.active = False
+        own.copy_(theirs)
+        self.since_fit, self._fresh = replace(other.since_fit), set()
+        self._untold = {"keys": set(), "radii": set()}
+        return True
+
     def touch(self, table: str, slot: int) -> None:
         """Take the sketch out of use: a slot of "keys" or "radii" is about to be written."""
-        if self.sketch is None or table not in self._untold:
+        self.touch_all(table, (slot,))
+
+    def touch_all(self, table: str, slots: Sequence[int]) -> None:
+        """Take the sketch out of use, if any of these slots is about to be written."""
+        if self.sketch is None or table not in self._untold or not slots:
             return
         if self.sketch.active:
             self.sketch.active = False
-        self._untold[table].add(slot)
+        self._untold[table].update(slots)
 
     def tell(self, keys: Tensor, radii: Tensor, in_use: int) -> None:
         """Tell the sketch what was written, and of slots that came into use; then use it again."""

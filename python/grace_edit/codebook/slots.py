@@ -238,6 +238,32 @@ class Slots:
             vars(self).update(own, radii=radii.clone(), sketch_upkeep=upkeep)
         self._set_in_use(len(keys))
 
+    @property
+    def fills(self) -> dict[str, float]:
+        """What free slots hold, by the name of each tensor with a row per slot."""
+        return dict(_FILLS)
+
+    def overwrite(self, rows: dict[str, tuple[Tensor, Tensor]], other: Slots) -> None:
+        """Hold what `other` does, in the tensors that are here, without a note in the journal.
+
+        Args:
+            rows: by name of a tensor, the slots `[n]` that differ and their rows, on the device.
+            other: up to date with its sketch.
+        """
+        for name in _FILLS:
+            at, new = rows[name]
+            self.sketch_upkeep.touch_all(name, at.tolist())
+            getattr(self, name)[at] = new
+        self._free = set(other.free)
+        self._set_in_use(other.in_use)
+        self.sketch_upkeep.take(other.sketch_upkeep)
+
+    def take_memory(self, other: Slots) -> None:
+        """Hold what `other` does, not to be used any more, in its tensors, on the same device."""
+        own = ("sketch_upkeep", "_free")
+        vars(self).update({name: vars(other)[name] for name in (*_FILLS, *own)})
+        self._set_in_use(other.in_use)
+
     def fill_labels(self, numbers: Sequence[int]) -> None:
         """Number the labels of all slots that were filled; -1: the slot is free."""
         if numbers:

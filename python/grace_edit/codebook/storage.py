@@ -8,20 +8,18 @@ that ends with an exception is rolled back to the bit; one that ends well become
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .hits import Hits
-from .journal import Journal, Place
+from .labels import Labels
+from .lookups import Lookups
 from .queries import Queries
-from .records import Edit, EditResult, Entry, Label
+from .records import Edit, EditResult, Entry, Imported, Label
 from .settings import Settings
 from .slots import Slots
 from .tensors import digest
@@ -31,45 +29,10 @@ class Absent:
     """What the journal notes for a record that was not there; the class itself survives a copy."""
 
 
-class Watcher(Protocol):
-    """Who is told of every change, in the thread that makes it, which holds `changing` alone."""
-
-    def commit(self, storage: Storage, changed: Sequence[Place]) -> None:
-        """Take note of a change that is about to be final; what is raised takes it back."""
-
-    def keeps(self, directory: Path) -> bool:
-        """Say whether changes are kept in this directory."""
-
-    def settled(self, storage: Storage, *, anew: bool = False) -> None:
-        """Be told that the change is final.
-
-        Args:
-            anew: so is another one of which no place tells.
-        """
-
-    def taken_back(self, storage: Storage) -> None:
-        """Be told that a change was taken back, perhaps after `commit`."""
-
-    def replace(self, storage: Storage) -> None:
-        """Take note that this storage is about to take over; what is raised prevents it."""
-
-
 _NUMBERS = ("live_edits", "purged")
-_LABELS = 1024  # numbered before any is dropped
 
 
-@dataclass
-class Imported:
-    """Entries that were given as tensors. They cost no record until something happens to them.
-
-    Slot i, value i and edit i belong together, with label i and, at first, radius i.
-    """
-
-    labels: list[Label] = field(default_factory=list)
-    radii: Tensor = field(default_factory=lambda: torch.zeros(0))
-
-
-class Storage:
+class Storage(Lookups):
     """Everything a codebook holds. Read what is public here; write by the methods.
 
     Writing needs an open `transaction`, and the `lock` where other threads read; only filling an
@@ -77,11 +40,7 @@ class Storage:
     taken, `changing` is taken first.
 
     Attributes:
-        settings, slots, queries, imported, journal, hits: see their classes.
-        lock: held while slots change; must be held while they are read in another thread.
-        changing: held by the thread that changes the codebook, from the first look on which its
-            decision rests to the end of its transaction. Those who only read never take it.
-        version: goes up with every change, and never down.
+        settings, slots, queries, imported, labels, hits: see their classes.
         entry_records: by slot, of each entry about which there is more to say than "as imported";
             None: an imported slot that is dead.
         edit_records: by id, of each edit about which there is more to say; None: it was purged.
@@ -91,9 +50,6 @@ class Storage:
         past: the ids of whole edits that are not live and not forgotten, as keys.
         history_limit: how many of these are kept, None: all; see `past.forget`.
         live_edits: how many there are, parts not counted.
-        purged: whether an edit was purged within the open transaction.
-        taken: the highest version that somebody may have seen of a writer that died since.
-        watcher: is told of every change; None: nobody. Not copied with the storage.
         next_id, next_value_id: never go down; neither is used twice.
     """
 
@@ -107,16 +63,13 @@ class Storage:
         device: torch.device | str,
         settings: Settings,
     ) -> None:
+        super().__init__()
         self.settings = settings
-        self.journal = Journal()
         self.slots = Slots(key_dim, value_dim, capacity, dtype, value_dtype, device, self.journal)
         self.queries = Queries(key_dim, dtype, self.journal)
         self.imported = Imported()
         self.hits = Hits()
-        self.lock = threading.RLock()
-        self.changing = threading.RLock()
-        self.version = 0
-        self.taken = 0
+        self.labels = Labels()
         self.entry_records: dict[int, Entry | None] = {}
         self.edit_records: dict[int, Edit | None] = {}
         self.retired_values: dict[int, Tensor] = {}
@@ -125,22 +78,8 @@ class Storage:
         self.past: dict[int, bool] = {}
         self.history_limit: int | None = None
         self.live_edits = 0
-        self.purged = False
-        self.watcher: Watcher | None = None
         self.next_id = 0
         self.next_value_id = 0
-        self._label_numbers: dict[Label | float, int] = {}
-        self._next_label = 0  # never taken back either
-        self._most_labels = _LABELS  # before those that nothing holds are dropped
-        self._changed = False  # version went up within the open transaction
-
-    def __getstate__(self) -> dict[str, Any]:
-        own = ("lock", "changing", "watcher")
-        return {k: item for k, item in vars(self).items() if k not in own}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, lock=threading.RLock(), changing=threading.RLock())
-        self.watcher = None
 
     def held(self, table: str, key: Any) -> Any:
         """Return what a place holds; see `journal.Part`."""
@@ -163,50 +102,6 @@ class Storage:
         self.journal.note(self, table, key)
         getattr(self, table).pop(key, None)
 
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Make what is done inside one step of undo, all of it or nothing; may be nested.
-
-        That of another thread is waited for: what it is told is done stays done.
-        """
-        with self.changing:
-            yield from self._transaction()
-
-    def _transaction(self) -> Iterator[None]:
-        self.journal.begin()
-        try:
-            yield
-            with self.lock:
-                self.slots.tell_sketch()
-            told = self._tell_watcher()
-        except BaseException:
-            with self.lock:
-                self.gather_hits()
-                self.journal.roll_back()
-                if not self.journal.is_open:
-                    if self._changed:  # somebody may have seen a version in between
-                        self.version = self.next_version()
-                    self._changed = False
-                self.slots.tell_sketch()
-            if self.watcher is not None and not self.journal.is_open:
-                self.watcher.taken_back(self)
-            raise
-        self.journal.end()
-        if not self.journal.is_open:
-            if self.purged:
-                self.journal.forget("a purge")
-            self.purged = self._changed = False
-        if told and self.watcher is not None:
-            self.watcher.settled(self)
-
-    def _tell_watcher(self) -> bool:
-        """Tell the watcher of the end of the outermost transaction, if it changed anything."""
-        changed = None if self.watcher is None else self.journal.changed()
-        if self.watcher is None or changed is None or not (changed or self._changed):
-            return False
-        self.watcher.commit(self, changed)
-        return True
-
     def end_change(self) -> None:
         """Do what ends every change: drop values nobody needs, count it, maintain the sketch."""
         self._drop_values()
@@ -214,43 +109,6 @@ class Storage:
         self.version = self.next_version()
         self._changed = True
         self.slots.maintain_sketch()
-
-    def undo(self) -> None:
-        """Take the last step back; only `version`, ids and value ids go on.
-
-        Raises:
-            UndoError: there is none, or a transaction is open.
-        """
-        with self.changing:
-            self._undo()
-
-    def _undo(self) -> None:
-        self.journal.require_step()
-        capacity = self.journal.before_last(self.slots, "capacity")
-        if capacity is not None and not self.slots.frozen:
-            self.slots.warn_of_new_memory(capacity)
-        with self.lock:
-            self.gather_hits()
-            redo = self.journal.undo()
-            self.version = self.next_version()
-            self.slots.maintain_sketch()
-        if self.watcher is None:
-            return
-        try:
-            self.watcher.commit(self, list(redo))
-        except BaseException:
-            with self.lock:
-                self.gather_hits()
-                self.journal.redo(redo)
-                self.version = self.next_version()
-                self.slots.maintain_sketch()
-            self.watcher.taken_back(self)
-            raise
-        self.watcher.settled(self)
-
-    def next_version(self) -> int:
-        """Return the version of the next change, a number that nobody has seen before."""
-        return max(self.version, self.taken) + 1
 
     def gather_hits(self) -> None:
         """Note what the entries answered so far with their edits, before a slot changes hands."""
@@ -289,6 +147,28 @@ class Storage:
         labels |= {slot: None if entry is None else entry.label for slot, entry in entries.items()}
         each = map(labels.get, range(self.slots.in_use))
         self.slots.fill_labels([-1 if x is None else self.label_number(x) for x in each])
+
+    def succeed(self, old: Storage) -> None:
+        """Go on in the place of another storage, with its locks, which others wait for."""
+        if old.hits.on:
+            old.gather_hits()
+            self.hits.start(old.hits.gathered)
+        self.journal.limit, self.history_limit = old.journal.limit, old.history_limit
+        self.watcher = old.watcher
+        self.lock, self.changing = old.lock, old.changing
+
+    def take_records(self, other: Storage) -> None:
+        """Hold the settings, queries and records of another one, which is not to be used any more.
+
+        For who writes its slots here as well, and holds both locks.
+        """
+        self.settings, self.imported, self.labels = other.settings, other.imported, other.labels
+        self.queries = other.queries.of(self.journal)
+        for name in ("edit_records", "entry_records", "retired_values", "by_prompt", "by_query"):
+            setattr(self, name, getattr(other, name))
+        self.past, self.live_edits = other.past, other.live_edits
+        self.next_id = max(self.next_id, other.next_id)
+        self.next_value_id = max(self.next_value_id, other.next_value_id)
 
     def entry(self, slot: int) -> Entry | None:
         """Return the entry of a slot, None where there is none."""
@@ -525,46 +405,10 @@ class Storage:
 
     def label_number(self, label: Label) -> int:
         """Return the number that stands for a label on the device while a slot holds it."""
-        key = self.settings.label_key(label)
-        number = self._label_numbers.get(key)
-        if number is None:
-            number = self._label_numbers[key] = self._next_label
-            self._next_label += 1
-        return number
+        return self.labels.number(self.settings.label_key(label))
 
     def _drop_labels(self) -> None:
         """Let labels that no slot holds, and none will by undoing, lose their numbers."""
-        if len(self._label_numbers) < self._most_labels:
-            return
-        held = set(self.slots.label_ids[: self.slots.in_use].tolist())
-        held.update(self.journal.noted("label_ids"))
-        self._label_numbers = {x: n for x, n in self._label_numbers.items() if n in held}
-        self._most_labels = max(_LABELS, 2 * len(self._label_numbers))
-
-    def nearest(self, query: Tensor, radii: Tensor | None = None) -> tuple[int, float]:
-        """Return slot and distance of the entry nearest to `[D]`; see `Slots.nearest`."""
-        with self.lock:
-            self._ready_sketch()
-            return self.slots.nearest(query, radii)
-
-    def _ready_sketch(self) -> None:
-        # Of what this change has written so far; only on a CPU does it spare a scan.
-        if self.slots.device.type == "cpu":
-            self.slots.tell_sketch()
-
-    def distance_to_other_label(
-        self, query: Tensor, label: Label, radii: Tensor | None = None
-    ) -> float:
-        """Return the distance from `[D]` to the nearest entry of another label; +inf for none.
-
-        `radii` `[in_use]` are read instead of the codebook's; -inf leaves an entry out.
-        """
-        number = self._label_numbers.get(self.settings.label_key(label), -1)
-        with self.lock:
-            self._ready_sketch()
-            return self.slots.nearest_of_other_label(query, number, radii)
-
-    def lookup(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Find the entries that answer `[B, D]`, as in serving."""
-        with self.lock:
-            return self.slots.lookup(query)
+        if self.labels.are_many:
+            held = set(self.slots.label_ids[: self.slots.in_use].tolist())
+            self.labels.keep(held.union(self.journal.noted("label_ids")))

@@ -21,6 +21,8 @@ from ..families import Family
 
 log = logging.getLogger("grace_edit")
 
+_LOOK = 0.05  # seconds between two looks for the first edits
+
 
 class Follower:
     """Brings the edits of a served model up to those of a directory; see `follow`.
@@ -173,6 +175,7 @@ def follow(
     *,
     interval: float | None = 0.2,
     encoder: Callable[[list[str]], Any] | str | None = None,
+    patience: float = 0.0,
 ) -> Follower:
     """Serve what a writer publishes in a directory, and each new version of it.
 
@@ -186,12 +189,30 @@ def follow(
         directory: where a `Publisher` writes, or did; anybody who can read may follow.
         interval: seconds between two looks of a thread; None: call `poll`.
         encoder: of edits with `query="text"`, where it was a callable or lies elsewhere now.
+        patience: seconds to wait for the first edits, where nobody has published any yet.
 
     Raises:
-        StoreError, ValueError: as `load`.
+        StoreError, ValueError: as `load`; there are no edits yet.
     """
     directory = Path(directory).absolute()
-    saved = store.load_saved(directory)
+    saved = _first(directory, patience)
     attached = serving.attach_saved(model, tokenizer, directory, encoder=encoder, saved=saved)
     family, _ = attached[0]
     return Follower(family, directory, saved, interval)
+
+
+def _first(directory: Path, patience: float) -> store.Saved:
+    """Read what is followed, once it is there."""
+    until = time.monotonic() + patience
+    while True:
+        # A save that is being renamed, or was interrupted there, is one as well.
+        if (directory / store.CONFIG).exists() or store.is_being_saved(directory):
+            return store.load_saved(directory)
+        left = until - time.monotonic()
+        if left <= 0:
+            raise StoreError(
+                f"{directory}: must hold published or saved edits to be followed, got none yet; "
+                "start the writer first (publish, grace serve), or wait for it with "
+                "follow(..., patience=SECONDS)"
+            )
+        time.sleep(min(left, _LOOK))

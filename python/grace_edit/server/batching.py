@@ -18,7 +18,10 @@ from ..adaptor.continuous import check_served
 from ..families import Family
 from .answering import current
 
-_PAGE = 64
+_PAGE = 16
+"""Tokens of a block of keys and values. Requests share whole blocks alone, and what chats have in
+common, the system's message, is short."""
+
 _TOKENS = 16384
 """Tokens whose keys and values are kept on a CPU, whose memory belongs to others too. Of a GPU's
 transformers takes most."""

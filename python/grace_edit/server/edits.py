@@ -20,6 +20,7 @@ from ..families.ids import is_chat
 from ..families.turns import answer_ids
 from ..keys.prompts import PromptReader
 from .metrics import Metrics
+from .sharing import Cores
 
 T = TypeVar("T")
 
@@ -53,7 +54,7 @@ class Edits:
 
     def __init__(self, family: Family, metrics: Metrics, editor: GraceEditor | None) -> None:
         self.family, self.editor = family, editor
-        self._metrics = metrics
+        self._metrics, self._cores = metrics, Cores(family.model)
         self._reader = None if family.tokenizer is None else PromptReader(family.tokenizer)
         self._changing = ThreadPoolExecutor(1, "grace-edit")
         self._reading = ThreadPoolExecutor(1, "grace-explain")
@@ -68,6 +69,7 @@ class Edits:
         """Wait for the change that is being made; those that wait are not begun."""
         self._changing.shutdown(cancel_futures=True)
         self._reading.shutdown(cancel_futures=True)
+        self._cores.close()
 
     # Reading
 
@@ -177,7 +179,8 @@ class Edits:
                 self.family.encode(prompt)  # says it if the template does not take the messages
                 own = answer_ids(self.family.model, self.family.tokenizer, prompt, target.strip())
             asked = [body.get(name, []) for name in ("paraphrases", "negatives")]
-            return editor.edit(prompt, own, *asked)
+            with self._cores.editing():
+                return editor.edit(prompt, own, *asked)
 
         result: EditResult = _checked(edit)
         if not result.success:
