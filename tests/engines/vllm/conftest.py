@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[2] / "edit"))  # the small models
 
-collect_ignore = [] if importlib.util.find_spec("vllm") else ["test_engine_vllm.py"]
+_INSIDE = ["test_engine_vllm.py", "test_processes_vllm.py"]
+collect_ignore = [] if importlib.util.find_spec("vllm") else _INSIDE
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +32,24 @@ def trained(once: Callable[..., Path]) -> Callable[[str], Any]:
         return copy.deepcopy(model)
 
     return copy_of
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the directory of SmolLM2 as transformers saves it."""
+    if "SMOLLM2" in os.environ:
+        return os.environ["SMOLLM2"]
+    from grace_edit.demo.smollm2 import load_smollm2
+
+    where = tmp_path_factory.mktemp("smollm2")
+    model, tokenizer = load_smollm2()
+    model.save_pretrained(where)
+    tokenizer.save_pretrained(where)
+    return str(where)
+
+
+@pytest.fixture(scope="session")
+def text(place: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from engine_models import EDITS, Reference
+
+    return Reference(place, tmp_path_factory.mktemp("text"), "text", EDITS)
