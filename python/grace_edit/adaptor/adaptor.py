@@ -45,6 +45,8 @@ class GraceAdaptor:
         special_ids: token ids that `query="mean"` leaves out.
         mask_token_id: token that asks under `query="last"` in a masked language model.
         text: makes the queries under `query="text"`; None under the others.
+
+    `place` is the name by which the seam has the wrapped layer, see `attach`.
     """
 
     codebook: Codebook
@@ -58,6 +60,7 @@ class GraceAdaptor:
     followed: FollowedForwards = field(default_factory=FollowedForwards, repr=False)
     thread: ThreadState = field(default_factory=ThreadState, repr=False)
     switch: Switch = field(default_factory=Switch, repr=False)
+    place: str = field(default="", init=False, repr=False)
 
     enabled = _of_thread("enabled")
     inside = _of_thread("inside")

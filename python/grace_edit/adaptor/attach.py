@@ -25,6 +25,7 @@ from .adaptor import GraceAdaptor
 from .continuous import PLAN, check_served, follow
 from .forwards import plan_forward, plan_step, prompt_length, warn_later_turn, whole_prefill
 from .packed import PackedPlan
+from .place import newcomer, place_of
 from .state import Generation
 from .torch_private import next_node_number
 
@@ -68,7 +69,7 @@ class GraceLayer:
         adaptor: GraceAdaptor | None = self.__dict__.get("grace")
         if adaptor is not None:
             adaptor.move(fn(torch.empty(0, device=adaptor.codebook.keys.device)).device)
-        return super()._apply(fn, recurse)  # type: ignore[misc]
+        return _beneath(self, "_apply")(fn, recurse)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (GraceLayer, type(self).grace_base), self.__dict__  # type: ignore[attr-defined]
@@ -102,6 +103,7 @@ class GraceGenerator(GraceSeam):
         if adaptor.generation is None:  # an assistant inside generate keeps a cache of its own
             warn_later_turn(adaptor, kwargs)
         state = Generation(prompt_length(args, kwargs))
+        _stay_in_place(self, adaptor)
         _follow_preparing(self)
         try:
             # enabled: it ends as it begins, whatever other threads switch off meanwhile.
@@ -193,7 +195,10 @@ def _swapped(mixin: type, base: type) -> type:
     for method in methods:
         if hasattr(mixin, method) and hasattr(base, method):
             members[method] = _with_signature(getattr(mixin, method), getattr(base, method))
-    made = type(name, (mixin, base), members)
+    members.update((own, vars(mixin)[own]) for own in ("_apply", "__reduce_ex__") if own in vars(mixin))
+    # The module's own class first: Python gives an object another class only if both are laid out
+    # by the same one, which for two bases is the first.
+    made = type(name, (base, mixin), members)
     made.__doc__ = base.__doc__
     return made
 
@@ -259,15 +264,28 @@ def attach(
         (layer, GraceLayer),
         (seam, GraceGenerator if generates else GraceSeam),
     ]
+    adaptor.place = place_of(layer, seam)
     for module, mixin in swaps:
-        own = module.__dict__.get("forward")
-        module.__dict__["grace"] = adaptor
-        if own is not None:
-            # accelerate and others set forward on the instance, where it would shadow the class.
-            wrap = _adapt_output if mixin is GraceLayer else _planned_forward
-            module.__dict__["forward"] = InstanceForward(wrap, module, own)
-        base: Any = getattr(type(module), "grace_base", type(module))
-        module.__class__ = _swapped(mixin, base)
+        _swap(module, mixin, adaptor)
+
+
+def _swap(module: nn.Module, mixin: type, adaptor: GraceAdaptor) -> None:
+    own = module.__dict__.get("forward")
+    module.__dict__["grace"] = adaptor
+    if own is not None:
+        # accelerate and others set forward on the instance, where it would shadow the class.
+        wrap = _adapt_output if mixin is GraceLayer else _planned_forward
+        module.__dict__["forward"] = InstanceForward(wrap, module, own)
+    base: Any = getattr(type(module), "grace_base", type(module))
+    module.__class__ = _swapped(mixin, base)
+
+
+def _stay_in_place(seam: nn.Module, adaptor: GraceAdaptor) -> None:
+    """Move the adaptor to the module that has taken the place of its layer, if one has."""
+    module = newcomer(seam, adaptor.place, adaptor)
+    if module is not None:
+        detach(module)  # what it holds of the old one, or a copy
+        _swap(module, GraceLayer, adaptor)
 
 
 def detach(model: nn.Module) -> None:
@@ -344,6 +362,8 @@ def _planned_forward(seam: Any, forward: Any, args: Any, kwargs: Any) -> Any:
     packed: PackedPlan | None = kwargs.pop(PLAN, None)
     if adaptor is None:
         return forward(*args, **kwargs)
+    if not torch.compiler.is_compiling() and adaptor.generation is None:
+        _stay_in_place(seam, adaptor)
     if packed is not None:
         return _packed_forward(adaptor, packed, forward, args, kwargs)
     before = plan = adaptor.plan
