@@ -194,7 +194,8 @@ def _attach(
         found, module = attaching.find_layer(model, layer)
     except ValueError as error:
         raise StoreError(f"{directory}: edits of another model or layer: {error}") from error
-    dtype = next((p.dtype for p in module.parameters()), None)
+    # Integers are of a quantised layer, and say nothing of what it takes and gives.
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
     if dtype is not None and dtype != codebook.values.dtype:
         raise StoreError(
             f"{directory}: dtype must be that of the model's layer ({dtype}), got edits made in "

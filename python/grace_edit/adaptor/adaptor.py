@@ -47,7 +47,8 @@ class GraceAdaptor:
         mask_token_id: token that asks under `query="last"` in a masked language model.
         text: makes the queries under `query="text"`; None under the others.
 
-    `others` are the adaptors of the model's other layers, as `attach` and `detach` have it.
+    `others` are the adaptors of the model's other layers, and `place` is the name by which the seam
+    has the wrapped layer; `attach` and `detach` set them.
     """
 
     codebook: Codebook
@@ -62,6 +63,7 @@ class GraceAdaptor:
     thread: ThreadState = field(default_factory=ThreadState, repr=False)
     switch: Switch = field(default_factory=Switch, repr=False)
     others: tuple[GraceAdaptor, ...] = field(default=(), init=False, repr=False)
+    place: str = field(default="", init=False, repr=False)
 
     enabled = _of_thread("enabled")
     inside = _of_thread("inside")

@@ -25,6 +25,7 @@ from .adaptor import GraceAdaptor
 from .continuous import PLAN, check_served, follow
 from .forwards import plan_forward, plan_step, prompt_length, warn_later_turn, whole_prefill
 from .packed import PackedPlan
+from .place import newcomer, place_of
 from .state import Generation
 from .torch_private import next_node_number
 
@@ -71,7 +72,7 @@ class GraceLayer:
         adaptor: GraceAdaptor | None = self.__dict__.get("grace")
         if adaptor is not None:
             adaptor.move(fn(torch.empty(0, device=adaptor.codebook.keys.device)).device)
-        return super()._apply(fn, recurse)  # type: ignore[misc]
+        return _beneath(self, "_apply")(fn, recurse)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (GraceLayer, type(self).grace_base), self.__dict__  # type: ignore[attr-defined]
@@ -139,6 +140,7 @@ def _generate(
     if adaptor.generation is None:  # an assistant inside generate keeps a cache of its own
         warn_later_turn(adaptor, kwargs)
     state = Generation(prompt_length(args, kwargs))
+    _stay_in_place(model, adaptor)
     _follow_preparing(model)
     try:
         # enabled: it ends as it begins, whatever other threads switch off meanwhile.
@@ -218,7 +220,10 @@ def _swapped(mixin: type, base: type) -> type:
     for method in methods:
         if hasattr(mixin, method) and hasattr(base, method):
             members[method] = _with_signature(getattr(mixin, method), getattr(base, method))
-    made = type(name, (mixin, base), members)
+    members.update((own, vars(mixin)[own]) for own in ("_apply", "__reduce_ex__") if own in vars(mixin))
+    # The module's own class first: Python gives an object another class only if both are laid out
+    # by the same one, which for two bases is the first.
+    made = type(name, (base, mixin), members)
     made.__doc__ = base.__doc__
     return made
 
@@ -299,6 +304,7 @@ def attach(
         (layer, GraceLayer),
         (seam, GraceGenerator if generates else GraceSeam),
     ]
+    adaptor.place = place_of(layer, seam)
     for module, mixin in swaps:
         _swap(module, mixin, adaptor)
 
@@ -312,6 +318,16 @@ def _swap(module: nn.Module, mixin: type, adaptor: GraceAdaptor) -> None:
         module.__dict__["forward"] = InstanceForward(wrap, module, own)
     base: Any = getattr(type(module), "grace_base", type(module))
     module.__class__ = _swapped(mixin, base)
+
+
+def _stay_in_place(seam: nn.Module, adaptor: GraceAdaptor) -> None:
+    """Move the adaptor to the module that has taken the place of its layer, if one has."""
+    module = newcomer(seam, adaptor.place, adaptor)
+    if module is not None:
+        others = adaptor.others
+        detach(module)  # what it holds of the old one, or a copy
+        adaptor.others = others
+        _swap(module, GraceLayer, adaptor)
 
 
 def _is_within(module: nn.Module, outer: nn.Module) -> bool:
@@ -413,6 +429,9 @@ def _planned_forward(seam: Any, forward: Any, args: Any, kwargs: Any) -> Any:
     packed: PackedPlan | None = kwargs.pop(PLAN, None)
     if adaptor is None:
         return forward(*args, **kwargs)
+    if not torch.compiler.is_compiling() and adaptor.generation is None:
+        for each in (adaptor, *seam.__dict__.get(_FURTHER, ())):
+            _stay_in_place(seam, each)
     if packed is not None:
         return _packed_forward(adaptor, packed, forward, args, kwargs)
     return _by_each(seam, _plan_and_run, forward, args, kwargs)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 SAMPLES = 4096
 """Elements of each tensor that go into the hash."""
@@ -62,7 +63,14 @@ def _block_of(layer: str) -> str:
 
 
 def sample(tensor: Tensor, dtype: torch.dtype | None = None) -> bytes:
-    """Return the bytes of at most 4096 evenly strided elements, as `dtype` holds them if given."""
+    """Return the bytes of at most 4096 evenly strided elements, as `dtype` holds them if given.
+
+    Of a tensor that is made of others, as torchao's int8 weights are of numbers and scales, of each
+    of these; `dtype` says nothing there.
+    """
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        return b"".join(sample(getattr(tensor, name)) for name in names)
     flat = tensor.reshape(-1)
     step = max(1, -(-flat.numel() // SAMPLES))
     picked = flat[::step].to(device="cpu", dtype=dtype or tensor.dtype).contiguous()

@@ -153,8 +153,15 @@ def _step(cut: CutForward, together: list[_Training]) -> list[_Training]:
     running = [training for training in running if not training.done]
     if running:
         total = sum(losses[id(training)] for training in running)
-        gradients = torch.autograd.grad(total, [training.value for training in running])
+        values = [training.value for training in running]
+        gradients = torch.autograd.grad(total, values, allow_unused=True)
         for training, gradient in zip(running, gradients, strict=True):
+            if gradient is None:
+                raise ValueError(
+                    "the model must let gradients pass above the wrapped layer, got a model that "
+                    "gives none, as of layers that are quantised for inference only; quantise it "
+                    "with torchao, quanto or bitsandbytes, or edit it unquantised"
+                )
             training.step(gradient)
     return running
 
