@@ -24,6 +24,7 @@ from .queries import Queries
 from .records import Edit, EditResult, Entry, Label
 from .settings import Settings
 from .slots import Slots
+from .tables import Table
 from .tensors import digest
 
 
@@ -117,8 +118,8 @@ class Storage:
         self.changing = threading.RLock()
         self.version = 0
         self.taken = 0
-        self.entry_records: dict[int, Entry | None] = {}
-        self.edit_records: dict[int, Edit | None] = {}
+        self.entry_records: Table[Entry] = Table()
+        self.edit_records: Table[Edit] = Table()
         self.retired_values: dict[int, Tensor] = {}
         self.by_prompt: dict[Label, int] = {}
         self.by_query: dict[bytes, int] = {}
@@ -272,7 +273,7 @@ class Storage:
     ) -> None:
         """Let these be the records of an empty codebook whose slots and queries were filled."""
         self.imported, self.retired_values = imported, retired_values
-        self.edit_records, self.entry_records = edits, entries
+        self.edit_records, self.entry_records = Table(edits), Table(entries)
         count = len(imported.labels)
         self.live_edits = count - sum(id < count for id in edits)
         for edit in edits.values():
@@ -516,11 +517,10 @@ class Storage:
         """Drop the retired values that no edit refers to or that a slot holds."""
         if not self.retired_values:
             return
-        held = {e.value_id for e in self.entry_records.values() if e is not None}
-        wanted = {e.value_id for e in self.edit_records.values() if e is not None} - held
+        held, wanted = self.entry_records.values_used, self.edit_records.values_used
         for id in list(self.retired_values):
             untouched = id < len(self.imported.labels) and id not in self.entry_records
-            if id not in wanted or untouched:
+            if id not in wanted or id in held or untouched:
                 self._drop("retired_values", id)
 
     def label_number(self, label: Label) -> int:
