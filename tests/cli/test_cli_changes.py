@@ -88,7 +88,7 @@ def test_ls_shows_live_edits_and_with_all_the_whole_history(grace, saved, no_mod
     ]
     assert rows[0]["paraphrases"] == ["who wrote that long film"]
     assert rows[0]["negatives"] == ["a good film"]
-    assert all(row["state"] == "live" and row["radius"] > 0 for row in rows)
+    assert all(row["state"] == "live" and row["radius"] > 0 and row["proven"] for row in rows)
     rows = told(grace, "edit", "ls", "--codebook", saved, "--all")["edits"]
     assert (rows[0]["id"], rows[0]["state"], rows[0]["superseded_by"]) == (0, "superseded", 4)
     assert rows[0]["radius"] is None

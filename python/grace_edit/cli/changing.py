@@ -48,6 +48,7 @@ def row_of(saved: SavedEdits, words: Words, edit: Edit) -> dict[str, Any]:
         "negatives": [words.prompt(prompt) for prompt in edit.negatives],
         "radius": float(book.radii[edit.slot]) if edit.live else None,
         "fragile": edit.result.fragile,
+        "proven": edit.result.proven,
     }
 
 

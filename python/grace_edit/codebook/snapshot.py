@@ -21,6 +21,7 @@ from .records import Edit, EditResult, Entry
 from .storage import Imported, Storage
 
 _FLOATS = ("distance", "radius_before", "radius_after", "loss_start", "loss_end")
+_NEWER = ("probability", "proven")
 
 
 def settings_of(storage: Storage) -> dict[str, Any]:
@@ -153,12 +154,12 @@ def entry_of(record: dict[str, Any]) -> Entry:
 
 def _result(result: EditResult) -> dict[str, Any]:
     fields = {name: _plain(item) for name, item in asdict(result).items()}
-    # An older release reads the file, and knows neither field of a result. It looks for no other
-    # field of an edit than its own.
-    probability = fields.pop("probability")
+    # An older release reads the file, and knows none of these fields of a result. It looks for no
+    # other field of an edit than its own.
+    newer = {name: fields.pop(name) for name in _NEWER}
     if result.keys == 1:
         del fields["keys"]
-    return {"result": fields, **({} if probability is None else {"probability": probability})}
+    return {"result": fields, **{k: item for k, item in newer.items() if item is not None}}
 
 
 def _several(edit: Edit) -> dict[str, Any]:
@@ -174,7 +175,7 @@ def _plain(item: Any) -> Any:
 
 def _result_fields(record: dict[str, Any]) -> dict[str, Any]:
     fields = {name: _number(name, item) for name, item in record["result"].items()}
-    return {"probability": record.get("probability"), **fields}
+    return {**{name: record.get(name) for name in _NEWER}, **fields}
 
 
 def _number(name: str, item: Any) -> Any:

@@ -360,7 +360,7 @@ class Storage:
         if id in self.edit_records or not 0 <= id < len(self.imported.labels):
             raise KeyError(f"id must be that of an edit in the history, got {id}")
         radius = self.imported.radii[id].item()
-        result = EditResult(id, "import", id, -1, math.inf, None, radius)
+        result = EditResult(id, "import", id, -1, math.inf, None, radius, proven=False)
         return Edit(id, self.imported.labels[id], None, -1, id, id, None, result)
 
     def history(self) -> list[Edit]:
