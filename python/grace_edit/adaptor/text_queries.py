@@ -101,6 +101,8 @@ class TextQueries:
         book: Codebook,
         prompts: Sequence[Sequence[int]],
         witness: Witness | None = None,
+        *,
+        counts: bool = True,
     ) -> Latched:
         """Say which entry answers each of B prompts, and with which value.
 
@@ -108,6 +110,7 @@ class TextQueries:
             book: of keys of this width.
             prompts: token ids without padding.
             witness: is told of the lookup; its seconds are those of keys and lookup together.
+            counts: whether the answers count as hits.
 
         Returns:
             On the device of the codebook. Equal prompts have equal answers.
@@ -120,7 +123,8 @@ class TextQueries:
             slots = dict(zip(rows, _decide(book, [*rows.values()]), strict=True)) if rows else {}
             found = [slots.get(ids, (-1, float("inf"))) for ids in known]
             index = torch.tensor([s for s, _ in found], dtype=torch.int64, device=book.device)
-            book.count_answers(index)
+            if counts:
+                book.count_answers(index)
             if witness is not None:
                 near = torch.tensor([d for _, d in found])
                 witness(book, index, near, time.perf_counter() - start)

@@ -9,14 +9,14 @@ The method is that of Hartvigsen et al., "Aging with GRACE" (NeurIPS 2023, arXiv
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from . import audit, deletion, importing, past, planning, retention
+from . import audit, deletion, expiry, importing, past, planning, retention
 from . import policy as rules
 from .contents import Contents
 from .records import EditResult, Proposal
@@ -177,7 +177,10 @@ class Codebook(Contents):
             # The outer one tells the watcher, who may wait for a disk: readers must not.
             with storage.transaction(), storage.lock, storage.transaction():
                 storage.gather_hits()
-                return retention.commit(storage, proposal, value, answers)
+                result = retention.commit(storage, proposal, value, answers)
+                if result.id is not None and proposal.part_of is None:
+                    storage.hits.note_made(result.id)
+                return result
 
     @contextmanager
     def changing(self) -> Iterator[Storage]:
@@ -260,7 +263,52 @@ class Codebook(Contents):
             KeyError: the id is unknown, or that of a part.
         """
         with self.changing() as storage:
-            deletion.delete(storage, id, purge)
+            deletion.delete(storage, [id], purge)
+
+    def delete_all(self, ids: Sequence[int], purge: bool = False) -> None:
+        """Take several edits back as `delete` takes one, all or none, as one step of undo.
+
+        What is left is the same as after deleting them one by one; what they touched is decided
+        again once, not once for each.
+
+        Raises:
+            KeyError: as `delete`, for any of them.
+        """
+        with self.changing() as storage:
+            deletion.delete(storage, ids, purge)
+
+    def expire(
+        self, unused_for: float, keep: Collection[int] = (), *, dry_run: bool = False
+    ) -> list[int]:
+        """Delete the edits that answered nobody for long, as one step of undo.
+
+        Those that they superseded go with them: what is out of use must not bring back what is out
+        of date. An edit that was never used counts from its making, or from when counting began.
+
+        Args:
+            unused_for: seconds of the wall clock.
+            keep: ids of edits that stay.
+            dry_run: say which would go, and change nothing.
+
+        Returns:
+            The ids of the deleted edits, ascending.
+
+        Raises:
+            ValueError: hits are not counted (`count_hits`), or `unused_for` is negative or NaN.
+            KeyError: an id to keep is unknown.
+        """
+        with self.changing() as storage:
+            return expiry.expire(storage, unused_for, keep, dry_run=dry_run)
+
+    @property
+    def last_hit(self) -> dict[int, int | None] | None:
+        """When each live edit's entries last answered, in seconds since 1970, by id ascending.
+
+        None for an edit that never did; None instead of all where nothing is counted, see
+        `count_hits`. Saved, shared and not part of `undo` as `hits` are. Waits for the device.
+        """
+        with self.lock:
+            return expiry.last_hits(self.storage)
 
     def compact(self, keep: int = 0) -> int:
         """Forget deleted and superseded edits, with all that only they need, and the undo.
@@ -405,7 +453,7 @@ class Codebook(Contents):
             with old.lock:
                 if old.hits.on:
                     old.gather_hits()
-                    new.hits.start(old.hits.gathered)
+                    new.hits.start(old.hits.gathered, old.hits.since, old.hits.started)
                 new.journal.limit, new.history_limit = old.journal.limit, old.history_limit
                 new.watcher = old.watcher
                 new.lock, new.changing = old.lock, old.changing  # others are waiting for these

@@ -104,6 +104,9 @@ def _tensors(storage: Storage, at: Tensor) -> dict[str, Tensor]:
     if hits is not None:  # else files are as those of the first release
         tensors["hit_edits"] = torch.tensor(list(hits), dtype=torch.int64)
         tensors["hit_counts"] = torch.tensor(list(hits.values()), dtype=torch.int64)
+        since = storage.hits.since
+        tensors["hit_since"] = torch.tensor([*since.items()], dtype=torch.int64).reshape(-1, 2)
+        tensors["hit_started"] = torch.tensor(storage.hits.started, dtype=torch.int64)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -250,7 +253,10 @@ def fill_records(storage: Storage, lines: str, tensors: dict[str, Tensor]) -> No
     storage.fill(_imported(tensors), edits, entries, values)
     if "hit_edits" in tensors:
         ids, counts = tensors["hit_edits"].tolist(), tensors["hit_counts"].tolist()
-        storage.hits.start(dict(zip(ids, counts, strict=True)))
+        gathered, since, started = dict(zip(ids, counts, strict=True)), None, None
+        if "hit_since" in tensors:
+            since, started = dict(tensors["hit_since"].tolist()), int(tensors["hit_started"])
+        storage.hits.start(gathered, since, started)
     _check_agreement(storage, tensors["radii"])
 
 

@@ -480,8 +480,7 @@ class Storage:
             self.queries.erase(edit.query_index)
         if edit.id in self.past:
             self._drop("past", edit.id)
-        if self.hits.gathered is not None:
-            self.hits.gathered.pop(edit.id, None)
+        self.hits.forget(edit.id)
         if edit.id < len(self.imported.labels):
             self._put("edit_records", edit.id, None)  # or it would be as imported
         else:

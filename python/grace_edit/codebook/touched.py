@@ -37,8 +37,8 @@ _SLACK = 1.0 + 1e-6  # for distances that were not computed or rounded as the ca
 _TINY = 1e-22  # no canonical distance above 0 is smaller
 
 
-def touched(storage: Storage, id: int) -> set[int] | None:
-    """Return the ids of a whole edit and of all that its deletion can touch, parts included.
+def touched(storage: Storage, *ids: int) -> set[int] | None:
+    """Return the ids of whole edits and of all that their deletion can touch, parts included.
 
     Nothing changes. Costs a pass over the stored queries for each edit that is linked or may be.
 
@@ -47,7 +47,7 @@ def touched(storage: Storage, id: int) -> set[int] | None:
     """
     if storage.settings.paper:  # whose radii may grow without bounds
         return None
-    return _Links(storage).all_of(storage.group(id))
+    return _Links(storage).all_of([edit for id in ids for edit in storage.group(id)])
 
 
 class _Links:
