@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -232,6 +232,26 @@ class GraceEditor:
             return
         with self.layers.changing(), self.family.working():
             self.layers.change(lambda: self.codebook.delete(edit_id, purge=purge))
+
+    def expire(
+        self, unused_for: float, keep: Collection[int] = (), *, dry_run: bool = False
+    ) -> list[int]:
+        """Delete the edits that answered nobody for `unused_for` seconds, as one step of undo.
+
+        By what `codebook.count_hits` has noted, which must be on. See `Codebook.expire`.
+
+        Args:
+            keep: ids of edits that stay.
+            dry_run: say which would go, and change nothing.
+
+        Returns:
+            The ids of the deleted edits, those that they had superseded among them.
+
+        Raises:
+            ValueError: hits are not counted, or `unused_for` is negative or NaN.
+            KeyError: an id to keep is unknown.
+        """
+        return self.codebook.expire(unused_for, keep, dry_run=dry_run)
 
     def undo(self) -> None:
         """Take the last edit, batch or delete back, bitwise; `version` still increases.

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def test_ls_shows_live_edits_and_with_all_the_whole_history(grace, saved, no_mod
     ]
     assert rows[0]["paraphrases"] == ["who wrote that long film"]
     assert rows[0]["negatives"] == ["a good film"]
-    assert all(row["state"] == "live" and row["radius"] > 0 for row in rows)
+    assert all(row["state"] == "live" and row["radius"] > 0 and row["proven"] for row in rows)
     rows = told(grace, "edit", "ls", "--codebook", saved, "--all")["edits"]
     assert (rows[0]["id"], rows[0]["state"], rows[0]["superseded_by"]) == (0, "superseded", 4)
     assert rows[0]["radius"] is None
@@ -106,6 +107,34 @@ def test_ls_shows_hits_where_they_are_counted(grace, saved):
     rows = told(grace, "edit", "ls", "--codebook", saved, "--all")["edits"]
     assert [(row["id"], row["hits"]) for row in rows] == [(0, None), (1, 0), (3, 2), (4, 0)]
     assert "hits" in grace("edit", "ls", "--codebook", saved).stdout
+
+
+def test_expire_takes_back_what_answered_nobody_for_long(grace, saved, no_model):
+    refused = grace("edit", "expire", "--codebook", saved, "--unused-for", "30d")
+    assert refused.exit_code == 4
+    assert "hits are not counted" in refused.stderr
+    book, described, beside = store.load_all(saved)
+    now = int(time.time())
+    book.storage.hits.start({3: 5}, {1: now - 29 * 86400, 3: now - 60}, now - 40 * 86400)
+    store.save(book, saved, described, beside)
+    rows = told(grace, "edit", "ls", "--codebook", saved)["edits"]
+    assert [(row["hits"], row["last_hit"]) for row in rows] == [(0, None), (5, now - 60), (0, None)]
+    long = ("edit", "expire", "--codebook", saved, "--unused-for")
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    for time_of, keep, ids in (("30d", (), [0, 4]), ("5000h", (), []), ("90m", ("--keep", 4), [1])):
+        found = told(grace, *long, time_of, *keep, "--dry-run")
+        assert (found["dry_run"], [row["id"] for row in found["taken_back"]]) == (True, ids)
+        assert found["edits"] == 3
+    shown = grace(*long, "30d", "--dry-run").stdout
+    assert f'would be taken back: edit 4, "{PAIRS[0][0]}" -> "vienna"' in shown
+    for wrong in (("soon",), ("30",), ("30d", "--keep", 77)):
+        assert grace(*long, *wrong).exit_code in (2, 3)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    # The edit that 4 had superseded goes with it.
+    found = told(grace, *long, "30d")
+    assert [row["id"] for row in found["taken_back"]] == [0, 4]
+    assert (found["dry_run"], found["live_again"], found["edits"]) == (False, [], 2)
+    assert store.load(saved)[0].ids == [1, 3]
 
 
 def test_rm_takes_edits_back_and_those_they_superseded_come_back(grace, saved, no_model):

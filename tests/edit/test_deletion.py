@@ -111,6 +111,28 @@ def test_deleting_gives_to_the_bit_what_replaying_everything_gives(
     assert parts >= (5 if imports or apart == 3.0 else 8)
 
 
+@pytest.mark.parametrize("apart", [9.0, 3.0], ids=["islands far apart", "islands that touch"])
+def test_several_deleted_at_once_leave_what_they_leave_one_by_one(apart: float) -> None:
+    stream = Islands(11, apart=apart)
+    book = Codebook(ISLAND_DIM, VALUE_DIM, capacity=4)
+    ids = [stream.insert(book) for _ in range(40)]
+    some = stream.random.sample(ids, 12)
+    one_by_one, before, version = copy.deepcopy(book), state(book), book.version
+    for id in some:
+        one_by_one.delete(id)
+    book.delete_all([*some, some[0]])
+    assert content(book) == content(one_by_one)
+    assert book.version == version + 1
+    book.check()
+    book.undo()
+    assert state(book) == before
+    with pytest.raises(KeyError):
+        book.delete_all([some[0], 10_000])
+    assert state(book) == before
+    book.delete_all([])
+    assert book.version == version + 2
+
+
 def test_equal_distances_are_left_to_a_replay_of_everything(replayed: list[int]) -> None:
     book = Codebook(2, VALUE_DIM)
     for _ in range(60):  # so many that they are not simply all replayed

@@ -11,7 +11,8 @@ import pytest
 import torch
 import transformers
 from grace_edit import CapacityError, GraceConfig, GraceEditor, UndoError
-from grace_edit.codebook import retention
+from grace_edit.codebook import retention, store
+from grace_edit.codebook.codebook import Codebook
 from grace_edit.editing import making
 from grace_edit.editing.training import Fit
 from grace_edit.families import base, family_of
@@ -571,13 +572,31 @@ def test_the_published_recipe_cannot_reach_a_causal_model_that_asks_at_its_last_
 def test_an_edit_shared_by_the_published_policy_without_proof_says_so(edited):
     editor = edited("bert", policy="paper", radius=1e6)
     first, second = editor.edit(A, 1), editor.edit(B, 1)
-    assert (first.reason, second.case) == ("", "absorb")
+    assert (first.reason, first.proven, second.case) == ("", True, "absorb")
     made = editor.family.produces([B], [[1]], None)[0]
-    assert (second.reason == "") == made
+    assert (second.reason == "") == second.proven == made
     editor.codebook.values[0] = -editor.codebook.values[0]
     third = editor.edit(A, 1)
     assert third.case == "absorb"
-    assert (third.reason == "") == editor.family.produces([A], [[1]], None)[0]
+    made = editor.family.produces([A], [[1]], None)[0]
+    assert (third.reason == "") == third.proven == made
+
+
+def test_what_is_proven_is_saved_and_not_made_up(edited, tmp_path):
+    editor = edited("gpt2")
+    refused = edited("gpt2", max_steps=1, margin=50.0).edit(A, X)
+    assert (refused.success, refused.proven) == (False, False)
+    assert editor.edit(A, X).proven
+    book = editor.codebook
+    book.insert(book.keys[0] + 1000, [3], book.values[0])
+    store.save(book, tmp_path, {})
+    lines = (tmp_path / "edits.jsonl").read_text().splitlines()
+    assert [json.loads(line).get("proven") for line in lines[:2]] == [True, False]
+    loaded, _ = store.load(tmp_path)
+    assert [edit.result.proven for edit in loaded.history] == [True, False]
+    rows = torch.eye(2)
+    imported = Codebook.from_tensors(rows, rows, torch.ones(2), [[1], [2]])
+    assert imported.edit(1).result.proven is False
 
 
 def test_an_update_names_the_edits_of_other_prompts_that_it_supersedes(edited, near):

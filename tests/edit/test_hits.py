@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from grace_edit.codebook import store
+from codebook_streams import state
+from grace_edit.codebook import hits, store
 from grace_edit.codebook.codebook import Codebook
 from text_models import NEIGHBOUR, QUESTION, REWORDED, TARGET, text_editor, tokenizer
 from tiny_models import generated, logits_of, run_of
@@ -123,4 +124,94 @@ def test_a_compiled_model_counts_nothing_and_has_one_graph(edited):
     run = torch.compile(editor.model.forward, backend="eager", fullgraph=True)
     with torch.no_grad():
         assert torch.equal(run(input_ids=ids).logits, plain)
+    assert editor.codebook.hits == {0: 1}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that a test sets: `clock.now`."""
+
+    class Clock:
+        now = 1_000
+
+    monkeypatch.setattr(hits.time, "time", lambda: Clock.now + 0.9)
+    return Clock
+
+
+def test_when_an_edit_last_answered_is_its_own_whatever_slot_it_has(clock, tmp_path):
+    book = filled((0.0, 0.0), (9.0, 0.0), (0.0, 9.0))
+    assert book.last_hit == {0: None, 1: None, 2: None}
+    clock.now = 2_000
+    ask(book, (0.0, 0.1), (9.0, 0.0), (50.0, 50.0))
+    clock.now = 3_000
+    ask(book, (9.0, 0.0))
+    assert book.last_hit == {0: 2_000, 1: 3_000, 2: None}
+    book.delete(0)
+    book.insert(torch.tensor([-9.0, 0.0]), [7], torch.zeros(2))
+    assert book.edit(3).slot == 0
+    assert book.last_hit == {1: 3_000, 2: None, 3: None}
+    clock.now = 2_500  # set back: what is known does not become older
+    ask(book, (9.0, 0.0))
+    store.save(book, tmp_path, {})
+    loaded, _ = store.load(tmp_path)
+    assert loaded.last_hit == {1: 3_000, 2: None, 3: None}
+    clock.now = 5_000
+    ask(loaded, (-9.0, 0.0))
+    assert (loaded.last_hit[3], loaded.expire(2_500, dry_run=True)) == (5_000, [2])
+
+
+def test_what_answered_nobody_for_long_goes_as_one_step_with_what_it_superseded(clock):
+    book = filled((0.0, 0.0), (9.0, 0.0), (0.0, 9.0), (9.0, 9.0))
+    clock.now = 2_000
+    assert book.insert(torch.tensor([0.0, 0.0]), [5], torch.zeros(2)).case == "update"
+    later = book.insert(torch.tensor([99.0, 0.0]), [6], torch.zeros(2)).id
+    clock.now = 3_000
+    ask(book, (9.0, 0.0))
+    before = state(book)
+    assert book.expire(1_001, dry_run=True) == [2, 3]  # made and unused at 1000
+    assert book.expire(1_000, keep=[3, later], dry_run=True) == [0, 2, 4]
+    assert book.expire(0.0, dry_run=True) == [0, 1, 2, 3, 4, later]
+    assert state(book) == before
+    version = book.version
+    assert book.expire(1_000, keep=[3]) == [0, 2, 4, later]
+    assert (book.ids, book.version) == ([1, 3], version + 1)
+    book.check()
+    book.undo()
+    assert state(book) == before
+    assert book.expire(10_000) == []
+    assert book.version == version + 2
+    with pytest.raises(KeyError, match="99"):
+        book.expire(0, keep=[99])
+    with pytest.raises(ValueError, match="unused_for must be at least 0"):
+        book.expire(float("nan"))
+    book.count_hits = False
+    with pytest.raises(ValueError, match="hits are not counted"):
+        book.expire(0)
+
+
+def test_an_entry_that_serves_one_of_its_edits_is_in_use_for_all(clock):
+    book = Codebook(2, 2)
+    first = book.insert(torch.tensor([0.0, 0.0]), [1], torch.zeros(2)).id
+    second = book.insert(torch.tensor([1.5, 0.0]), [1], torch.zeros(2))
+    assert second.case == "expand"
+    clock.now = 2_000
+    book.count_hits = True  # of what was made before, from here on
+    clock.now = 3_000
+    ask(book, (1.5, 0.0))
+    clock.now = 3_500
+    assert book.last_hit == {first: 3_000, second.id: 3_000}
+    assert book.expire(600, dry_run=True) == []
+    assert book.expire(500, dry_run=True) == [first, second.id]
+
+
+def test_looking_is_not_asking(trained):
+    words = tokenizer()
+    editor = text_editor(trained("gpt2"), "gpt2", words)
+    assert editor.edit(QUESTION, TARGET).success
+    editor.codebook.count_hits = True
+    assert editor.explain(QUESTION).hit
+    assert editor.verify() == []
+    assert editor.codebook.hits == {0: 0}
+    assert editor.expire(60) == []
+    editor.answers([QUESTION])  # for a plan, which is served
     assert editor.codebook.hits == {0: 1}

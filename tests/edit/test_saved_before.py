@@ -31,10 +31,11 @@ def plain(item: Any) -> Any:
 
 
 def result_of(result: EditResult) -> dict[str, Any]:
-    """Return a result as it was saved then, of one key and without its probability."""
+    """Return a result as it was saved then, of one key, its probability and proof not known."""
     fields = {name: plain(item) for name, item in asdict(result).items()}
     assert fields.pop("keys") == 1
     assert fields.pop("probability") is None
+    assert fields.pop("proven") in (None, False)
     return fields
 
 
@@ -89,6 +90,7 @@ def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 def test_a_snapshot_of_4727689_loads_to_the_bit(name: str) -> None:
     book, config = store.load(SAVED / name)
+    assert {e.result.proven for e in book.history if e.result.case != "import"} <= {None}
     expected = load_file(SAVED / name / "expected.safetensors")
     assert config == {"layer": "h.1", "made_for": name}
     assert picture(book) == json.loads((SAVED / name / "expected.json").read_text())["saved"]
@@ -122,6 +124,7 @@ def test_the_sketch_of_a_snapshot_is_used_as_it_was_saved(monkeypatch: pytest.Mo
 
 def test_what_is_saved_again_has_the_same_bytes(name: str, tmp_path: Path) -> None:
     book, config = store.load(SAVED / name)
+    assert {e.result.proven for e in book.history if e.result.case != "import"} <= {None}
     store.save(book, tmp_path, config)
     for file in (store.CONFIG, store.TENSORS, store.EDITS):
         assert (tmp_path / file).read_bytes() == (SAVED / name / file).read_bytes()

@@ -164,10 +164,15 @@ class GraceAdaptor:
         """Whether a forward is answered by the text of its prompts."""
         return self.text is not None and self.forced is None and self.captures is None
 
-    def answer(self, prompts: Sequence[Sequence[int]]) -> Latched:
-        """Return the answers to prompts of token ids; under `query="text"` alone."""
+    def answer(self, prompts: Sequence[Sequence[int]], *, served: bool = True) -> Latched:
+        """Return the answers to prompts of token ids; under `query="text"` alone.
+
+        Args:
+            served: somebody gets them: they are counted as hits, and the witness is told.
+        """
         assert self.text is not None
-        return self.text.answer(self.codebook, prompts, self.witness, counts=self.counts)
+        witness, counts = (self.witness, self.counts) if served else (None, False)
+        return self.text.answer(self.codebook, prompts, witness, counts=counts)
 
     def remember(self, start: int, plan: QueryPlan | LatchedPlan | None) -> None:
         """Note what a forward did whose first autograd node was to have the number `start`."""

@@ -296,6 +296,7 @@ def attach(
             "another, whose answer replaces that of the inner one"
         )
     _meet(adaptor, [module.__dict__["grace"] for module in layers])
+    adaptor.place = place_of(layer, seam)
     if seam.__dict__.get("grace") is not None:
         seam.__dict__[_FURTHER] = (*seam.__dict__.get(_FURTHER, ()), adaptor)
         _swap(layer, GraceLayer, adaptor)
@@ -304,7 +305,6 @@ def attach(
         (layer, GraceLayer),
         (seam, GraceGenerator if generates else GraceSeam),
     ]
-    adaptor.place = place_of(layer, seam)
     for module, mixin in swaps:
         _swap(module, mixin, adaptor)
 

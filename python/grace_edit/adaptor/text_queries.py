@@ -110,7 +110,7 @@ class TextQueries:
             book: of keys of this width.
             prompts: token ids without padding.
             witness: is told of the lookup; its seconds are those of keys and lookup together.
-            counts: it is a request, and counted as one.
+            counts: whether the answers count as hits.
 
         Returns:
             On the device of the codebook. Equal prompts have equal answers.

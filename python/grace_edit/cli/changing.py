@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from ..codebook.locking import writing
 from ..codebook.records import Edit
 from ..terminal import number, plain, progress, screen, table
 from .models import SavedEdits, Words, read_edits_of
-from .output import NOT_FOUND, OK, CommandError, print_json
+from .output import CONFLICT, NOT_FOUND, OK, CommandError, print_json
 
 
 def list_edits(directory: Path, *, everything: bool, as_json: bool) -> int:
@@ -20,14 +21,18 @@ def list_edits(directory: Path, *, everything: bool, as_json: bool) -> int:
     edits = [edit for edit in saved.codebook.history if everything or edit.live]
     rows = [row_of(saved, words, edit) for edit in edits]
     hits = saved.codebook.hits
-    if hits is not None:
-        rows = [{**row, "hits": hits.get(row["id"])} for row in rows]
+    last = saved.codebook.last_hit
+    if hits is not None and last is not None:
+        rows = [
+            {**row, "hits": hits.get(row["id"]), "last_hit": last.get(row["id"])} for row in rows
+        ]
     if as_json:
         print_json({"directory": str(directory), "edits": rows})
         return OK
     console = screen()
     columns = ["id", "prompt", "target", "state", "keys", "radius"]
-    console.print(table(columns + ["hits"] * (hits is not None), map(_cells, rows)))
+    columns += ["hits", "last hit"] * (hits is not None)
+    console.print(table(columns, map(_cells, rows)))
     book = saved.codebook
     console.print(f"live edits {book.edits}, entries {book.entries}")
     return OK
@@ -48,6 +53,7 @@ def row_of(saved: SavedEdits, words: Words, edit: Edit) -> dict[str, Any]:
         "negatives": [words.prompt(prompt) for prompt in edit.negatives],
         "radius": float(book.radii[edit.slot]) if edit.live else None,
         "fragile": edit.result.fragile,
+        "proven": edit.result.proven,
     }
 
 
@@ -55,9 +61,12 @@ def _cells(row: dict[str, Any]) -> list[Any]:
     state = row["state"]
     if state == "superseded":
         state = f"superseded by {row['superseded_by']}"
-    hits = [row["hits"]] if "hits" in row else []
     own = [row["id"], row["prompt"], row["target"], state, row["keys"], number(row["radius"])]
-    return [*own, *("–" if count is None else count for count in hits)]
+    if "hits" not in row:
+        return own
+    last = row["last_hit"]
+    when = None if last is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(last))
+    return [*own, *("–" if item is None else item for item in (row["hits"], when))]
 
 
 def remove(directory: Path, ids: list[int], *, purge: bool, as_json: bool) -> int:
@@ -66,6 +75,21 @@ def remove(directory: Path, ids: list[int], *, purge: bool, as_json: bool) -> in
         saved = read_edits_of(directory)
         _check_ids(saved, ids, purge)
         return _take_back(directory, saved, list(dict.fromkeys(ids)), purge, as_json)
+
+
+def expire(
+    directory: Path, unused_for: float, keep: list[int], *, dry_run: bool, as_json: bool
+) -> int:
+    """Delete saved edits that answered nobody for so many seconds, or say which these are."""
+    with writing(_existing(directory)):
+        saved = read_edits_of(directory)
+        try:
+            ids = saved.codebook.expire(unused_for, keep, dry_run=True)
+        except KeyError as error:
+            raise CommandError(NOT_FOUND, str(error.args[0])) from error
+        except ValueError as error:
+            raise CommandError(CONFLICT, f"{directory}: {error}") from error
+        return _take_back(directory, saved, ids, False, as_json, dry_run=dry_run)
 
 
 def undo(directory: Path, *, as_json: bool) -> int:
@@ -102,21 +126,28 @@ def _check_ids(saved: SavedEdits, ids: list[int], purge: bool) -> None:
 
 
 def _take_back(
-    directory: Path, saved: SavedEdits, ids: list[int], purge: bool, as_json: bool
+    directory: Path,
+    saved: SavedEdits,
+    ids: list[int],
+    purge: bool,
+    as_json: bool,
+    *,
+    dry_run: bool = False,
 ) -> int:
     book, words = saved.codebook, Words.of_saved(saved)
     before = set(book.ids)
     rows = [row_of(saved, words, book.edit(id)) for id in ids]
-    with progress("taking back", len(ids)) as step, book.transaction():
-        for id in ids:
-            book.delete(id, purge=purge)
-            step()
+    if ids and not dry_run:
+        with progress("taking back"):
+            book.delete_all(ids, purge=purge)
     back = [row_of(saved, words, book.edit(id)) for id in book.ids if id not in before]
-    store.save(book, directory, saved.described, saved.beside)
+    if ids and not dry_run:
+        store.save(book, directory, saved.described, saved.beside)
     if as_json:
         print_json(
             {
                 "directory": str(directory),
+                "dry_run": dry_run,
                 "taken_back": rows,
                 "purged": purge,
                 "live_again": back,
@@ -127,7 +158,7 @@ def _take_back(
         return OK
     console = screen()
     for row in rows:
-        what = "purged" if purge else "taken back"
+        what = "would be taken back" if dry_run else "purged" if purge else "taken back"
         console.print(plain(f"{what}: {_named(row)}"))
     for row in back:
         console.print(plain(f"live again: {_named(row)}"))

@@ -19,6 +19,7 @@ from .options import (
     Where,
     check_task,
     group_with,
+    seconds_of,
     value_of,
 )
 
@@ -154,6 +155,31 @@ def remove(
     from . import changing
 
     raise typer.Exit(changing.remove(codebook, ids, purge=purge, as_json=json))
+
+
+@edit.command()
+def expire(
+    codebook: Saved,
+    unused_for: Annotated[
+        str,
+        typer.Option(
+            metavar="TIME", help="Such as 30d, 12h, 45m or 90s: that an edit answered nobody."
+        ),
+    ],
+    keep: Annotated[
+        list[int] | None, typer.Option(metavar="ID", help="An edit that stays; may be repeated.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say which edits would go, and change nothing.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Take back edits that answered nobody for long, and those they superseded. Hits must have been
+    counted (count_hits) where they were served and saved."""
+    from . import changing
+
+    seconds = seconds_of(unused_for)
+    raise typer.Exit(changing.expire(codebook, seconds, keep or [], dry_run=dry_run, as_json=json))
 
 
 @edit.command()

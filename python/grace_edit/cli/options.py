@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -54,6 +55,8 @@ class Device(str, Enum):
 TASKS = ("auto", *FAMILIES)
 """Choices of --task."""
 
+_SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+
 
 def check_task(value: str) -> str:
     """Return a choice of --task, or raise as typer's own choices do."""
@@ -61,6 +64,14 @@ def check_task(value: str) -> str:
         known = ", ".join(map(repr, TASKS))
         raise typer.BadParameter(f"{value!r} is not one of {known}.")
     return value
+
+
+def seconds_of(time: str) -> float:
+    """Return the seconds of a time such as `30d`, or raise as typer's own options do."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([dhms])", time)
+    if found is None:
+        raise typer.BadParameter(f"{time!r} is not a time such as 30d, 12h, 45m or 90s.")
+    return float(found[1]) * _SECONDS[found[2]]
 
 
 def value_of(choice: Enum | None) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 
 import torch
 
@@ -15,6 +16,7 @@ def check(storage: Storage) -> None:
     """Verify every invariant of a codebook; see `Codebook.check`."""
     _slots(storage)
     _edits(storage)
+    _tables(storage)
     _sketch(storage)
     if storage.settings.nearest:
         _own_entries(storage)
@@ -126,6 +128,14 @@ def _edits(storage: Storage) -> None:
         _require(storage.by_query == by_query, "the index of queries is wrong")
         by_prompt = {edit.prompt: edit.id for edit in stored if edit.prompt is not None}
         _require(storage.by_prompt == by_prompt, "the index of prompts is wrong")
+
+
+def _tables(storage: Storage) -> None:
+    for table in (storage.edit_records, storage.entry_records):
+        used = Counter(record.value_id for record in table.values() if record is not None)
+        _require(table.values_used == used, "the uses of values are miscounted")
+    given = [edit.radius or 0.0 for edit in storage.history()]
+    _require(storage.edit_records.widest >= max(given, default=0.0), "a radius is forgotten")
 
 
 def _own_entries(storage: Storage) -> None:

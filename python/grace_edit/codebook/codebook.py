@@ -9,14 +9,14 @@ The method is that of Hartvigsen et al., "Aging with GRACE" (NeurIPS 2023, arXiv
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from . import audit, deletion, importing, past, planning, requerying, retention
+from . import audit, deletion, expiry, importing, past, planning, requerying, retention
 from . import policy as rules
 from .contents import Contents
 from .records import EditResult, Proposal
@@ -175,7 +175,10 @@ class Codebook(Contents):
             elif proposal.slot < 0 or proposal.case == "update":
                 raise ValueError(f"value must be a tensor for the case {proposal.case}, got None")
             with storage.change():
-                return retention.commit(storage, proposal, value, answers)
+                result = retention.commit(storage, proposal, value, answers)
+                if result.id is not None and proposal.part_of is None:
+                    storage.hits.note_made(result.id)
+                return result
 
     @contextmanager
     def changing(self) -> Iterator[Storage]:
@@ -258,7 +261,52 @@ class Codebook(Contents):
             KeyError: the id is unknown, or that of a part.
         """
         with self.changing() as storage:
-            deletion.delete(storage, id, purge)
+            deletion.delete(storage, [id], purge)
+
+    def delete_all(self, ids: Sequence[int], purge: bool = False) -> None:
+        """Take several edits back as `delete` takes one, all or none, as one step of undo.
+
+        What is left is the same as after deleting them one by one; what they touched is decided
+        again once, not once for each.
+
+        Raises:
+            KeyError: as `delete`, for any of them.
+        """
+        with self.changing() as storage:
+            deletion.delete(storage, ids, purge)
+
+    def expire(
+        self, unused_for: float, keep: Collection[int] = (), *, dry_run: bool = False
+    ) -> list[int]:
+        """Delete the edits that answered nobody for long, as one step of undo.
+
+        Those that they superseded go with them: what is out of use must not bring back what is out
+        of date. An edit that was never used counts from its making, or from when counting began.
+
+        Args:
+            unused_for: seconds of the wall clock.
+            keep: ids of edits that stay.
+            dry_run: say which would go, and change nothing.
+
+        Returns:
+            The ids of the deleted edits, ascending.
+
+        Raises:
+            ValueError: hits are not counted (`count_hits`), or `unused_for` is negative or NaN.
+            KeyError: an id to keep is unknown.
+        """
+        with self.changing() as storage:
+            return expiry.expire(storage, unused_for, keep, dry_run=dry_run)
+
+    @property
+    def last_hit(self) -> dict[int, int | None] | None:
+        """When each live edit's entries last answered, in seconds since 1970, by id ascending.
+
+        None for an edit that never did; None instead of all where nothing is counted, see
+        `count_hits`. Saved, shared and not part of `undo` as `hits` are. Waits for the device.
+        """
+        with self.lock:
+            return expiry.last_hits(self.storage)
 
     def requery(self, queries: Mapping[int, tuple[Tensor, float | None]]) -> None:
         """Give edits other queries, as if they had been made with these.

@@ -173,7 +173,8 @@ class Contents:
         """Whether it is counted how often each entry answers; False unless set.
 
         Counted where a request is answered: once per prompt, not per generated token; not in
-        compiled models and captured graphs. On a GPU nothing waits for it. What was counted is
+        compiled models and captured graphs; `explain` and `verify` only look. On a GPU nothing
+        waits for it. When each last answered is noted too, see `last_hit`. What was counted is
         saved with the codebook and lost when this is set to False. It is no part of `undo`.
         """
         return self.storage.hits.on

@@ -1,11 +1,23 @@
-"""How often each entry answered: counted per slot on the device, gathered per edit on the host."""
+"""How often each entry answered, and when it last did: noted per slot on the device, gathered per
+edit on the host.
+
+When is a time of the wall clock, not a number of lookups: an operator thinks in days, several
+processes may serve the same edits one after the other, and a time means the same in all of them. It
+is read once per forward that asks.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+
+def now() -> int:
+    """Return the wall clock, in whole seconds since 1970."""
+    return int(time.time())
 
 
 class Hits:
@@ -17,24 +29,48 @@ class Hits:
     Attributes:
         gathered: hits by id of the edit, as of the last `gather`; an edit's entries are those whose
             keys are its queries. None: nothing is counted.
+        since: by id of the edit, when it last answered, else when it was made, as of the last
+            `gather`; one that is not there was made before counting `started`.
+        started: when counting began.
     """
 
     def __init__(self) -> None:
         self.gathered: dict[int, int] | None = None
-        self._counters: Tensor | None = None
+        self.since: dict[int, int] = {}
+        self.started = 0
+        self._counters: Tensor | None = None  # a slot each, and one more for what misses
+        self._times: Tensor | None = None
 
     @property
     def on(self) -> bool:
         """Whether hits are counted."""
         return self.gathered is not None
 
-    def start(self, gathered: dict[int, int] | None = None) -> None:
-        """Count from now on, from these hits on."""
-        self.gathered = dict(gathered or {})
+    def start(
+        self,
+        gathered: dict[int, int] | None = None,
+        since: dict[int, int] | None = None,
+        started: int | None = None,
+    ) -> None:
+        """Count from now on, from these hits and times on."""
+        self.gathered, self.since = dict(gathered or {}), dict(since or {})
+        self.started = now() if started is None else started
 
     def stop(self) -> None:
         """Count no more, and forget what was counted."""
-        self.gathered = self._counters = None
+        self.gathered = self._counters = self._times = None
+        self.since = {}
+
+    def note_made(self, id: int) -> None:
+        """Note that an edit was made now, if hits are counted."""
+        if self.on:
+            self.since[id] = now()
+
+    def forget(self, id: int) -> None:
+        """Forget an edit."""
+        if self.gathered is not None:
+            self.gathered.pop(id, None)
+            self.since.pop(id, None)
 
     def count(self, index: Tensor, capacity: int) -> None:
         """Count answers `index [B]` (-1: a miss) among so many slots; waits for no device.
@@ -43,12 +79,16 @@ class Hits:
         """
         if index.is_cuda and torch.cuda.is_current_stream_capturing():
             return
-        counters = self._counters
-        if counters is None or len(counters) != capacity or counters.device != index.device:
+        counters, times = self._counters, self._times
+        if counters is None or len(counters) != capacity + 1 or counters.device != index.device:
             with torch.inference_mode(False):
-                counters = torch.zeros(capacity, dtype=torch.int64, device=index.device)
-            self._counters = counters
-        counters.index_add_(0, index.clamp(min=0), (index >= 0).to(torch.int64))
+                counters = torch.zeros(capacity + 1, dtype=torch.int64, device=index.device)
+                times = torch.zeros_like(counters)
+            self._counters, self._times = counters, times
+        assert times is not None
+        at = torch.where(index >= 0, index, capacity)
+        counters.index_add_(0, at, torch.ones_like(at))
+        times.index_fill_(0, at, now())
 
     def gather(self, edit_of: Callable[[int], int | None]) -> None:
         """Add what the slots counted to the hits of their edits, and start them at zero.
@@ -56,11 +96,15 @@ class Hits:
         Args:
             edit_of: from a slot to the id of its edit, None: it holds no entry.
         """
-        if self.gathered is None or self._counters is None:
+        if self.gathered is None or self._counters is None or self._times is None:
             return
-        slots = self._counters.nonzero()[:, 0]
-        for slot, hits in zip(slots.tolist(), self._counters[slots].tolist(), strict=True):
+        slots = self._counters[:-1].nonzero()[:, 0]
+        counted = zip(
+            slots.tolist(), self._counters[slots].tolist(), self._times[slots].tolist(), strict=True
+        )
+        for slot, hits, last in counted:
             id = edit_of(slot)
             if id is not None:
                 self.gathered[id] = self.gathered.get(id, 0) + hits
+                self.since[id] = max(last, self.since.get(id, 0))
         self._counters.zero_()

@@ -24,7 +24,7 @@ from .tensors import digest, same_bits
 Prefer = Literal["first", "last", "error"]
 PREFERENCES = ("first", "last", "error")
 
-_FIGURES = ("loss_start", "loss_end", "steps", "probability")
+_FIGURES = ("loss_start", "loss_end", "steps", "probability", "proven")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 
 from .records import Edit
 from .storage import Storage
+from .tables import Table
 from .tensors import resized
 
 
@@ -66,4 +67,4 @@ def pack(storage: Storage) -> None:
     slots, distances = queries.slots[at].tolist(), queries.distances[at]
     vectors = resized(queries.vectors[at], len(at), 0)
     queries.fill(vectors, [edit.id for edit in asked], slots, distances)
-    storage.edit_records = records
+    storage.edit_records = Table(records)

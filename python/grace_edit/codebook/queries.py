@@ -15,6 +15,7 @@ from .records import TieError
 from .tensors import resized, same_bits
 
 _TENSORS = ("vectors", "owners", "slots", "distances")
+_LEAST = 1e-15  # for what a number must exceed to have no other one next to it
 
 
 class Queries:
@@ -145,16 +146,32 @@ class Queries:
 
         Of two keys at the same distance the one in the lower slot is. Returns the edits concerned.
         """
-        if self.count == 0:
+        key = key.cpu()
+        rows = self._could_draw(key)
+        if not len(rows):
             return []
         one = torch.full((1,), math.inf)
-        distance = nearest(self.vectors[: self.count], key[None].cpu(), one)[1]
-        held, was = self.slots[: self.count], self.distances[: self.count]
+        distance = nearest(self.vectors[rows], key[None], one)[1]
+        held, was = self.slots[rows], self.distances[rows]
         equal = (distance == was) & (slot != held)
         if self.untied and equal.any():
             raise TieError
-        nearer = (distance < was) | (equal & (slot < held))
-        drawn = nearer.nonzero()[:, 0].tolist()
-        for index in drawn:
-            self.set_answer(index, slot, distance[index].item())
-        return [int(self.owners[index]) for index in drawn]
+        drawn = ((distance < was) | (equal & (slot < held))).nonzero()[:, 0]
+        indexes = rows[drawn].tolist()
+        for index, apart in zip(indexes, distance[drawn].tolist(), strict=True):
+            self.set_answer(index, slot, apart)
+        return self.owners[rows[drawn]].tolist()
+
+    def _could_draw(self, key: Tensor) -> Tensor:
+        """Return the indexes of the queries that a key `[D]` could be as near to as their answer.
+
+        Most have a key of their own, at distance 0. Another key is there as well only if it equals
+        them where it is largest: numbers above 1e-15 that differ, differ by more than 3e-23, whose
+        square is not rounded to 0.
+        """
+        answered = self.distances[: self.count]
+        place = int(key.abs().argmax())
+        if key[place].abs() <= _LEAST:
+            return (answered >= 0).nonzero()[:, 0]
+        equal = self.vectors[: self.count, place] == key[place]
+        return ((answered > 0) | (equal & (answered == 0))).nonzero()[:, 0]

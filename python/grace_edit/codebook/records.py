@@ -46,8 +46,10 @@ class EditResult:
     `slot` is the entry that answers it; `neighbour` the entry that was nearest before it (-1: there
     was none) at `distance` (+inf then), with its radius before and after (None then). Losses are
     None where nothing was trained. A refused edit has `success=False`, `id=None` and a `reason`.
-    `success` says that with this value, as it is stored, the model itself produces the target,
-    greedily. What samples and beams say follows from `probability`: what the model gives to the
+    `proven` says that with this value, as stored, the model itself was seen to produce the
+    target, greedily; False where no model was asked (`Codebook.insert`, imported entries) or
+    `policy="paper"` shared a value that does not; None: not known, of edits saved before this was
+    noted. What samples and beams say follows from `probability`: what the model gives to the
     whole target behind the prompt (of several prompts the least), that is the share of samples at
     temperature 1 that begin with it; None where nothing was trained.
     `fragile`: its entry is smaller than the drift of the activations, or a contradicting entry lies
@@ -70,6 +72,7 @@ class EditResult:
     reason: str = ""
     keys: int = 1
     probability: float | None = None
+    proven: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON can hold them: what is not finite becomes None."""

@@ -227,8 +227,7 @@ def _apply_records(storage: Storage, said: dict[str, Any], tensors: dict[str, Te
         if "edit" not in record:
             if index >= 0:
                 queries.erase(index)
-            if storage.hits.gathered is not None:
-                storage.hits.gathered.pop(id, None)
+            storage.hits.forget(id)
             write(storage, "edit_records", id, Absent if "gone" in record else None)
             continue
         if record["query"] >= 0 > index:

@@ -22,9 +22,7 @@ def requery(storage: Storage, queries: Mapping[int, tuple[Tensor, float | None]]
         id: (planning.check_query(query, storage.slots.keys), planning.check_radius(radius))
         for id, (query, radius) in queries.items()
     }
-    # The outer one tells the watcher, who may wait for a disk: readers must not.
-    with storage.transaction(), storage.lock, storage.transaction():
-        storage.gather_hits()
+    with storage.change():
         same = _by_prompt(storage)
         for id, (query, radius) in checked.items():
             edit = storage.edit(id)

@@ -40,6 +40,7 @@ def commit(
         distance=proposal.distance,
         radius_before=proposal.radius_before,
         radius_after=proposal.radius_after,
+        proven=False,  # as far as is known here
     )
     new = Edit(
         id=storage.next_id,

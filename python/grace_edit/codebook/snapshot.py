@@ -21,6 +21,7 @@ from .records import Edit, EditResult, Entry
 from .storage import Imported, Storage
 
 _FLOATS = ("distance", "radius_before", "radius_after", "loss_start", "loss_end")
+_NEWER = ("probability", "proven")
 
 
 def settings_of(storage: Storage) -> dict[str, Any]:
@@ -103,6 +104,9 @@ def _tensors(storage: Storage, at: Tensor) -> dict[str, Tensor]:
     if hits is not None:  # else files are as those of the first release
         tensors["hit_edits"] = torch.tensor(list(hits), dtype=torch.int64)
         tensors["hit_counts"] = torch.tensor(list(hits.values()), dtype=torch.int64)
+        since = storage.hits.since
+        tensors["hit_since"] = torch.tensor([*since.items()], dtype=torch.int64).reshape(-1, 2)
+        tensors["hit_started"] = torch.tensor(storage.hits.started, dtype=torch.int64)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
@@ -153,12 +157,12 @@ def entry_of(record: dict[str, Any]) -> Entry:
 
 def _result(result: EditResult) -> dict[str, Any]:
     fields = {name: _plain(item) for name, item in asdict(result).items()}
-    # An older release reads the file, and knows neither field of a result. It looks for no other
-    # field of an edit than its own.
-    probability = fields.pop("probability")
+    # An older release reads the file, and knows none of these fields of a result. It looks for no
+    # other field of an edit than its own.
+    newer = {name: fields.pop(name) for name in _NEWER}
     if result.keys == 1:
         del fields["keys"]
-    return {"result": fields, **({} if probability is None else {"probability": probability})}
+    return {"result": fields, **{k: item for k, item in newer.items() if item is not None}}
 
 
 def _several(edit: Edit) -> dict[str, Any]:
@@ -174,7 +178,7 @@ def _plain(item: Any) -> Any:
 
 def _result_fields(record: dict[str, Any]) -> dict[str, Any]:
     fields = {name: _number(name, item) for name, item in record["result"].items()}
-    return {"probability": record.get("probability"), **fields}
+    return {**{name: record.get(name) for name in _NEWER}, **fields}
 
 
 def _number(name: str, item: Any) -> Any:
@@ -249,7 +253,10 @@ def fill_records(storage: Storage, lines: str, tensors: dict[str, Tensor]) -> No
     storage.fill(_imported(tensors), edits, entries, values)
     if "hit_edits" in tensors:
         ids, counts = tensors["hit_edits"].tolist(), tensors["hit_counts"].tolist()
-        storage.hits.start(dict(zip(ids, counts, strict=True)))
+        gathered, since, started = dict(zip(ids, counts, strict=True)), None, None
+        if "hit_since" in tensors:
+            since, started = dict(tensors["hit_since"].tolist()), int(tensors["hit_started"])
+        storage.hits.start(gathered, since, started)
     _check_agreement(storage, tensors["radii"])
 
 

@@ -22,6 +22,7 @@ from .queries import Queries
 from .records import Edit, EditResult, Entry, Imported, Label
 from .settings import Settings
 from .slots import Slots
+from .tables import Table
 from .tensors import digest
 
 
@@ -70,8 +71,8 @@ class Storage(Lookups):
         self.imported = Imported()
         self.hits = Hits()
         self.labels = Labels()
-        self.entry_records: dict[int, Entry | None] = {}
-        self.edit_records: dict[int, Edit | None] = {}
+        self.entry_records: Table[Entry] = Table()
+        self.edit_records: Table[Edit] = Table()
         self.retired_values: dict[int, Tensor] = {}
         self.by_prompt: dict[Label, int] = {}
         self.by_query: dict[bytes, int] = {}
@@ -130,7 +131,7 @@ class Storage(Lookups):
     ) -> None:
         """Let these be the records of an empty codebook whose slots and queries were filled."""
         self.imported, self.retired_values = imported, retired_values
-        self.edit_records, self.entry_records = edits, entries
+        self.edit_records, self.entry_records = Table(edits), Table(entries)
         count = len(imported.labels)
         self.live_edits = count - sum(id < count for id in edits)
         for edit in edits.values():
@@ -152,7 +153,7 @@ class Storage(Lookups):
         """Go on in the place of another storage, with its locks, which others wait for."""
         if old.hits.on:
             old.gather_hits()
-            self.hits.start(old.hits.gathered)
+            self.hits.start(old.hits.gathered, old.hits.since, old.hits.started)
         self.journal.limit, self.history_limit = old.journal.limit, old.history_limit
         self.watcher = old.watcher
         self.lock, self.changing = old.lock, old.changing
@@ -239,7 +240,7 @@ class Storage(Lookups):
         if id in self.edit_records or not 0 <= id < len(self.imported.labels):
             raise KeyError(f"id must be that of an edit in the history, got {id}")
         radius = self.imported.radii[id].item()
-        result = EditResult(id, "import", id, -1, math.inf, None, radius)
+        result = EditResult(id, "import", id, -1, math.inf, None, radius, proven=False)
         return Edit(id, self.imported.labels[id], None, -1, id, id, None, result)
 
     def history(self) -> list[Edit]:
@@ -359,8 +360,7 @@ class Storage(Lookups):
             self.queries.erase(edit.query_index)
         if edit.id in self.past:
             self._drop("past", edit.id)
-        if self.hits.gathered is not None:
-            self.hits.gathered.pop(edit.id, None)
+        self.hits.forget(edit.id)
         if edit.id < len(self.imported.labels):
             self._put("edit_records", edit.id, None)  # or it would be as imported
         else:
@@ -396,11 +396,10 @@ class Storage(Lookups):
         """Drop the retired values that no edit refers to or that a slot holds."""
         if not self.retired_values:
             return
-        held = {e.value_id for e in self.entry_records.values() if e is not None}
-        wanted = {e.value_id for e in self.edit_records.values() if e is not None} - held
+        held, wanted = self.entry_records.values_used, self.edit_records.values_used
         for id in list(self.retired_values):
             untouched = id < len(self.imported.labels) and id not in self.entry_records
-            if id not in wanted or untouched:
+            if id not in wanted or id in held or untouched:
                 self._drop("retired_values", id)
 
     def label_number(self, label: Label) -> int:

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -29,57 +30,41 @@ from .records import Edit, Label
 from .storage import Storage
 
 _CHUNK = 1 << 22  # elements widened at a time
+_PIECE = 1 << 18  # elements that are compared while they are in a cache
 _FEW = 64  # edits that are replayed without asking whether these are most
-_SLACK = 1.0 + 1e-6  # for distances computed in fp64 in another order than the canonical one
+_PASSES = 8  # edits that are compared with all queries in a pass each
+_SLACK = 1.0 + 1e-6  # for distances that were not computed or rounded as the canonical one is
 _TINY = 1e-22  # no canonical distance above 0 is smaller
 
 
-def touched(storage: Storage, id: int) -> set[int] | None:
-    """Return the ids of a whole edit and of all that its deletion can touch, parts included.
+def touched(storage: Storage, *ids: int) -> set[int] | None:
+    """Return the ids of whole edits and of all that their deletion can touch, parts included.
 
-    Nothing changes. Costs a pass over the stored queries for each link farther away.
+    Nothing changes. Costs a pass over the stored queries for each edit that is linked or may be.
 
     Returns:
         The ids; None where they may be most of all, so that it pays to replay everything.
     """
     if storage.settings.paper:  # whose radii may grow without bounds
         return None
-    return _Links(storage).all_of(storage.group(id))
+    return _Links(storage).all_of([edit for id in ids for edit in storage.group(id)])
 
 
 class _Links:
-    """The edits that a replay would take again, with what links them."""
+    """The edits that a replay would take again, with what links them.
+
+    More may be linked here than acts on each other, never less.
+    """
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
         self.imports = len(storage.imported.labels)
-        self.prompts: dict[Label, list[int]] = defaultdict(list)
-        self.labels: dict[Label, list[int]] = defaultdict(list)
-        indexes: list[int] = []
-        ids: list[int] = []
-        radii: list[float] = []
-        settings = storage.settings
-        for edit in storage.edit_records.values():
-            if edit is None or edit.query_index < 0 or edit.state == "deleted":
-                continue
-            if edit.prompt is not None:
-                self.prompts[edit.prompt].append(edit.id)
-            self.labels[edit.label].append(len(ids))
-            indexes.append(edit.query_index)
-            ids.append(edit.id)
-            if edit.id < self.imports:
-                radii.append(storage.imported.radii[edit.id].item())
-            else:
-                radii.append(settings.radius if edit.radius is None else edit.radius)
-        self.ids = ids
-        self.row = {id: row for row, id in enumerate(ids)}
-        self.at = torch.tensor(indexes, dtype=torch.int64)
-        self.radii = torch.tensor(radii, dtype=torch.float64)
-        self.most = max(_FEW, (len(ids) + 1) // 2)
-        self.far = max([settings.radius, *radii])
+        self.most = max(_FEW, (len(storage.by_query) + 1) // 2)
+        self.far = max(storage.settings.radius, storage.edit_records.widest)
         if self.imports:
             self.far = max(self.far, storage.imported.radii.max().item())
-        self.grown = max(self.far, settings.max_radius)
+        self.grown = max(self.far, storage.settings.max_radius)
+        self._around: dict[int, tuple[list[Edit], list[float]]] = {}
         self._largest: dict[int, float] = {}
 
     def all_of(self, group: list[Edit]) -> set[int] | None:
@@ -99,40 +84,63 @@ class _Links:
 
     def _by_name(self, front: Iterable[int]) -> Iterable[int]:
         """Yield the keys of the same edits, and the edits of the same prompts."""
+        live = self.storage.by_prompt
         for id in front:
             edit = self.storage.edit(id)
             yield from (each.id for each in self.storage.group(edit.whole))
             if edit.prompt is not None:
-                yield from self.prompts[edit.prompt]
+                yield from self._superseded[edit.prompt]
+                if edit.prompt in live:
+                    yield live[edit.prompt]
+
+    @cached_property
+    def _superseded(self) -> dict[Label, list[int]]:
+        """The superseded edits of each prompt."""
+        found: dict[Label, list[int]] = defaultdict(list)
+        for whole in self.storage.past:
+            for edit in self.storage.group(whole):
+                if edit.prompt is not None and edit.state == "superseded" and edit.query_index >= 0:
+                    found[edit.prompt].append(edit.id)
+        return found
 
     def _by_distance(self, front: list[int], found: set[int]) -> set[int]:
         """Return the edits with a stored query that are linked with one of `front`."""
+        self._look_around(front)
         near: set[int] = set()
-        if self.storage.settings.nearest:
-            limit = torch.zeros(len(front), dtype=torch.float64)
-        else:
-            limit = torch.tensor([self._radius(id) for id in front], dtype=torch.float64)
-            limit = torch.clamp(limit, min=self.far) + self.grown
-        asked = self._queries(front)
-        for start, rows in self._chunks():
-            for column, row in _within(asked, rows, limit).tolist():
-                id = self.ids[start + row]
-                if id in found or id in near:
+        unsure: list[tuple[int, int, float]] = []
+        for id in front:
+            for edit, distance in zip(*self._around[id], strict=True):
+                if edit.id in found or edit.id in near:
                     continue
-                apart = _distance(asked[column], rows[row])
-                if apart <= self._linked_within(front[column], id) * _SLACK + _TINY:
-                    near.add(id)
+                # First as if the other entry could not grow, which needs no look around it.
+                if self._are_linked(id, edit.id, distance, self._radius(edit.id)):
+                    near.add(edit.id)
+                else:
+                    unsure.append((id, edit.id, distance))
+            if len(near) > self.most:
+                return near
+        if not self.storage.settings.nearest:
+            self._look_around({other for _, other, _ in unsure if other not in near})
+            for id, other, distance in unsure:
+                if other not in near and self._are_linked(id, other, distance, self._cap(other)):
+                    near.add(other)
         return near
 
-    def _linked_within(self, a: int, b: int) -> float:
-        """Return T of two edits."""
+    def _are_linked(self, a: int, b: int, distance: float, cap: float) -> bool:
+        """Say whether two edits are within T, the second one's entry growing up to `cap`."""
         if self.storage.settings.nearest:  # only equal keys meet
-            return 0.0
-        return max(self._radius(a), self._radius(b)) + max(self._cap(a), self._cap(b))
+            return distance <= _TINY
+        within = max(self._radius(a), self._radius(b)) + max(self._cap(a), cap)
+        return distance <= within * _SLACK + _TINY
 
     def _radius(self, id: int) -> float:
-        row = self.row.get(id)
-        return self.far if row is None else self.radii[row].item()
+        """Return the radius of a new entry of an edit."""
+        edit = self.storage.edit(id)
+        if edit.query_index < 0 or edit.state == "deleted":
+            return self.far
+        if id < self.imports:
+            return self.storage.imported.radii[id].item()
+        return self.storage.settings.radius if edit.radius is None else edit.radius
 
     def _cap(self, id: int) -> float:
         """Return the largest radius that the entry of an edit can get under the edit's label."""
@@ -142,30 +150,80 @@ class _Links:
         return known
 
     def _find_cap(self, id: int) -> float:
-        if self.imports or id not in self.row:
+        own = self.storage.edit(id)
+        if self.imports or own.query_index < 0 or own.state == "deleted":
             return self.grown
-        settings, own = self.storage.settings, self._radius(id)
-        rows = torch.tensor(self.labels[self.storage.edit(id).label])
-        query = self._queries([id])[0]
-        step = max(1, _CHUNK // len(query))
-        for start in range(0, len(rows), step):
-            vectors = self.storage.queries.vectors[self.at[rows[start : start + step]]]
-            reach = (vectors.double() - query).square().sum(1).sqrt() * _SLACK + settings.drift
+        settings, cap = self.storage.settings, self._radius(id)
+        for edit, distance in zip(*self._around[id], strict=True):
+            reach = distance * _SLACK + settings.drift
             # A hair more than what may be reached, so that no rounding leaves one out.
-            reach = reach[reach <= settings.max_radius * _SLACK * _SLACK]
-            own = max(own, reach.max().item() * _SLACK if len(reach) else 0.0)
-        return own
+            if edit.label == own.label and reach <= settings.max_radius * _SLACK * _SLACK:
+                cap = max(cap, reach * _SLACK)
+        return cap
 
-    def _queries(self, ids: Iterable[int]) -> Tensor:
-        """Return the stored queries of edits as `[N, D]`, float64 on the host."""
-        edits = map(self.storage.edit, ids)
-        return torch.stack([self.storage.query_of(edit).cpu().double() for edit in edits])
+    def _look_around(self, ids: Iterable[int]) -> None:
+        """Note which edits of the history, with a query, are so near that they may be linked."""
+        new = [id for id in ids if id not in self._around]
+        if len(new) > _PASSES:
+            self._compare_many(new)
+            return
+        one = torch.full((1,), math.inf)
+        for id in new:
+            self._around[id] = [], []
+            query = self.storage.query_of(self.storage.edit(id)).cpu()
+            rows = self._roughly_within(query, self._limit(id))
+            if len(rows):
+                stored = self.storage.queries.vectors[rows]
+                self._note(id, rows, nearest(stored, query[None], one)[1])
 
-    def _chunks(self) -> Iterable[tuple[int, Tensor]]:
-        vectors = self.storage.queries.vectors
-        step = max(1, _CHUNK // vectors.shape[1])
-        for start in range(0, len(self.at), step):
-            yield start, vectors[self.at[start : start + step]].double()
+    def _roughly_within(self, query: Tensor, limit: float) -> Tensor:
+        """Return the rows of the stored queries within `limit` of one `[D]`, and some beyond.
+
+        In float32, as the canonical distance of every row would take many times as long.
+        """
+        stored, dim = self.storage.queries, len(query)
+        # Each term and each addition is off by 2**-24 of itself at most, and no term is negative.
+        bound = limit * (1.0 + (dim + 8) * 2.0**-24)
+        query, step, found = query.float(), max(1, _PIECE // dim), []
+        for start in range(0, stored.count, step):
+            rows = stored.vectors[start : min(start + step, stored.count)].float()
+            apart = (rows - query).square_().sum(1).sqrt_()
+            found.append((apart <= bound).nonzero()[:, 0] + start)
+        return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)
+
+    def _compare_many(self, ids: Sequence[int]) -> None:
+        """Do as `_look_around` in products of matrices: a distance is the least it may be."""
+        stored, edits = self.storage.queries, map(self.storage.edit, ids)
+        asked = torch.stack([self.storage.query_of(edit).cpu().double() for edit in edits])
+        limit = torch.tensor([self._limit(id) for id in ids], dtype=torch.float64)[:, None]
+        step = max(1, _CHUNK // asked.shape[1])
+        for id in ids:
+            self._around[id] = [], []
+        for start in range(0, stored.count, step):
+            rows = stored.vectors[start : min(start + step, stored.count)].double()
+            lengths = asked.square().sum(1)[:, None] + rows.square().sum(1)
+            margin = lengths * (4.0 * (asked.shape[1] + 8) * 2.0**-53)
+            squares = lengths - 2.0 * (asked @ rows.T)
+            least = (squares - margin).clamp(min=0.0).sqrt()
+            for id, mine, within in zip(ids, least, least <= limit, strict=True):
+                near = within.nonzero()[:, 0]
+                self._note(id, near + start, mine[near])
+
+    def _limit(self, id: int) -> float:
+        """Return beyond what distance nothing is linked with an edit."""
+        if self.storage.settings.nearest:
+            return _TINY
+        return (max(self.far, self._radius(id)) + self.grown) * _SLACK + _TINY
+
+    def _note(self, id: int, rows: Tensor, distances: Tensor) -> None:
+        """Note what is around an edit, by the rows of the stored queries."""
+        edits, far = self._around[id]
+        owners = self.storage.queries.owners[rows].tolist()
+        for owner, distance in zip(owners, distances.tolist(), strict=True):
+            edit = None if owner < 0 else self.storage.edit(owner)
+            if edit is not None and edit.state != "deleted":
+                edits.append(edit)
+                far.append(distance)
 
     def _among_imports(self, front: list[int], found: set[int]) -> set[int]:
         """Return the imported edits whose keys are in their slots, within T of one of `front`."""
@@ -189,16 +247,3 @@ class _Links:
             radii[list(hits)] = -math.inf
             if len(near) > self.most:
                 return near
-
-
-def _within(asked: Tensor, rows: Tensor, limit: Tensor) -> Tensor:
-    """Return pairs of rows of `[F, D]` and `[N, D]` within `limit [F]`, and some beyond."""
-    lengths = asked.square().sum(1)[:, None] + rows.square().sum(1)
-    squares = lengths - 2.0 * (asked @ rows.T)
-    margin = lengths * (4.0 * (asked.shape[1] + 8) * 2.0**-53)
-    bound = (limit * _SLACK + _TINY).square()[:, None]
-    return (squares <= bound + margin).nonzero()
-
-
-def _distance(a: Tensor, b: Tensor) -> float:
-    return (a - b).square().sum().sqrt().item()

@@ -87,7 +87,7 @@ def _explain_text(family: Family, text: TextQueries, prompt: list[int]) -> Expla
     book = family.adaptor.codebook
     rows = text.rows(prompt)  # an encoder is slow, and lookups wait for the lock
     with book.lock:
-        hit = int(family.adaptor.answer([prompt]).index) >= 0
+        hit = int(family.adaptor.answer([prompt], served=False).index) >= 0
         # Of equally near rows the first comes first, as in serving.
         near = [(d, s) for row in rows for s, d in book.nearest_two(row)]
         slots = list(dict.fromkeys(slot for _, slot in sorted(near, key=lambda pair: pair[0])))

@@ -132,7 +132,7 @@ class EditMaker:
             if paper:
                 proven = self._produce(prompts, target, book.values[proposal.slot])
                 note = "" if proven else "the shared value does not produce the target"
-                return self._commit(keys, proposal, None, None, note)
+                return self._commit(keys, proposal, None, None, note, proven=proven)
             shared = self._share(proposal, prompts, target)
             if shared is not None:
                 return self._commit(keys, proposal, *shared)
@@ -254,6 +254,8 @@ class EditMaker:
         value: Tensor | None,
         fit: Fit | None,
         note: str = "",
+        *,
+        proven: bool = True,
     ) -> EditResult:
         book = self.takes
         answers = self._answers if self.config.policy == "default" else None
@@ -277,7 +279,7 @@ class EditMaker:
             if others:
                 note = f"supersedes edits {sorted(others)} of other prompts, which had an entry or "
                 note += "a prompt that is now this edit's"
-            result = replace(result, reason=note, fragile=fragile, keys=len(keys))
+            result = replace(result, reason=note, fragile=fragile, keys=len(keys), proven=proven)
             if fit is not None:
                 result = replace(
                     result,
@@ -319,5 +321,6 @@ def _refused(proposal: Proposal, fit: Fit, reason: str) -> EditResult:
         steps=fit.steps,
         success=False,
         probability=fit.probability,
+        proven=False,
         reason=reason,
     )

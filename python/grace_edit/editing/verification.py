@@ -62,7 +62,7 @@ def _unanswered(family: Family, edits: Sequence[Edit]) -> list[Misfire]:
         edits,
         "alone",
         family.queries(prompts),
-        lambda: adaptor.answer(prompts).index,
+        lambda: adaptor.answer(prompts, served=False).index,
     )
 
 
