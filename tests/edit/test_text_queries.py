@@ -404,6 +404,32 @@ def test_the_nearest_row_of_a_prompt_decides_as_the_definition_says(seed):
     assert mixed, "the seed must show prompts of which one row hits and another misses"
 
 
+def test_among_many_entries_the_nearest_row_of_a_prompt_decides_too():
+    """As many as have a sketch, by which a row that misses is then asked how near it is."""
+    source = torch.Generator().manual_seed(0)
+    keys = torch.randn(4200, 16, generator=source)
+    radii = torch.where(torch.rand(4200, generator=source) < 0.5, 2.0, 0.1)
+    book = Codebook.from_tensors(
+        keys, torch.arange(4200.0)[:, None], radii, [(n,) for n in range(4200)], policy="nearest"
+    )
+    book.delete(4)
+    assert book.sketch is not None
+    assert book.sketch.active
+    away = torch.randn(200, 2, 16, generator=source) * torch.rand(200, 2, 1, generator=source)
+    rows = list(keys[torch.randint(4200, (200, 2), generator=source)] + 0.5 * away)
+    rows.append(torch.stack([keys[4], keys[5] + 0.001]))  # the dead key decides nothing
+    text = TextQueries(Rows(rows), Rows(rows))
+    found = text.answer(book, [[n] for n in range(201)]).index.tolist()
+    slot, distance = grace_kernels.nearest(torch.cat(rows), book.keys, book.radii, book.count)
+    covered = distance <= book.radii[slot]
+    best = torch.arange(201) * 2 + distance.view(201, 2).argmin(dim=1)
+    assert found == torch.where(covered, slot, -1)[best].tolist()
+    assert found[-1] == 5
+    doubtful = covered.view(201, 2).sum(dim=1) == 1
+    assert int(doubtful.sum()) > 50
+    assert 0 < int((doubtful & ~covered[best]).sum()) < int(doubtful.sum())
+
+
 def test_the_own_prompt_of_an_edit_is_answered_by_it_where_two_spans_are_equally_near(trained):
     editor = text_editor(trained("gpt2"), "gpt2")
     assert len(editor.adaptor.text.rows(ids_of(TWO_SPANS))) == 2

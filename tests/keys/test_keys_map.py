@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from grace_edit.keys import vocabulary
 from grace_edit.keys.dense import SentenceEncoder, TokenTable, centre_of
 from grace_edit.keys.text_keys import TextKeys
 from grace_edit.keys.text_map import MAP, SETTINGS, TextMap
-from keys_lab import WIDTH, Trigrams, embeddings, made_map, table
+from keys_lab import WIDTH, Trigrams, byte_tokenizer, embeddings, made_map, table
 
 PROMPTS = (
     "The capital of Norway is",
@@ -67,6 +70,43 @@ def test_what_was_asked_before_and_in_which_order_changes_no_bit() -> None:
     for prompt in reversed(PROMPTS):
         assert torch.equal(other.keys(prompt), forwards[prompt])
         assert torch.equal(other.keys(prompt), TextKeys(text_map, table()).keys(prompt)), prompt
+
+
+def test_words_have_the_tokens_that_transformers_gives_whatever_it_was_told_in_between() -> None:
+    tokenizer = byte_tokenizer()
+    weight = embeddings(len(tokenizer))
+    dense = TokenTable(weight, tokenizer, *centre_of(weight))
+    texts = ["Norway", "a", "", "Zürich"]
+    wanted = [tokenizer("a " + text)["input_ids"][1:] for text in texts]
+    assert dense.ids(texts) == wanted
+    tokenizer(["one", "two three"], padding=True, truncation=True, max_length=2)
+    assert dense.ids(texts) == wanted
+    plain = TokenTable(weight, Trigrams(), *centre_of(weight))
+    assert plain.ids(["Norway"]) == [Trigrams()(["a Norway"])["input_ids"][0][1:]]
+
+
+def test_words_beyond_what_is_kept_and_a_copy_change_no_bit(monkeypatch) -> None:
+    monkeypatch.setattr(vocabulary, "_MOST", 64)
+    keys = TextKeys(made_map(), table())
+    one = keys.keys(PROMPTS[0])
+    for n in range(20):
+        keys.keys(f"The river Nr{n} flows past Town{n} and Castle{n}")
+    assert torch.equal(keys.keys(PROMPTS[0]), one)
+    assert _digest(keys) == GOLDEN
+    again = pickle.loads(pickle.dumps(keys))
+    assert _digest(again) == GOLDEN
+    assert len(pickle.dumps(keys)) == len(pickle.dumps(TextKeys(made_map(), table())))
+
+
+def test_threads_that_meet_the_same_words_at_once_get_the_same_bits(monkeypatch) -> None:
+    monkeypatch.setattr(vocabulary, "_MOST", 64)
+    keys = TextKeys(made_map(), table())
+    prompts = [f"The Nr{n % 7} of Town{n} and {PROMPTS[n % 6]}" for n in range(40)]
+    wanted = [TextKeys(made_map(), table()).keys(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(2):
+            found = list(pool.map(keys.keys, prompts))
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def test_the_order_of_additions_changes_no_bit() -> None:

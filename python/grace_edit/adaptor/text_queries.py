@@ -7,6 +7,7 @@ an edit is stored under its first span, so its own prompt is always answered by 
 
 from __future__ import annotations
 
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grace_kernels import nearest
+from grace_kernels import lookup, nearest
 
 from ..codebook.codebook import Codebook
 from ..keys.prompts import TAIL, PromptReader
@@ -159,10 +160,20 @@ def decide(book: Codebook, each: Sequence[Tensor]) -> list[tuple[int, float]]:
     missed = [row for at in doubtful.values() for row in at if slots[row] < 0]
     if not missed:
         return found
-    how_near = nearest(rows[missed], book.keys, book.radii, book.count)[1].tolist()
-    for row, near in zip(missed, how_near, strict=True):
+    reach = max(found[number][1] for number in doubtful)
+    for row, near in zip(missed, _how_near(book, rows[missed], reach), strict=True):
         distances[row] = near
     for number, at in doubtful.items():
         best = min(at, key=distances.__getitem__)
         found[number] = (slots[best], distances[best])
     return found
+
+
+def _how_near(book: Codebook, rows: Tensor, reach: float) -> list[float]:
+    """Return how far the nearest key of each row `[B, D]` is; of one beyond `reach`, or +inf."""
+    sketch = book.sketch
+    if sketch is None or not sketch.active or rows.device.type != "cpu":
+        return list(nearest(rows, book.keys, book.radii, book.count)[1].tolist())
+    reaches = torch.where(book.radii == -math.inf, -math.inf, reach)
+    found = lookup(rows, book.keys, reaches, book.count, sketch=sketch.within(reach))
+    return list(found[1].tolist())

@@ -45,9 +45,10 @@ class TokenTable:
             raise ValueError(f"weight must have shape [V, {len(centre)}], got {list(weight.shape)}")
         self.width = weight.shape[1]
         self.unit = unit
-        self.centre = np.asarray(centre, dtype=np.int64)
+        self.centre = np.asarray(centre, dtype=np.float64)
         self._weight = weight
         self._tokenizer = tokenizer
+        self._direct = _direct_ids(tokenizer, _PROBE_WORDS) == _ids(tokenizer, _PROBE_WORDS)
         self._before = _ids(tokenizer, ["a"])[0]
 
     def words(self, texts: Sequence[str]) -> np.ndarray:
@@ -55,14 +56,17 @@ class TokenTable:
 
         A row of 0 for a word without tokens. A row does not depend on what stands beside it.
         """
+        if not texts:
+            return np.zeros((0, self.width))
         ids = [row[:_TOKENS_PER_WORD] for row in self.ids(texts)]
-        flat = [one for row in ids for one in row]
-        rows = _on_grid(
-            self._weight[torch.tensor(flat, device=self._weight.device).long()], self.unit
-        )
-        ends = np.cumsum([len(row) for row in ids], dtype=np.int64)
-        sums = np.concatenate([np.zeros((1, self.width)), (rows - self.centre).cumsum(axis=0)])
-        return _unit_length(sums[ends] - sums[ends - [len(row) for row in ids]])
+        flat = torch.tensor([one for row in ids for one in row], dtype=torch.long)
+        rows = _on_grid(self._weight[flat.to(self._weight.device)], self.unit)
+        rows -= self.centre
+        sums = np.zeros((len(texts), self.width))
+        ends = np.cumsum([len(row) for row in ids]).tolist()
+        for one, row, end in zip(sums, ids, ends, strict=True):
+            np.add.reduce(rows[end - len(row) : end], axis=0, out=one)
+        return _unit_length(sums)
 
     def word(self, text: str) -> np.ndarray:
         """Return `[E]`, the row of one word."""
@@ -71,11 +75,15 @@ class TokenTable:
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of words that stand within a text."""
         n = len(self._before)
-        found = _ids(self._tokenizer, ["a " + text for text in texts])
+        found = self._ids(["a " + text for text in texts])
         return [
-            both[n:] if both[:n] == self._before else _ids(self._tokenizer, [text])[0]
+            both[n:] if both[:n] == self._before else self._ids([text])[0]
             for both, text in zip(found, texts, strict=True)
         ]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        direct = _direct_ids(self._tokenizer, texts) if self._direct else None
+        return _ids(self._tokenizer, texts) if direct is None else direct
 
     def probe(self) -> np.ndarray:
         """Return the vectors of a few words, `[16, E]` int16, by which a map knows its dense part.
@@ -102,7 +110,7 @@ def centre_of(weight: Tensor) -> tuple[np.ndarray, float]:
     """
     rms = float(weight.float().square().mean().sqrt())
     unit = 2.0 ** int(np.floor(np.log2(rms / 256)))
-    total = np.zeros(weight.shape[1], dtype=np.int64)
+    total = np.zeros(weight.shape[1])
     for rows in weight.split(1 << 14):
         total += _on_grid(rows, unit).sum(axis=0)
     return np.rint(total / len(weight)).astype(np.int64), unit
@@ -202,13 +210,28 @@ def load_encoder(name: str) -> SentenceEncoder:
     return SentenceEncoder(encode, name)
 
 
-def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    return [list(row) for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+def _ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    return [list(row) for row in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+
+
+def _direct_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]] | None:
+    """Return the same without what transformers does round it, which takes most of the time.
+
+    None where there is nothing to ask directly, or where it was told to pad or to cut.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or backend.padding is not None or backend.truncation is not None:
+        return None
+    # One at a time: for several the library wakes threads, which wait for a busy core.
+    return [backend.encode(text, add_special_tokens=False).ids for text in texts]
 
 
 def _on_grid(rows: Tensor, unit: float) -> np.ndarray:
+    """Return float64 integers."""
     rounded = rows.detach().to(torch.bfloat16).cpu().double().numpy()
-    return np.rint(rounded / unit).clip(-_ROW_LIMIT, _ROW_LIMIT).astype(np.int64)
+    rounded /= unit
+    np.rint(rounded, out=rounded)
+    return rounded.clip(-_ROW_LIMIT, _ROW_LIMIT, out=rounded)
 
 
 def _unit_length(rows: np.ndarray) -> np.ndarray:

@@ -174,7 +174,9 @@ class _Batch:
             words = [look(word) for word in words_of(text)[-_READ:]]
             subject = roles.subject(words)
             if isinstance(dense, SentenceEncoder):
-                sentences.append(dense.sentence(without_subject(words, subject)) / ONE)
+                sentences.append(
+                    dense.sentence(without_subject([w.text for w in words], subject)) / ONE
+                )
             first: dict[str, tuple[int, int, int]] = {}
             for word, weight in zip(words, subject.tolist(), strict=True):
                 place = vocabulary.setdefault(word.text, len(vocabulary) + 1)

@@ -55,6 +55,7 @@ GLOBALS = (
 )
 FEATURES = len(PROPERTIES) * len(OFFSETS) + len(GLOBALS)
 _CAPITAL = PROPERTIES.index("capital, not first")
+_LEVEL, _RAREST = PROPERTIES.index("level"), PROPERTIES.index("rarest")
 _REACH = max(OFFSETS)
 
 
@@ -81,13 +82,14 @@ def describe(text: str, common: CommonWords) -> Word:
     """Look at one word alone."""
     level = common.level(text)
     capital = text[:1].isupper()
-    digit = any(c.isdigit() for c in text)
+    letters = text.isalpha()
+    digit = not letters and any(c.isdigit() for c in text)
     flags = (
         level == RAREST,
         capital,
-        any(c.isupper() for c in text[1:]),
+        not text[1:].islower() and any(c.isupper() for c in text[1:]),
         digit,
-        not any(c.isalnum() for c in text),
+        not letters and not any(c.isalnum() for c in text),
         folded(text) in _FUNCTION_WORDS,
     )
     properties = (UNIT, level * RAREST, level * level, *(UNIT * flag for flag in flags))
@@ -95,30 +97,35 @@ def describe(text: str, common: CommonWords) -> Word:
 
 
 def features(words: Sequence[Word]) -> np.ndarray:
-    """Return `[len(words), FEATURES]` int64, in `UNIT`s, of the words of one sentence."""
-    n = len(words)
-    padded = np.zeros((n + 2 * _REACH, len(PROPERTIES)), dtype=np.int64)
-    padded[_REACH : _REACH + n] = [word.properties for word in words]
-    padded[_REACH, _CAPITAL] = 0  # a sentence begins with a capital whatever its first word is
-    level = np.array([word.level for word in words], dtype=np.int64) * RAREST
-    plain = np.array([word.plain for word in words])
-    first, last = np.zeros(n, dtype=bool), np.zeros(n, dtype=bool)
-    first[0] = last[-1] = True
-    capitals = bool(padded[:, _CAPITAL].any())
-    rarest = level == RAREST * RAREST
-    whole = (
-        first * UNIT,
-        last * UNIT,
-        first * (UNIT * words[0].capital),
-        first * level,
-        (level == level.max()) * UNIT,
-        np.full(n, UNIT * capitals),
-        level * capitals,
-        plain * (UNIT * capitals),
-        rarest * (UNIT * (not capitals)),
+    """Return `[len(words), FEATURES]` float64 integers, in `UNIT`s, of the words of a sentence."""
+    return _features(
+        np.array([word.properties for word in words], dtype=np.float64),
+        np.array([word.plain for word in words]),
+        capital=words[0].capital,
     )
-    beside = [padded[_REACH + offset : _REACH + offset + n] for offset in OFFSETS]
-    return np.concatenate([*beside, np.stack(whole, axis=1)], axis=1)
+
+
+def _features(properties: np.ndarray, plain: np.ndarray, *, capital: bool) -> np.ndarray:
+    n, wide = properties.shape
+    padded = np.zeros((n + 2 * _REACH, wide))
+    padded[_REACH : _REACH + n] = properties
+    padded[_REACH, _CAPITAL] = 0  # a sentence begins with a capital whatever its first word is
+    found = np.zeros((n, FEATURES))
+    for i, offset in enumerate(OFFSETS):
+        found[:, i * wide : (i + 1) * wide] = padded[_REACH + offset : _REACH + offset + n]
+    whole = found[:, len(OFFSETS) * wide :]  # the columns of `GLOBALS`
+    level = properties[:, _LEVEL]
+    whole[0, 0] = whole[-1, 1] = UNIT
+    whole[0, 2] = UNIT * capital
+    whole[0, 3] = level[0]
+    whole[level == level.max(), 4] = UNIT
+    if padded[:, _CAPITAL].any():
+        whole[:, 5] = UNIT
+        whole[:, 6] = level
+        whole[plain, 7] = UNIT
+    else:
+        whole[:, 8] = properties[:, _RAREST]
+    return found
 
 
 class Roles:
@@ -153,9 +160,20 @@ class Roles:
 
     def subject(self, words: Sequence[Word]) -> np.ndarray:
         """Return `[len(words)]` int64, 0..256: how surely each word names the subject."""
-        if not words:
-            return np.zeros(0, dtype=np.int64)
-        x = features(words).astype(np.float64)
+        sure = self._weigh(features(words)) if words else np.zeros(0)
+        return sure.astype(np.int64)
+
+    def subject_of(self, properties: np.ndarray, plain: np.ndarray, *, capital: bool) -> np.ndarray:
+        """Return the same as float64, from what is known of each word.
+
+        Args:
+            properties: `[words, 9]` float64, at least one word.
+            plain: `[words]` bool.
+            capital: does the first begin with a capital.
+        """
+        return self._weigh(_features(properties, plain, capital=capital))
+
+    def _weigh(self, x: np.ndarray) -> np.ndarray:
         logit = np.maximum(x @ self._weights + self._bias, 0) @ self._output + self._output_bias
         step = np.floor_divide(logit, UNIT * 256 * 16) + 128
         return _SIGMOID[step.clip(0, 255).astype(np.int64)]
@@ -164,7 +182,7 @@ class Roles:
 def _sigmoid_table() -> np.ndarray:
     # No entry lies nearer than 0.007 to where its rounding changes, so any exp gives this table.
     x = (np.arange(256) - 128 + 0.5) / 16
-    return np.rint(FULL / (1 + np.exp(-x))).astype(np.int64)
+    return np.rint(FULL / (1 + np.exp(-x)))
 
 
 _SIGMOID = _sigmoid_table()

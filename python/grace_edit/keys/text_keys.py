@@ -19,25 +19,26 @@ product in float64 and one rounding to float32, each rounded as IEEE says.
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .dense import SentenceEncoder, TokenTable
-from .roles import FULL, Word, describe
+from .roles import FULL
 from .spans import spans
-from .text_map import W_BITS, TextMap
-from .words import folded, signs, words_of
+from .text_map import TextMap
+from .vocabulary import Vocabulary
+from .words import folded, words_of
 
 MOST_WORDS = 64
 """Words of a span that are read: the last ones."""
 SOMETHING = "something"
 """What an encoder reads in place of the subject."""
-_CACHED = 1 << 15
 _MEANING_BITS = 20
 
 
@@ -95,8 +96,7 @@ class TextKeys:
             serves the finetuned children of a model as well. A codebook must compare
             `fingerprint()` with the one it was made with.
 
-    It keeps the words that it met. Use from several threads is safe: at worst a word is looked at
-    twice.
+    It keeps the words that it met. Several threads may use it at once.
     """
 
     def __init__(self, text_map: TextMap, dense: TokenTable | SentenceEncoder) -> None:
@@ -108,29 +108,43 @@ class TextKeys:
         self.width = text_map.width
         self.radius = text_map.radius
         self._matrix = text_map.matrix.astype(np.float64)
-        self._lexical = text_map.lexical_weights.astype(np.int64)
-        self._meaning = text_map.meaning_weights.astype(np.int64)
-        self._words: OrderedDict[str, _Known] = OrderedDict()
+        # [2, 2, 16]: meaning and lexical part, by role and level.
+        self._tables = np.stack([text_map.meaning_weights, text_map.lexical_weights]).astype(float)
+        self._met = Vocabulary(text_map, dense)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"text_map": self.map, "dense": self.dense}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     def keys(self, prompt: str) -> Tensor:
         """Return the keys of a prompt, one per span: `[S, D]` float32, S mostly 1, 8 at most.
 
         The first is the one an edit of this prompt is stored under.
         """
-        return torch.from_numpy(np.stack([self._key(self._look(span)) for span in spans(prompt)]))
+        found = spans(prompt)
+        keys = np.empty((len(found), self.width), dtype=np.float32)
+        for key, span in zip(keys, found, strict=True):
+            self._write_key(self._look(span), key)
+        return torch.from_numpy(keys)
 
     def read(self, prompt: str) -> list[Reading]:
         """Return what the map sees in each span of a prompt."""
-        sentences = [self._look(span) for span in spans(prompt)]
-        return [
-            Reading(
-                sentence.span,
-                [sentence.words[i].word.text for i in sentence.kept],
-                (sentence.subject[sentence.kept] / FULL).tolist(),
-                torch.from_numpy(self._key(sentence)),
+        readings = []
+        for span in spans(prompt):
+            sentence = self._look(span)
+            key = np.empty(self.width, dtype=np.float32)
+            self._write_key(sentence, key)
+            readings.append(
+                Reading(
+                    span,
+                    [sentence.texts[i] for i in sentence.kept],
+                    (sentence.subject[sentence.kept] / FULL).tolist(),
+                    torch.from_numpy(key),
+                )
             )
-            for sentence in sentences
-        ]
+        return readings
 
     def compare(self, prompt: str, other: str) -> Comparison:
         """Say why a prompt is near the prompt of an edit, `other`, or far from it.
@@ -162,105 +176,80 @@ class TextKeys:
         return hashlib.sha256(both.encode()).hexdigest()[:16]
 
     def _look(self, span: str) -> _Sentence:
-        words = self._known(words_of(span)[-MOST_WORDS:])
+        texts = words_of(span)[-MOST_WORDS:]
+        met = self._met
+        rows = met.rows(texts)
+        while rows is None:
+            # Whoever reads the old one still may; the words of one span always fit a new one.
+            self._met = met = Vocabulary(self.map, self.dense)
+            rows = met.rows(texts)
+        if not rows:
+            return _Sentence(met, texts, rows, np.zeros(0), [])
+        at = np.array(rows)
+        subject = self.map.roles.subject_of(
+            met.properties[at], met.plain[at], capital=texts[0][:1].isupper()
+        )
         first: dict[str, int] = {}
-        for i, one in enumerate(words):
-            first.setdefault(one.folded, i)
-        subject = self.map.roles.subject([one.word for one in words])
-        return _Sentence(span, words, subject, list(first.values()))
+        for i, row in enumerate(rows):
+            first.setdefault(met.folded[row], i)
+        return _Sentence(met, texts, rows, subject, list(first.values()))
 
-    def _key(self, sentence: _Sentence) -> np.ndarray:
-        if not sentence.words:
-            return np.zeros(self.width, dtype=np.float32)
-        known = [sentence.words[i] for i in sentence.kept]
-        subject = sentence.subject[sentence.kept]
-        level = np.array([one.word.level for one in known])
-        weights = _mixed(self._lexical, subject, level)
-        lexical = weights @ np.stack([one.signs for one in known])
-        # Not the length of the sum: the signs of two words are orthogonal but for chance.
-        squares = np.dot(weights, weights) + self.map.lexical_floor
-        length = np.sqrt(squares * self.map.lexical_width)
+    def _write_key(self, sentence: _Sentence, key: np.ndarray) -> None:
+        """Write the key of a sentence into `[D]` float32; zeros for one without a word."""
+        if not sentence.rows:
+            key[:] = 0
+            return
+        kept = sentence.kept
+        subject = sentence.subject[kept]
+        rows = np.array([sentence.rows[i] for i in kept])
+        # [2, 2, words]: what each word would weigh in either part in either role.
+        either = self._tables[:, :, sentence.met.level[rows]]
+        weights = subject * either[:, 0] + (FULL - subject) * either[:, 1]
+        numbers, width = sentence.met.numbers[rows], self.map.lexical_width
         if isinstance(self.dense, SentenceEncoder):
-            words = [one.word for one in sentence.words]
-            asked = without_subject(words, sentence.subject)
+            asked = without_subject(sentence.texts, sentence.subject)
             meaning = self._matrix @ self.dense.sentence(asked)
         else:
-            meaning = _mixed(self._meaning, subject, level) @ np.stack(
-                [one.meaning for one in known]
-            )
+            meaning = weights[0] @ numbers[:, :-width]
+        lexical = weights[1] @ numbers[:, -width:]
+        # Not the length of the sum: the signs of two words are orthogonal but for chance.
+        squares = float(np.dot(weights[1], weights[1])) + self.map.lexical_floor
+        length = math.sqrt(squares * width)
         meaning = _below(meaning, _MEANING_BITS)
-        both = [
-            meaning * _over(self.map.meaning_length, np.sqrt(np.dot(meaning, meaning))),
-            lexical * _over(self.map.lexical_length, length),
-        ]
-        return np.concatenate(both).astype(np.float32)
-
-    def _known(self, texts: Sequence[str]) -> list[_Known]:
-        found = [self._words.get(text) for text in texts]
-        new = list(dict.fromkeys(t for t, one in zip(texts, found, strict=True) if one is None))
-        if new:
-            met = self._meet(new)
-            found = [one or met[text] for text, one in zip(texts, found, strict=True)]
-        return [one for one in found if one is not None]
-
-    def _meet(self, texts: list[str]) -> dict[str, _Known]:
-        meaning = np.zeros((len(texts), 0))
-        if isinstance(self.dense, TokenTable):
-            meaning = np.rint(self.dense.words(texts) @ self._matrix.T / (1 << W_BITS))
-        drawn = signs(texts, self.map.lexical_width)
-        met = {
-            text: _Known(describe(text, self.map.common), folded(text), meaning[i], drawn[i])
-            for i, text in enumerate(texts)
-        }
-        self._words.update(met)
-        while len(self._words) > _CACHED:
-            self._words.popitem(last=False)
-        return met
-
-
-@dataclass(frozen=True)
-class _Known:
-    """What is kept of a word that was met: `meaning [M]` and `signs [L]` hold integers."""
-
-    word: Word
-    folded: str
-    meaning: np.ndarray
-    signs: np.ndarray
+        norm = math.sqrt(float(np.dot(meaning, meaning)))
+        key[:-width] = meaning * _over(self.map.meaning_length, norm)
+        key[-width:] = lexical * _over(self.map.lexical_length, length)
 
 
 @dataclass(frozen=True)
 class _Sentence:
-    """The words of a span, `subject [words]` int64 of 256, and where each word stands first."""
+    """The words of a span, their rows of `met`, `subject [words]` float64 of 256, and where each
+    word stands first.
+    """
 
-    span: str
-    words: list[_Known]
+    met: Vocabulary
+    texts: list[str]
+    rows: list[int]
     subject: np.ndarray
     kept: list[int]
 
 
-def _mixed(table: np.ndarray, subject: np.ndarray, level: np.ndarray) -> np.ndarray:
-    """Return `[words]` float64 integers: what each word weighs, by its role and its level."""
-    mixed = subject * table[0, level] + (FULL - subject) * table[1, level]
-    return mixed.astype(np.float64)
-
-
 def _below(numbers: np.ndarray, bits: int) -> np.ndarray:
     """Bring integers below 2^bits by a power of two, so that their squares can be added exactly."""
-    largest = float(np.abs(numbers).max(initial=1.0))
-    shift = max(0, int(np.frexp(largest)[1]) - bits)
-    return np.rint(np.ldexp(numbers, -shift))
+    shift = math.frexp(float(np.abs(numbers).max(initial=1.0)))[1] - bits
+    return np.rint(numbers * 2.0**-shift) if shift > 0 else numbers
 
 
 def _over(length: float, norm: float) -> float:
     return length / norm if norm > 0 else 0.0
 
 
-def without_subject(words: Sequence[Word], subject: np.ndarray) -> str:
+def without_subject(texts: Sequence[str], subject: np.ndarray) -> str:
     """Return a sentence as an encoder reads it: `SOMETHING` for each run of subject's words."""
     kept: list[str] = []
-    for word, weight in zip(words, subject.tolist(), strict=True):
+    for text, weight in zip(texts, subject.tolist(), strict=True):
         if weight <= FULL // 2:
-            kept.append(word.text)
+            kept.append(text)
         elif kept[-1:] != [SOMETHING]:
             kept.append(SOMETHING)
     return " ".join(kept)

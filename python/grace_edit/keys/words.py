@@ -74,7 +74,7 @@ class CommonWords:
 
     def level(self, word: str) -> int:
         """Return 0..15; punctuation counts as most common."""
-        if not any(c.isalnum() for c in word):
+        if not (word.isalnum() or any(c.isalnum() for c in word)):
             return 0
         return self._levels.get(stable_hash(word), RAREST)
 
