@@ -18,9 +18,7 @@ from .progress import bar
 log = logging.getLogger("grace_edit")
 
 
-def rekey(
-    layers: Sequence[tuple[Family, GraceConfig]], progress: bool
-) -> list[list[EditResult]]:
+def rekey(layers: Sequence[tuple[Family, GraceConfig]], progress: bool) -> list[list[EditResult]]:
     """Do what `GraceEditor.rekey` says: a second codebook is filled, and the first takes it over.
 
     Until then requests are answered by the first one.

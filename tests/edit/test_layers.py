@@ -11,6 +11,7 @@ import grace_edit
 import pytest
 import torch
 from grace_edit import GraceConfig, GraceEditor, LayersError, QueryPlan, StoreError, UndoError
+from grace_edit.cli.output import describe_error
 from grace_edit.codebook import snapshot, store
 from grace_edit.codebook.sharding import load_sharded
 from grace_edit.engines.vllm.saved import Described, NotServed
@@ -170,8 +171,8 @@ def test_an_edit_that_would_cost_an_edit_of_another_layer_is_refused_with_the_re
     refused = later.edit(ONE, TO_TWO)
     assert not refused.success
     assert refused.id is None
-    where = f"edit 0 of layer {earlier.layer} would no longer produce its target"
-    assert where in refused.reason or "edits of other layers answer the prompt" in refused.reason
+    assert f"edit 0 of layer {earlier.layer}" in refused.reason
+    assert refused.reason.endswith("delete that first")
     assert unchanged(later, before)
     assert generated(later.model, [ONE], 3) == [TO_ONE]
     assert later.edit(TWO, TO_TWO).success
@@ -248,6 +249,8 @@ def test_a_codebook_that_was_changed_by_itself_ends_the_undo_and_not_the_editing
     assert lower.edit(TWO, TO_TWO).success
     lower.undo()
     assert lower.codebook.ids == [0]
+    with upper.codebook.transaction(), pytest.raises(ValueError, match="inside a transaction"):
+        lower.edit(TWO, TO_TWO)
 
 
 def test_an_interruption_leaves_all_layers_as_they_were(pair, monkeypatch):
@@ -394,6 +397,9 @@ def test_what_takes_one_layer_refuses_several_with_the_remedy(answering, trained
     ):
         with pytest.raises(StoreError, match=remedy):
             take(tmp_path)
+    with pytest.raises(StoreError) as refused:
+        store.load(tmp_path)
+    assert describe_error(refused.value)[0] == 4  # at the command line a conflict
     with pytest.raises(NotServed, match=remedy):
         Described(str(tmp_path))
     with pytest.raises(ValueError, match="save_pretrained writes several"):
