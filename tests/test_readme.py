@@ -105,7 +105,7 @@ def test_a_model_of_your_own_is_edited_saved_and_served_as_the_docs_say(
 ) -> None:
     page = "docs/serving.md"
     shown = [text for language, text in blocks(page) if language == "python"]
-    edit, score, serve, share, publish, keep = shown
+    edit, score, serve, share, layers, publish, keep = shown
     code = edit.replace('"gpt2"', repr(str(small_gpt2)))
     assert code != edit
     printed = run(page, code).splitlines()
@@ -117,6 +117,11 @@ def test_a_model_of_your_own_is_edited_saved_and_served_as_the_docs_say(
     before = (tmp_path / "my-edits" / "edits.jsonl").read_text()
     run(page, share)
     assert len((tmp_path / "my-edits" / "edits.jsonl").read_text()) > len(before)
+    refused, ids, answer = run(page, layers).splitlines()
+    assert refused.startswith("False ")
+    assert "edit 0 of layer transformer.h.2.mlp" in refused
+    assert ids == "{'transformer.h.1.mlp': [0], 'transformer.h.2.mlp': [0]}"
+    assert answer == "Canberra"
     assert run(page, publish).strip() == "Canberra"
     assert list((tmp_path / "my-edits").glob("edits-*.log"))
     run(page, keep)

@@ -273,13 +273,14 @@ class GraceEditor:
         is trained anew. δ is measured anew unless the configuration names it.
 
         All or nothing: on any exception the edits are as they were. Afterwards the history holds
-        the live edits alone and there is nothing to undo; `version` goes up.
+        the live edits alone and there is nothing to undo; `version` goes up. Of several layers all
+        are made anew, the lower ones first.
 
         Args:
             progress: show a progress bar on stderr.
 
         Returns:
-            The new results, one per live edit.
+            The new results, one per live edit of this layer.
 
         Raises:
             ValueError: an edit has no stored prompt, the codebook is frozen, or a transaction is
@@ -287,7 +288,11 @@ class GraceEditor:
             RuntimeError: an edit's target cannot be reached on the model as it is now, or its
                 query has become that of another one.
         """
-        return rekeying.rekey(self.family, self.config, progress)
+        layers = [(editor.family, editor.config) for editor in self.layers.values()]
+        with self.codebook.changing():
+            results = rekeying.rekey(layers, progress)
+            self.layers.settled()
+        return results[list(self.layers).index(self.layer)]
 
     def explain(self, prompt: Any) -> Explanation:
         """Say which entry answers `prompt` or would come nearest, and how far it is."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .adaptor.text_queries import decide
 from .codebook.codebook import Codebook
 from .codebook.policy import fp32
-from .codebook.records import EditResult, Label, UndoError
+from .codebook.records import Edit, EditResult, Label, UndoError
 from .editing.asked import find_keys, wanted_of
 from .editing.verification import find_unproven
 from .families import Family
@@ -129,6 +129,11 @@ class Layers(Mapping[str, E], Generic[E]):
         with books[0].changing():
             if not self._depth:
                 self._check_versions()
+                if any(book.storage.journal.is_open for book in books):
+                    raise ValueError(
+                        "cannot change a layer inside a transaction of one codebook where several "
+                        "layers are edited: end it first"
+                    )
             made = [book.storage.journal.made for book in books]
             self._depth += 1
             try:
@@ -170,9 +175,10 @@ class Layers(Mapping[str, E], Generic[E]):
             # As requests are served, whatever this thread has turned off.
             serving = {"enabled": True, "generation": None, "ends": None, "counts": False}
             with self._families[0].adaptor.using_all(plan=None, **serving):
-                before, known = self._answers(), self._ids()
+                before = self._answers()
+                new = [book.storage.next_id for book in self._books]
                 made = make()
-                self._see_to(before, known)
+                self._see_to(before, new)
                 return made
 
     def edit(self, make: Callable[[], EditResult]) -> EditResult:
@@ -238,10 +244,8 @@ class Layers(Mapping[str, E], Generic[E]):
         """Return what each layer answers the stored prompts of all."""
         prompts: dict[Label, None] = {}
         for book in self._books:
-            for edit in book.live_keys:
-                prompts.update(dict.fromkeys(edit.negatives))
-                if edit.prompt is not None:
-                    prompts[edit.prompt] = None
+            for edit in _stored(book):
+                prompts.update(dict.fromkeys((edit.prompt, *edit.negatives)))
         return [self._answers_of(family, list(prompts)) for family in self._families]
 
     def _answers_of(self, family: Family, prompts: list[Label]) -> _Answers:
@@ -267,7 +271,7 @@ class Layers(Mapping[str, E], Generic[E]):
         """
         book, text = family.adaptor.codebook, family.adaptor.text
         before, known = self._queries[family.layer], {}
-        own = {} if text is not None else {edit.prompt: edit.id for edit in book.live_keys}
+        own = {} if text is not None else {edit.prompt: edit.id for edit in _stored(book)}
         for prompt in prompts:
             query = before.get(prompt)
             if prompt in own:
@@ -285,15 +289,12 @@ class Layers(Mapping[str, E], Generic[E]):
             for prompt in prompts:
                 known.pop(prompt, None)
 
-    def _ids(self) -> set[tuple[str, int]]:
-        return {(f.layer, id) for f in self._families for id in f.adaptor.codebook.ids}
-
-    def _see_to(self, before: list[_Answers], known: set[tuple[str, int]]) -> None:
+    def _see_to(self, before: list[_Answers], new_from: list[int]) -> None:
         """Key the edits of all layers that a change reaches anew, and prove them.
 
         Args:
             before: what `_answers` gave before the change.
-            known: the edits that there were.
+            new_from: for each layer the first id of an edit that is made by the change.
         """
         reached: set[Label] = set()
         # Each layer can move those above it, so there are as many rounds as layers, and a last one.
@@ -308,7 +309,7 @@ class Layers(Mapping[str, E], Generic[E]):
                 break
         else:
             raise LayersError("the answers of the layers go on changing each other's queries")
-        self._prove(reached, known)
+        self._prove(reached, new_from)
 
     def _key_anew(self, family: Family, reached: set[Label]) -> bool:
         """Give the edits of prompts that a change has reached their queries of now; say if any."""
@@ -317,7 +318,7 @@ class Layers(Mapping[str, E], Generic[E]):
             return False
         wholes = {
             edit.whole
-            for edit in book.live_keys
+            for edit in _stored(book)
             if edit.prompt in reached or not reached.isdisjoint(edit.negatives)
         }
         queries: dict[int, tuple[Tensor, float | None]] = {}
@@ -339,28 +340,45 @@ class Layers(Mapping[str, E], Generic[E]):
                     queries[record.id] = (key.query, radius)
         if not queries:
             return False
-        before = book.ids
+        before = {edit.whole for edit in _stored(book)}
         book.requery(queries)
-        lost = sorted(set(before) - set(book.ids))
+        lost = sorted(before - {edit.whole for edit in _stored(book)})
         if lost:
             raise LayersError(f"{_named(family, lost)} would have the query of another edit")
         return True
 
-    def _prove(self, reached: set[Label], known: set[tuple[str, int]]) -> None:
-        new = False
-        for family in self._families:
-            edits = [edit for edit in family.adaptor.codebook.live_keys if edit.prompt in reached]
+    def _prove(self, reached: set[Label], new_from: list[int]) -> None:
+        new: set[Label] = set()
+        for family, first in zip(self._families, new_from, strict=True):
+            edits = [edit for edit in _stored(family.adaptor.codebook) if edit.prompt in reached]
             unproven = find_unproven(family, edits, False)
-            lost = [id for id in unproven if (family.layer, id) in known]
+            lost = [id for id in unproven if id < first]
             if lost:
                 raise LayersError(
                     f"{_named(family, lost)} would no longer produce its target; delete that first"
                 )
-            new = new or bool(unproven)
+            new |= {edit.prompt for edit in edits if edit.whole in unproven and edit.prompt}
         if new:
-            raise LayersError(
-                "its target would not be produced where edits of other layers answer the prompt too"
+            # One of another layer that was made for the same prompt is the likely reason.
+            same = [
+                _named(family, [edit.whole])
+                for family, first in zip(self._families, new_from, strict=True)
+                for edit in _stored(family.adaptor.codebook)
+                if edit.prompt in new and edit.whole < first
+            ]
+            who = (
+                f"{', '.join(same)} answers it too; delete that first" if same else "others answer"
             )
+            raise LayersError(f"its target would not be produced by all layers together: {who}")
+
+
+def _stored(book: Codebook) -> list[Edit]:
+    """Return the live edits, and their parts, whose prompts are stored."""
+    records = [edit for edit in book.storage.edit_records.values() if edit is not None]
+    return sorted(
+        (edit for edit in records if edit.live and edit.prompt is not None),
+        key=lambda edit: edit.id,
+    )
 
 
 def _places(model: nn.Module) -> dict[str, int]:

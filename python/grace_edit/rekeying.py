@@ -2,25 +2,57 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
 
 from .codebook.records import EditResult
 from .config import GraceConfig
 from .editing.asked import wanted_of
 from .editing.making import EditMaker
+from .editing.verification import find_unproven
 from .families import Family
 from .progress import bar
 
 log = logging.getLogger("grace_edit")
 
 
-def rekey(family: Family, config: GraceConfig, progress: bool) -> list[EditResult]:
+def rekey(layers: Sequence[tuple[Family, GraceConfig]], progress: bool) -> list[list[EditResult]]:
     """Do what `GraceEditor.rekey` says: a second codebook is filled, and the first takes it over.
 
     Until then requests are answered by the first one.
+
+    Args:
+        layers: those of a model that are edited, the lower ones first. Each is made anew with those
+            below it in place, and at last all are proven together.
+        progress: show a progress bar.
+
+    Returns:
+        The results for each layer.
     """
-    with family.adaptor.codebook.changing():
-        return _rekey(family, config, progress)
+    books = [family.adaptor.codebook for family, _ in layers]
+    with books[0].changing():
+        before, results = [copy.copy(book) for book in books], []
+        try:
+            for number, (family, config) in enumerate(layers, 1):
+                with ExitStack() as stack:
+                    for above, _ in layers[number:]:
+                        stack.enter_context(above.adaptor.using(absent=True))
+                    results.append(_rekey(family, config, progress))
+            for family, _ in layers if len(layers) > 1 else ():
+                with family.working():
+                    lost = find_unproven(family, family.adaptor.codebook.live_keys, progress)
+                if lost:
+                    raise RuntimeError(
+                        f"edits {lost[:8]} of layer {family.layer} cannot be made anew: they do "
+                        "not hold where those of other layers answer too"
+                    )
+        except BaseException:
+            for book, old in list(zip(books, before, strict=True))[: len(results)]:
+                book.take_over(old, "a rekeying that failed")
+            raise
+        return results
 
 
 def _rekey(family: Family, config: GraceConfig, progress: bool) -> list[EditResult]:

@@ -75,6 +75,7 @@ class GraceAdaptor:
     stops = _of_thread("stops")
     witness = _of_thread("witness")
     counts = _of_thread("counts")
+    absent = _of_thread("absent")
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("thread", "followed", "switch")
@@ -156,6 +157,8 @@ class GraceAdaptor:
     @property
     def active(self) -> bool:
         """Whether a forward has anything to do here at all."""
+        if self.absent:
+            return False
         enabled = not self.switch.off if self.enabled is None else self.enabled
         return enabled or self.forced is not None or self.captures is not None
 

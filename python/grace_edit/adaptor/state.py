@@ -107,6 +107,7 @@ class ThreadState(threading.local):
         self.stops = False  # a capture ends its forward
         self.witness: Witness | None = None
         self.counts = True  # answers are those of a request
+        self.absent = False  # nothing is asked, as if the layer had no adaptor
         self.rooms: dict[int, Latched] = {}  # free ones, by the number of sequences
         self.pinned: dict[tuple[str, torch.Size, torch.device], Tensor] = {}
 

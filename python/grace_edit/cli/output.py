@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..codebook.store import StoreError
+from ..codebook.store import SeveralLayersError, StoreError
 from ..terminal import plain
 
 OK = 0
@@ -42,6 +42,8 @@ def describe_error(error: Exception) -> tuple[int, list[str]] | None:
     usage: Callable[[], str] | None = getattr(error, "format_message", None)
     if usage is not None:
         return USAGE, [f"{usage()} (see --help)"]
+    if isinstance(error, SeveralLayersError):
+        return CONFLICT, [str(error)]
     if isinstance(error, StoreError):
         return CORRUPT, [str(error)]
     if isinstance(error, OSError):

@@ -66,6 +66,10 @@ class StoreError(ValueError):
     """A saved codebook is missing, damaged, too new, or not one that belongs here."""
 
 
+class SeveralLayersError(StoreError):
+    """The saved codebooks of several layers, where that of one is taken."""
+
+
 @dataclass(frozen=True)
 class Kept:
     """A codebook as it is saved: with the caller's `config` for it, and further files by name."""
@@ -323,9 +327,9 @@ def load_saved(
     return Saved(book, described["config"], beside, checksum, number, end, changes, size, further)
 
 
-def several_layers(directory: Path, described: dict[str, Any]) -> StoreError:
+def several_layers(directory: Path, described: dict[str, Any]) -> SeveralLayersError:
     """Return the error of who takes the codebook of one layer alone; see `describe`."""
-    return StoreError(
+    return SeveralLayersError(
         f"{directory}: must hold the edits of one layer here, got those of "
         f"{1 + len(described['layers'])}; GraceEditor.from_pretrained and grace_edit.load attach "
         "them all to a model"
