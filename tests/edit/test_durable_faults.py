@@ -43,7 +43,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def published(book: Codebook, directory: Path) -> Publisher:
-    editor: Any = SimpleNamespace(codebook=book, family=None, config=None)
+    editor: Any = SimpleNamespace(codebook=book, family=None, config=None, layers=[None])
     return publish(editor, directory, timeout=LONG)
 
 

@@ -82,7 +82,7 @@ def test_changes_in_a_log_are_refused_with_what_to_do(
     about: dict[str, Any] = {"serving": {}, "model": {}, "config": {}}
     monkeypatch.setattr(serving, "describe", lambda family, config: (about, {}))
     store.save(book, directory, about)
-    editor: Any = SimpleNamespace(codebook=book, family=None, config=None)
+    editor: Any = SimpleNamespace(codebook=book, family=None, config=None, layers=[None])
     query = torch.ones(16).bfloat16() * 40
     with publish(editor, directory) as publisher:
         publisher.compact()  # beside a snapshot of `save` there is no log yet
