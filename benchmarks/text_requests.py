@@ -64,19 +64,20 @@ class Names:
 
 
 def _prompts(count: int, words: list[str]) -> list[str]:
-    """Return different prompts of subjects of two words."""
+    """Return prompts of subjects of two words, no two of the same words: their keys differ."""
     names = Names("entries")
-    found: dict[str, None] = {}
+    found: dict[tuple[str, ...], str] = {}
     while len(found) < count:
-        found[names.prompt(names.pick(words))] = None
-    return list(found)
+        prompt = names.prompt(names.pick(words))
+        found.setdefault(tuple(sorted(prompt.replace("?", " ?").split())), prompt)
+    return list(found.values())
 
 
 def _requests(kind: str, number: int, count: int, words: list[str]) -> list[str]:
     names = Names(f"{kind} {number}")
     made = []
     for _ in range(count):
-        new = [names.word() + names.word().lower() for _ in range(20)]
+        new = [names.word() + "n" for _ in range(20)]
         subject = " ".join(new[:2]) if kind == "subject" else names.pick(words)
         prompt = names.prompt(subject)
         if kind == "new":

@@ -99,8 +99,11 @@ def _topics(out: Path, quick: bool, console: Console) -> dict[str, Any]:
     )
     before = part1.stream_accuracy(model, tokenizer, stream)
     rows = []
+    asked: dict[str, torch.Tensor] = {}
     for factor in (1.0,) if quick else (0.1, 3.0, 1.0):
-        editor, row = part1.run_stream(model, tokenizer, data, stream, factor * part1.RADIUS, _bar)
+        editor, row = part1.run_stream(
+            model, tokenizer, data, stream, factor * part1.RADIUS, _bar, asked
+        )
         rows.append(row)
         console.print(
             f"   ε = {row['radius']:.3g}: {row['accepted']} of {row['attempted']} edits accepted, "
@@ -111,7 +114,7 @@ def _topics(out: Path, quick: bool, console: Console) -> dict[str, Any]:
     model.save_pretrained(out / "topics-model")
     tokenizer.save_pretrained(out / "topics-model")
     editor.save_pretrained(out / "topics-edits")
-    _remember(out, "topics", editor, [r.text for r, _ in stream])
+    _remember(out, "topics", editor, list(dict.fromkeys(r.text for r, _ in stream)))
     editor.detach()
     rows.append(part1.run_fine_tuning(model, tokenizer, data, stream, _bar))
     console.print(_topics_table(rows, trr, before))

@@ -9,6 +9,7 @@ import hashlib
 import json
 import struct
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,16 @@ from . import corrections, topics
 
 def answers_of(editor: GraceEditor, prompts: list[str]) -> dict[str, Any]:
     """Return what an edited model answers, and a hash of which entry is nearest and how near."""
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        why = editor.explain(prompt)
-        digest.update(struct.pack("<?qd", why.hit, why.slot, why.distance))
-    classifies = isinstance(editor.model, topics.MiniLMForSequenceClassification)
-    answers = topics.predict if classifies else corrections.generate
+    answers: Callable[..., list[str]]
+    if isinstance(editor.model, topics.MiniLMForSequenceClassification):
+        answers = topics.predict
+        found = [
+            (n["hit"], n["slot"], n["distance"]) for n in topics.nearest_entries(editor, prompts)
+        ]
+    else:
+        answers = corrections.generate
+        found = [(why.hit, why.slot, why.distance) for why in map(editor.explain, prompts)]
+    digest = hashlib.sha256(b"".join(struct.pack("<?qd", *one) for one in found))
     return {
         "prompts": prompts,
         "answers": answers(editor.model, editor.tokenizer, prompts),

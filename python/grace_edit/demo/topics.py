@@ -25,6 +25,8 @@ LAYER = "bert.encoder.layer.5.attention.output"
 RADIUS = 3.2
 GROWTH = 1.3
 """How far a ball may grow: `max_radius` in units of ε."""
+_AHEAD = 8
+"""Requests that are answered in one batch, until the next edit."""
 Progress = Callable[[Sequence[Any], str], Iterable[Any]]
 
 
@@ -103,10 +105,16 @@ def _batches(tokenizer: Any, texts: Sequence[str]) -> Iterable[dict[str, Tensor]
 
 @torch.no_grad()
 def predict(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> list[str]:
-    """Return the topic the model as it stands files each text under (padded batches of 32)."""
-    found: list[int] = []
-    for batch in _batches(tokenizer, texts):
-        found += model(**batch).logits.argmax(dim=-1).tolist()
+    """Return the topic the model as it stands files each text under.
+
+    In padded batches of 32 texts of much the same length: little is computed for padding.
+    """
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    found = [0] * len(texts)
+    numbers = iter(order)
+    for batch in _batches(tokenizer, [texts[i] for i in order]):
+        for topic in model(**batch).logits.argmax(dim=-1).tolist():
+            found[next(numbers)] = topic
     return [TOPICS[i] for i in found]
 
 
@@ -138,10 +146,12 @@ def run_stream(
     stream: Sequence[tuple[Request, bool]],
     radius: float,
     progress: Progress,
+    asked: dict[str, Tensor],
 ) -> tuple[GraceEditor, dict[str, Any]]:
     """Correct the stream by edits at this ε and measure what became of them.
 
-    A request is edited if the unedited model fails it, or the model as edited so far does.
+    A request is edited if the unedited model fails it, or the model as edited so far does. `asked`
+    is kept for `nearest_entries` from one call to the next.
 
     Returns:
         The editor, still attached, and the figures of one row of the closing table.
@@ -152,10 +162,17 @@ def run_stream(
     right_after, seconds = 0, 0.0
     edited, curve = [], []
     refused: set[str] = set()
-    for request, fails in progress(stream, f"editing at ε = {radius:.3g}"):
-        if not fails and predict(model, tokenizer, [request.text]) == [request.topic]:
-            continue
+    ahead: dict[int, str] = {}  # what the model as edited so far says of requests to come
+    for number, (request, fails) in enumerate(progress(stream, f"editing at ε = {radius:.3g}")):
+        if not fails:
+            if number not in ahead:
+                coming = [i for i in range(number, len(stream)) if not stream[i][1]][:_AHEAD]
+                said = predict(model, tokenizer, [stream[i][0].text for i in coming])
+                ahead = dict(zip(coming, said, strict=True))
+            if ahead[number] == request.topic:
+                continue
         edited.append(request)
+        ahead = {}
         start = time.perf_counter()
         result = editor.edit(request.text, request.topic)
         seconds += time.perf_counter() - start
@@ -184,7 +201,7 @@ def run_stream(
         "seconds_per_edit": seconds / len(edited),
         "cases": dict(cases),
         "curve": curve,
-        **_measure(editor, data, edited),
+        **_measure(editor, data, edited, asked),
     }
     return editor, figures
 
@@ -197,14 +214,16 @@ def _last_wanted(
     return {request.text: request.topic for request, _ in stream if request.text in texts}
 
 
-def _measure(editor: GraceEditor, data: Topics, edits: Sequence[Request]) -> dict[str, Any]:
+def _measure(
+    editor: GraceEditor, data: Topics, edits: Sequence[Request], asked: dict[str, Tensor]
+) -> dict[str, Any]:
     """Measure who is answered that was never edited: paraphrases, and unrelated sentences."""
     edited = {request.cluster: request.topic for request in edits}
     related = [r for r in data.held_out if edited.get(r.cluster) == r.topic]
     unrelated = [text for text, _ in data.test]
     unrelated += [r.text for r in (*data.held_out, *data.stream) if r.cluster not in edited]
-    taken = nearest_entries(editor, [r.text for r in related])
-    fired = nearest_entries(editor, unrelated)
+    taken = nearest_entries(editor, [r.text for r in related], asked)
+    fired = nearest_entries(editor, unrelated, asked)
     found = predict(editor.model, editor.tokenizer, [r.text for r in related])
     takes = [t["hit"] and f == r.topic for t, f, r in zip(taken, found, related, strict=True)]
     return {
@@ -219,17 +238,28 @@ def _measure(editor: GraceEditor, data: Topics, edits: Sequence[Request]) -> dic
     }
 
 
-def nearest_entries(editor: GraceEditor, texts: Sequence[str]) -> list[dict[str, Any]]:
-    """Return for each text whether an entry answers, and d/ε of the nearest entry."""
+def nearest_entries(
+    editor: GraceEditor, texts: Sequence[str], asked: dict[str, Tensor] | None = None
+) -> list[dict[str, Any]]:
+    """Return for each text whether an entry answers, and the nearest entry: slot, d and d/ε.
+
+    Args:
+        editor: of the model.
+        texts: what is asked.
+        asked: the layer's input at each text is put here, and taken from here: an edit of a layer
+            does not change it.
+    """
     book = editor.codebook
-    found = []
-    for i in range(0, len(texts), 32):
-        queries = editor.queries(texts[i : i + 32])
-        index = book.lookup(queries)[0].tolist()
-        near, distance = grace_kernels.nearest(queries, book.keys, book.radii, book.count)
-        ratios = (distance / book.radii[near.clamp(min=0)]).tolist()
-        found += [{"hit": i >= 0, "ratio": r} for i, r in zip(index, ratios, strict=True)]
-    return found
+    known = {} if asked is None else asked
+    new = sorted((text for text in dict.fromkeys(texts) if text not in known), key=len)
+    for i in range(0, len(new), 32):
+        known.update(zip(new[i : i + 32], editor.queries(new[i : i + 32]), strict=True))
+    queries = torch.stack([known[text] for text in texts])
+    index = book.lookup(queries)[0].tolist()
+    near, distance = grace_kernels.nearest(queries, book.keys, book.radii, book.count)
+    ratios = (distance / book.radii[near.clamp(min=0)]).tolist()
+    found = zip(index, near.tolist(), distance.tolist(), ratios, strict=True)
+    return [{"hit": i >= 0, "slot": s, "distance": d, "ratio": r} for i, s, d, r in found]
 
 
 def run_fine_tuning(

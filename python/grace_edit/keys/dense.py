@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 ONE = 1 << 12
 """Length of a vector of integers that stands for a vector of length 1."""
@@ -59,14 +60,17 @@ class TokenTable:
         if not texts:
             return np.zeros((0, self.width))
         ids = [row[:_TOKENS_PER_WORD] for row in self.ids(texts)]
+        counts = np.array([len(row) for row in ids])
         flat = torch.tensor([one for row in ids for one in row], dtype=torch.long)
         rows = _on_grid(self._weight[flat.to(self._weight.device)], self.unit)
-        rows -= self.centre
-        sums = np.zeros((len(texts), self.width))
-        ends = np.cumsum([len(row) for row in ids]).tolist()
-        for one, row, end in zip(sums, ids, ends, strict=True):
-            np.add.reduce(rows[end - len(row) : end], axis=0, out=one)
-        return _unit_length(sums)
+        # Sums of integers below 2^20: exact as float32, in any order.
+        sums = functional.embedding_bag(
+            torch.arange(len(rows)),
+            torch.from_numpy(rows),
+            torch.from_numpy(counts.cumsum() - counts),
+            mode="sum",
+        )
+        return _unit_length(sums.double().numpy() - counts[:, None] * self.centre)
 
     def word(self, text: str) -> np.ndarray:
         """Return `[E]`, the row of one word."""
@@ -112,7 +116,7 @@ def centre_of(weight: Tensor) -> tuple[np.ndarray, float]:
     unit = 2.0 ** int(np.floor(np.log2(rms / 256)))
     total = np.zeros(weight.shape[1])
     for rows in weight.split(1 << 14):
-        total += _on_grid(rows, unit).sum(axis=0)
+        total += _on_grid(rows, unit).sum(axis=0, dtype=np.float64)
     return np.rint(total / len(weight)).astype(np.int64), unit
 
 
@@ -227,9 +231,10 @@ def _direct_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]] | None:
 
 
 def _on_grid(rows: Tensor, unit: float) -> np.ndarray:
-    """Return float64 integers."""
-    rounded = rows.detach().to(torch.bfloat16).cpu().double().numpy()
-    rounded /= unit
+    """Return float32 integers."""
+    # The unit is a power of two, so nothing but `rint` rounds.
+    rounded = rows.detach().to(torch.bfloat16).cpu().float().numpy()
+    rounded *= 1 / unit
     np.rint(rounded, out=rounded)
     return rounded.clip(-_ROW_LIMIT, _ROW_LIMIT, out=rounded)
 
@@ -238,7 +243,9 @@ def _unit_length(rows: np.ndarray) -> np.ndarray:
     # The norm of integers below 2^19 is exact before its root; root, division and rounding are
     # IEEE's, one number at a time. (An encoder's numbers are no integers: its bits are its own.)
     norm = np.sqrt(np.square(rows).sum(axis=-1, keepdims=True))
-    return np.rint(rows * ONE / np.where(norm > 0, norm, 1.0))
+    made = rows * ONE
+    made /= np.where(norm > 0, norm, 1.0)
+    return np.rint(made, out=made)
 
 
 def _digest(shape: list[int], unit: float, data: bytes) -> str:
