@@ -84,7 +84,7 @@ def edited(server: Server, load: Load, history: History, plain: dict[str, str]) 
     found: dict[str, Any] = {}
 
     def kill() -> None:
-        time.sleep(0.4 * (load._end - time.perf_counter()))
+        time.sleep(0.4 * load.left)
         found["memory_mb"] = [round(before), round(server.memory)]
         found["memory_mb_per_minute"] = slope(load.memory)
         load.down.set()
@@ -94,6 +94,7 @@ def edited(server: Server, load: Load, history: History, plain: dict[str, str]) 
         found["restart_seconds"] = round(server.start(), 1)
         found["acknowledged_before_the_kill"] = len(acknowledged)
         found["lost"] = _lost(server, acknowledged, load, history)
+        load.add_time(found["restart_seconds"])
         load.down.clear()
 
     seconds = load.run(load.edit, kill)

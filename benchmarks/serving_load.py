@@ -175,7 +175,16 @@ class Load:
 
     @property
     def running(self) -> bool:
-        return time.perf_counter() < self._end
+        return time.perf_counter() < self._end or self.down.is_set()
+
+    @property
+    def left(self) -> float:
+        """Seconds to the end."""
+        return self._end - time.perf_counter()
+
+    def add_time(self, seconds: float) -> None:
+        """Go on for longer: for so long nobody could ask."""
+        self._end += seconds
 
     def run(self, *others: Any) -> float:
         """Run all clients and `others`; returns the seconds it took."""

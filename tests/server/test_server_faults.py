@@ -228,6 +228,42 @@ def test_a_connection_that_is_dropped_before_its_request_is_there_leaves_nothing
     assert client.chat(RIVER).said == "Nile"
 
 
+def test_an_edit_whose_client_leaves_is_made_all_the_same(
+    client: Client, editor: GraceEditor
+) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    def waits(*_: Any) -> None:
+        entered.set()
+        go_on.wait(30)
+
+    hook = editor.model.register_forward_pre_hook(waits)
+    body = json.dumps({"prompt": MESSAGES, "target": "Canberra"}).encode()
+    with contextlib.closing(socket.create_connection(("127.0.0.1", client.port))) as raw:
+        head = f"POST {EDITS} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {TOKEN}\r\n"
+        raw.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        assert entered.wait(30)
+    assert client.ask("GET", EDITS).json["version"] == 0  # others are answered meanwhile
+    go_on.set()
+    hook.remove()
+    end = time.monotonic() + 30
+    while client.ask("GET", EDITS).json["version"] == 0 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert client.ask("GET", EDITS).json["total"] == 1
+    assert client.chat(CAPITAL).said == "Canberra"
+    assert client.ask("GET", f"{EDITS}/0").json["edit"]["prompt"] == CAPITAL
+
+
+def test_what_is_no_http_is_told_so_and_disturbs_nobody(client: Client) -> None:
+    for sent in (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc", b"GET\r\n\r\n", b"\r\n" * 9):
+        with contextlib.closing(socket.create_connection(("127.0.0.1", client.port))) as raw:
+            raw.sendall(sent)
+            raw.shutdown(socket.SHUT_WR)
+            raw.settimeout(30)
+            assert raw.recv(100)[:12] in (b"HTTP/1.1 400", b"")
+    assert client.chat(RIVER).said == "Nile"
+
+
 @both
 def test_requests_of_one_id_get_each_its_own_answer(client: Client) -> None:
     def ask(message: str) -> str:
