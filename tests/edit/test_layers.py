@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
+import random
 import threading
 import warnings
+from dataclasses import replace
 
 import grace_edit
 import pytest
 import torch
-from grace_edit import GraceConfig, GraceEditor, LayersError, QueryPlan, StoreError, UndoError
+from grace_edit import (
+    Codebook,
+    GraceConfig,
+    GraceEditor,
+    LayersError,
+    QueryPlan,
+    StoreError,
+    UndoError,
+)
 from grace_edit.cli.output import describe_error
 from grace_edit.codebook import snapshot, store
 from grace_edit.codebook.sharding import load_sharded
@@ -32,7 +43,7 @@ UPPER = {
 }
 ONE, TWO, THREE = run_of(10, 4), run_of(40, 6), run_of(22, 9)
 TO_ONE, TO_TWO = run_of(30, 3), run_of(55, 3)
-OTHER = run_of(3, 2)
+OTHER, NEAR = run_of(3, 2), run_of(9, 4)
 
 
 @pytest.fixture
@@ -136,13 +147,18 @@ def test_an_unedited_prompt_has_the_bits_of_the_model_and_detach_leaves_it_as_it
 
 
 def test_an_edit_below_keys_the_edits_above_of_its_prompts_anew_as_fresh_ones(pair):
-    lower, upper = pair(radius=5.0)
-    asked = {"paraphrases": [THREE], "negatives": [OTHER]}
+    lower, upper = pair(radius=5.0, upper={"radius": 9.5})
+    asked = {"paraphrases": [THREE], "negatives": [NEAR]}
     first = upper.edit(ONE, TO_ONE, **asked)
     second = upper.edit(TWO, TO_TWO)
     old = list(upper.codebook.live_keys)
     queries = [upper.codebook.query_of(edit.id) for edit in old]
-    assert lower.edit(ONE, TO_ONE, paraphrases=[OTHER]).success
+    assert lower.edit(NEAR, TO_TWO).success  # the negative alone
+    assert torch.equal(upper.codebook.query_of(first.id), queries[0])
+    assert upper.codebook.edit(first.id).radius != old[0].radius
+    lower.undo()
+    assert upper.codebook.live_keys == old
+    assert lower.edit(ONE, TO_ONE, paraphrases=[NEAR]).success
 
     book = upper.codebook
     now = [(book.query_of(edit.id), edit.radius) for edit in book.live_keys]
@@ -150,7 +166,7 @@ def test_an_edit_below_keys_the_edits_above_of_its_prompts_anew_as_fresh_ones(pa
     assert not torch.equal(now[0][0], queries[0])  # reached
     assert torch.equal(now[1][0], queries[1])  # the paraphrase is not
     assert torch.equal(now[2][0], queries[2])
-    assert old[0].radius != now[0][1] < 5.0  # the negative is
+    assert old[0].radius != now[0][1] < 9.5
     book.check()
     assert upper.verify() == []
     assert upper.explain(ONE).edit_id == first.id
@@ -185,8 +201,11 @@ def test_an_edit_of_a_prompt_that_a_layer_below_answers_is_made_with_that_answer
     lower, upper = pair(radius=1000.0, upper={"radius": 0.5})
     assert lower.edit(ONE, TO_ONE).success
     assert lower.explain(TWO).hit  # whatever it is asked
-    assert upper.edit(TWO, TO_TWO).success
+    result = upper.edit(TWO, TO_TWO)
     assert generated(lower.model, [ONE, TWO, THREE], 3)[:2] == [TO_ONE, TO_TWO]
+    # What it was trained with is what is served, where both layers ask at the prompt's end.
+    served = math.exp(upper.score(TWO, TO_TWO).log_probability)
+    assert served == pytest.approx(result.probability, abs=1e-4)
     assert torch.equal(upper.codebook.query_of(0), upper.queries([TWO])[0])
     with lower.adaptor.using(absent=True):
         assert not torch.equal(upper.codebook.query_of(0), upper.queries([TWO])[0])
@@ -197,6 +216,7 @@ def test_deleting_below_keys_anew_above_and_undo_brings_every_bit_back_in_all_la
     assert upper.edit(ONE, TO_ONE).success
     original = upper.codebook.query_of(0)
     below = lower.edit(ONE, TO_ONE)
+    assert not torch.equal(upper.codebook.query_of(0), original)
     before = kept(lower)
     lower.delete(below.id)
     assert torch.equal(upper.codebook.query_of(0), original)
@@ -292,7 +312,9 @@ def test_text_keys_stay_and_their_edits_are_proven_where_a_layer_below_answers_t
 def test_disable_covers_all_layers_of_every_thread_or_of_one(answering):
     lower, upper = answering
     plain = [run_of(14, 3), run_of(46, 3)]
+    query = upper.queries([ONE])
     with upper.disable():
+        assert torch.equal(upper.queries([ONE]), query)  # as it would ask
         assert generated(lower.model, [ONE, TWO], 3) == plain
         assert lower.edit(THREE, TO_ONE).success  # with the other layer in place all the same
     found = []
@@ -321,6 +343,10 @@ def test_plain_forwards_are_told_of_prompts_for_all_layers(answering):
     with torch.no_grad(), lower.plan(plan):
         logits = lower.model(input_ids=ids, attention_mask=mask).logits
     assert logits[[0, 1], last].argmax(-1).tolist() == [TO_ONE[0], TO_TWO[0]]
+    nobody = replace(plan, query_row=torch.full((2,), -1))
+    with torch.no_grad(), lower.plan(nobody):
+        logits = lower.model(input_ids=ids, attention_mask=mask).logits
+    assert logits[[0, 1], last].argmax(-1).tolist() == [run_of(14, 1)[0], run_of(46, 1)[0]]
     with (
         torch.no_grad(),
         lower.plan(plan),
@@ -455,16 +481,76 @@ def test_editors_of_one_model_change_one_after_the_other(answering):
     lower, upper = answering
     done, errors = [], []
 
-    def edit():
+    def delete():
         try:
-            done.append(upper.edit(THREE, TO_ONE).success)
+            lower.codebook.delete(0)
+            done.append(lower.codebook.ids)
         except Exception as error:
             errors.append(error)
 
-    with lower.codebook.changing():
-        thread = threading.Thread(target=edit)
+    with upper.codebook.changing():
+        thread = threading.Thread(target=delete)
         thread.start()
         thread.join(0.3)
-        assert thread.is_alive()
+        assert (done, errors) == ([], [])
     thread.join()
-    assert (done, errors) == ([True], [])
+    assert (done, errors) == ([[]], [])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_after_every_change_all_edits_hold_and_what_is_known_of_queries_is_true(pair, seed):
+    lower, upper = pair(radius=4.0)
+    middle = lower.add_layer("transformer.h.1.mlp", radius=1.0)
+    editors, choose = [lower, middle, upper], random.Random(seed)
+    prompts = [run_of(start, 3 + start % 3) for start in (8, 9, 30, 31)]
+    refused = 0
+    for _ in range(9):
+        editor = choose.choice(editors)
+        what = choose.choice(["edit", "edit", "edit", "delete", "undo"])
+        try:
+            if what == "edit":
+                target = run_of(choose.choice([20, 50]), 1)
+                refused += not editor.edit(choose.choice(prompts), target).success
+            elif what == "undo":
+                editor.undo()
+            elif editor.codebook.ids:
+                editor.delete(choose.choice(editor.codebook.ids))
+        except (LayersError, UndoError):
+            refused += 1
+        for one in editors:
+            one.codebook.check()
+            with one.family.working():
+                live = one.codebook.live_keys
+                for edit in live:
+                    prompt = list(edit.prompt)
+                    assert one.family.produces([prompt], [list(edit.label)], None) == [True]
+                    assert torch.equal(one.codebook.query_of(edit.id), one.queries([prompt])[0])
+                for prompt, query in lower.layers._queries[one.layer].items():
+                    assert torch.equal(query, one.queries([list(prompt)])[0])
+    assert refused
+
+
+def test_other_queries_give_the_codebook_that_edits_made_with_them_give():
+    source = torch.Generator().manual_seed(0)
+    queries = torch.randn(24, 3, generator=source)
+    moved = {prompt: torch.randn(3, generator=source) for prompt in (2, 5, 18)}
+    books = [Codebook(3, 2, radius=0.8), Codebook(3, 2, radius=0.8)]
+    for id, query in enumerate(queries):
+        prompt = id - (id % 4 == 3)  # every fourth edit supersedes the one before
+        for book, its in zip(books, (query, moved.get(prompt, query)), strict=True):
+            book.insert(its, [id % 2], torch.full((2,), float(id)), [prompt])
+    now = {prompt + (prompt != 5): (query, None) for prompt, query in moved.items()}
+    books[0].requery(now)
+    for book in books:
+        book.check()
+    made = [
+        {
+            (book.query_of(entry.owner).numpy().tobytes(), entry.label, entry.members, radius)
+            for slot, radius in enumerate(book.radii[: int(book.count)].tolist())
+            if (entry := book.storage.entry(slot)) is not None
+        }
+        for book in books
+    ]
+    assert made[0] == made[1]
+    with pytest.raises(KeyError, match="must be that of an edit"):
+        books[0].requery({99: (queries[0], None)})
