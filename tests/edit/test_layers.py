@@ -24,7 +24,6 @@ from grace_edit import (
 )
 from grace_edit.cli.output import describe_error
 from grace_edit.codebook import snapshot, store
-from grace_edit.codebook.sharding import load_sharded
 from grace_edit.engines.vllm.saved import Described, NotServed
 from text_models import NEIGHBOUR, QUESTION, TARGET, text_editor
 from tiny_models import generated, logits_of, padded, run_of, same, state_of
@@ -418,7 +417,6 @@ def test_what_takes_one_layer_refuses_several_with_the_remedy(answering, trained
     for take in (
         store.load,
         store.load_all,
-        load_sharded,
         lambda path: grace_edit.follow(trained("gpt2"), None, path, interval=None),
     ):
         with pytest.raises(StoreError, match=remedy):

@@ -75,6 +75,15 @@ def test_tensors_of_another_save_are_refused(group: None, saved: tuple[Codebook,
         load_sharded(directory / "elsewhere")
 
 
+def test_several_layers_are_refused_with_what_to_do(
+    group: None, saved: tuple[Codebook, Path]
+) -> None:
+    book, directory = saved
+    store.save(book, directory, {"layer": "a"}, further=[store.Kept(book, {"layer": "b"})])
+    with pytest.raises(StoreError, match=r"GraceEditor\.from_pretrained"):
+        load_sharded(directory)
+
+
 def test_changes_in_a_log_are_refused_with_what_to_do(
     group: None, saved: tuple[Codebook, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
