@@ -98,15 +98,15 @@ class Twin:
         calls = self._kept.calls
         if self._next is not None and self._next < len(calls):
             expected, output, places = calls[self._next]
-            if expected is module:
+            cache = _cache_of(args, kwargs) if self._fills and places else None
+            if expected is module and (cache is not None or not self._fills or not places):
                 self._next += 1
-                if self._fills and places:
-                    cache = _cache_of(args, kwargs)
+                if cache is not None:
                     for layer, keys, values in places:
                         cache.update(keys.clone(), values.clone(), layer)
                 # The model may write into what it is given.
                 return _mapped(output, Tensor.clone)
-            self._next = len(calls)  # not the forward that was kept: all of it runs
+            self._next = len(calls)  # not the forward that was kept, or no such cache: all runs
         if not self._recording:
             return forward(*args, **kwargs)
         cache = _cache_of(args, kwargs)
