@@ -16,6 +16,7 @@ from ..codebook.codebook import Codebook
 from ..codebook.policy import fp32
 from ..codebook.records import Edit
 from ..families import Family, target_of
+from .prefills import Prefills
 
 _FIELDS = ("prompt", "target", "paraphrases", "negatives")
 
@@ -102,11 +103,13 @@ def _prompts(fields: Mapping[str, Any], name: str) -> list[Any]:
     return list(given)
 
 
-def find_keys(family: Family, book: Codebook, wanted: Wanted) -> tuple[list[Key], Tensor]:
+def find_keys(
+    family: Family, book: Codebook, wanted: Wanted, prefills: Prefills
+) -> tuple[list[Key], Tensor]:
     """Return the keys of an edit, and the layer's own output `[V]` at its prompt.
 
     Its own prompt comes first. A paraphrase whose query is at distance 0 from one before it adds no
-    key: that one answers it.
+    key: that one answers it. What runs below the layer is kept in `prefills`.
 
     Raises:
         ValueError: a query is not finite, or that of a negative is one of the edit's own.
@@ -114,7 +117,7 @@ def find_keys(family: Family, book: Codebook, wanted: Wanted) -> tuple[list[Key]
     keys: list[Key] = []
     output: Tensor | None = None
     for prompt in (wanted.prompt, *wanted.paraphrases):
-        seen = family.capture([prompt])
+        seen = prefills.capture(prompt)
         of_layer = family.adaptor.text is None
         check_fits(book, seen.queries if of_layer else None, seen.outputs, editing=True)
         query = _checked(family, seen.queries)[0].to(book.keys.dtype)  # another under autocast

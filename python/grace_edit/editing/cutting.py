@@ -14,13 +14,112 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..adaptor.torch_private import is_compiled
 from ..families import Family
+
+T = TypeVar("T")
+
+
+@dataclass
+class Kept:
+    """What the modules before a layer's answer gave in one forward, in the order of their calls.
+
+    Args:
+        calls: each module with its output and with the places of a cache that it filled:
+            `(layer, keys, values)`.
+        caches: whether a cache was seen, and of a kind that can be filled from here.
+    """
+
+    calls: list[tuple[nn.Module, Any, list[tuple[int, Tensor, Tensor]]]] = field(
+        default_factory=list
+    )
+    caches: bool = False
+
+
+class Twin:
+    """A twin of a model, in which what runs before a layer's answer can be handed out again.
+
+    Args:
+        family: of the attached model, whose wrapped layer it is.
+
+    `family` is the twin's. `cuts` says whether anything runs before the answer that can be kept.
+    """
+
+    def __init__(self, family: Family) -> None:
+        self.family = copy.copy(family)
+        self.family.model = _twin(family.model, {})
+        found = _beside(self.family.model, family.layer)
+        for module in found:
+            module.__dict__["forward"] = _Kept(self, module)
+        self.cuts = bool(found)
+        self._kept = Kept()
+        self._recording = False
+        self._fills = False
+        self._next: int | None = None  # of what is kept, in the forward that runs now
+
+    def record(self, forward: Callable[[Family], T]) -> tuple[T, Kept]:
+        """Return what `forward`, which runs the model once, returns, and what is kept of it."""
+
+        def stop(*_: Any) -> None:
+            self._recording = False
+
+        layer = self.family.model.get_submodule(self.family.layer)
+        own = layer.__dict__["_forward_hooks"]
+        # The twin shares the model's hooks; this one is the twin's alone.
+        layer.__dict__["_forward_hooks"] = own.copy()
+        layer.register_forward_hook(stop)
+        self._kept, self._recording = Kept(), True
+        try:
+            return forward(self.family), self._kept
+        finally:
+            self._recording = False
+            layer.__dict__["_forward_hooks"] = own
+
+    def replay(self, forward: Callable[[Family], T], kept: Kept, *, fills: bool = False) -> T:
+        """Return what `forward` returns, whose first run of the model is handed what is kept.
+
+        Args:
+            fills: so is its cache, for runs that follow.
+        """
+        self._kept, self._next, self._fills = kept, 0, fills
+        try:
+            return forward(self.family)
+        finally:
+            self._next = None
+
+    def call(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Return what `module` gives: what is kept of it, or what its own `forward` gives."""
+        calls = self._kept.calls
+        if self._next is not None and self._next < len(calls):
+            expected, output, places = calls[self._next]
+            cache = _cache_of(args, kwargs) if self._fills and places else None
+            if expected is module and (cache is not None or not self._fills or not places):
+                self._next += 1
+                if cache is not None:
+                    for layer, keys, values in places:
+                        cache.update(keys.clone(), values.clone(), layer)
+                # The model may write into what it is given.
+                return _mapped(output, Tensor.clone)
+            self._next = len(calls)  # not the forward that was kept, or no such cache: all runs
+        if not self._recording:
+            return forward(*args, **kwargs)
+        cache = _cache_of(args, kwargs)
+        before = _filled(cache)
+        output = forward(*args, **kwargs)
+        if self._recording:
+            output = _mapped(output, _leaf)
+            after = _filled(cache)
+            places = [(at, *both) for at, both in after.items() if at not in before]
+            self._kept.caches = self._kept.caches or bool(places)
+            calls.append((module, output, places))
+            return _mapped(output, Tensor.clone)
+        return output
 
 
 class CutForward:
@@ -35,27 +134,20 @@ class CutForward:
 
     def __init__(self, family: Family) -> None:
         self._family = family
-        self._twin: Family | None = None  # None: forwards are whole
-        self._kept: list[tuple[nn.Module, Any]] = []
-        self._recording = False
-        self._next: int | None = None  # of what is kept, in the forward that runs now
+        self._twin: Twin | None = None  # None: forwards are whole
+        self._kept: Kept | None = None
 
     def __enter__(self) -> CutForward:
         family = self._family
         if family.cuts is False or is_compiled(family.model):
             return self
-        model = _twin(family.model, {})
-        found = _beside(model, family.layer)
-        for module in found:
-            module.__dict__["forward"] = _Kept(self, module)
-        if found:
-            self._twin = copy.copy(family)
-            self._twin.model = model
+        twin = Twin(family)
+        if twin.cuts:
+            self._twin = twin
         return self
 
     def __exit__(self, *_: Any) -> None:
-        self._twin = None
-        self._kept.clear()
+        self._twin = self._kept = None
 
     def run(self, forward: Callable[[Family], Tensor]) -> Tensor:
         """Return what `forward` returns.
@@ -64,68 +156,46 @@ class CutForward:
             forward: runs the model of the family that it is given once, on the same inputs every
                 time.
         """
-        if self._twin is None:
+        twin = self._twin
+        if twin is None:
             return forward(self._family)
-        if self._kept:
-            return self._replay(forward, self._twin)
-        if self._family.cuts:
-            return self._record(forward, self._twin)
-        whole = forward(self._family)
-        same = torch.equal(self._record(forward, self._twin), whole)
-        self._family.cuts = same and torch.equal(self._replay(forward, self._twin), whole)
+        if self._kept is not None:
+            return twin.replay(forward, self._kept)
+        whole = None if self._family.cuts else forward(self._family)
+        found, self._kept = twin.record(forward)
+        if whole is None:
+            return found
+        same = torch.equal(found, whole)
+        self._family.cuts = same and torch.equal(twin.replay(forward, self._kept), whole)
         if not self._family.cuts:
             self.__exit__()
         return whole
-
-    def _record(self, forward: Callable[[Family], Tensor], twin: Family) -> Tensor:
-        def stop(*_: Any) -> None:
-            self._recording = False
-
-        layer = twin.model.get_submodule(twin.layer)
-        own = layer.__dict__["_forward_hooks"]
-        # The twin shares the model's hooks; this one is the twin's alone.
-        layer.__dict__["_forward_hooks"] = own.copy()
-        layer.register_forward_hook(stop)
-        self._recording = True
-        try:
-            return forward(twin)
-        finally:
-            self._recording = False
-            layer.__dict__["_forward_hooks"] = own
-
-    def _replay(self, forward: Callable[[Family], Tensor], twin: Family) -> Tensor:
-        self._next = 0
-        try:
-            return forward(twin)
-        finally:
-            self._next = None
-
-    def call(self, module: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Return what `module` gives: what is kept of it, or what its own `forward` gives."""
-        if self._next is not None and self._next < len(self._kept):
-            expected, output = self._kept[self._next]
-            if expected is module:
-                self._next += 1
-                # The model may write into what it is given.
-                return _mapped(output, Tensor.clone)
-            self._next = len(self._kept)  # not the forward that was kept: all of it runs
-        output = forward(*args, **kwargs)
-        if self._recording:
-            kept = _mapped(output, _leaf)
-            self._kept.append((module, kept))
-            return _mapped(kept, Tensor.clone)
-        return output
 
 
 class _Kept:
     """The forward of a module of the twin."""
 
-    def __init__(self, cut: CutForward, module: nn.Module) -> None:
-        self.cut, self.module = cut, module
+    def __init__(self, twin: Twin, module: nn.Module) -> None:
+        self.twin, self.module = twin, module
         self.forward = module.forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.cut.call(self.module, self.forward, args, kwargs)
+        return self.twin.call(self.module, self.forward, args, kwargs)
+
+
+def _cache_of(args: Any, kwargs: Any) -> Any:
+    """Return the cache among a module's arguments, None: there is none that can be filled."""
+    given = (*args, *kwargs.values())
+    return next((x for x in given if type(x).__name__ == "DynamicCache"), None)
+
+
+def _filled(cache: Any) -> dict[int, tuple[Tensor, Tensor]]:
+    """Return keys and values by layer of what a plain cache holds."""
+    return {
+        at: (layer.keys, layer.values)
+        for at, layer in enumerate(getattr(cache, "layers", ()))
+        if type(layer).__name__ == "DynamicLayer" and layer.get_seq_length() > 0
+    }
 
 
 def _twin(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:

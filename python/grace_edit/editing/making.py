@@ -18,6 +18,7 @@ from ..families.base import MOST_ROWS
 from .asked import Key, Wanted, find_keys
 from .contexts import behind_sentences
 from .drift import measure_drift, probes_of
+from .prefills import Prefills
 from .training import Fit, Task, fit_value, fit_values
 
 _FIRST_MOVE = 6.0
@@ -29,11 +30,13 @@ _CONTEXTS_OF_TEXT = 4
 
 @dataclass(frozen=True)
 class Read:
-    """An edit whose prompts were run: its keys, and the layer's own `output [V]` at its prompt."""
+    """An edit whose prompts were run: its keys, the layer's own `output [V]` at its prompt, and
+    what is kept of these runs."""
 
     wanted: Wanted
     keys: list[Key]
     output: Tensor
+    prefills: Prefills
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -105,8 +108,9 @@ class EditMaker:
                 'paraphrases and negatives must be left out with policy="paper", whose edits have '
                 f"one key, got {len(wanted.paraphrases)} and {len(wanted.negatives)}"
             )
-        keys, output = find_keys(self.family, self.takes, wanted)
-        return Read(wanted, keys, output)
+        prefills = Prefills(self.family)
+        keys, output = find_keys(self.family, self.takes, wanted, prefills)
+        return Read(wanted, keys, output, prefills)
 
     def propose(self, read: Read, **given: Any) -> Proposal:
         """Propose an edit by its first key, see `Codebook.propose`."""
@@ -130,30 +134,31 @@ class EditMaker:
         proposal = self.propose(read)
         if proposal.case in ("expand", "absorb"):
             if paper:
-                proven = self._produce(prompts, target, book.values[proposal.slot])
+                proven = self._produce(prompts, target, book.values[proposal.slot], read.prefills)
                 note = "" if proven else "the shared value does not produce the target"
                 return self._commit(keys, proposal, None, None, note, proven=proven)
-            shared = self._share(proposal, prompts, target)
+            shared = self._share(proposal, read)
             if shared is not None:
                 return self._commit(keys, proposal, *shared)
             proposal = self.propose(read, own_entry=True)
-        if value is not None and self._produce(prompts, target, value):
+        if value is not None and self._produce(prompts, target, value, read.prefills):
             return self._commit(keys, proposal, value, None)
         if fit is None or not fit.reached:
             start = self._first_value(read.output)
-            fit = self.train(prompts, [target] * len(prompts), start)
+            fit = self.train(prompts, [target] * len(prompts), start, read.prefills)
         if not fit.reached:
-            return _refused(proposal, fit, self._failed(prompts, target, fit))
+            return _refused(proposal, fit, self._failed(read, fit))
         return self._commit(keys, proposal, fit.value, fit)
 
     def _propose(self, key: Key, label: Sequence[int], **given: Any) -> Proposal:
         return self.takes.propose(key.query, label, key.prompt, radius=key.radius, **given)
 
-    def _failed(self, prompts: list[list[int]], target: list[int], fit: Fit) -> str:
+    def _failed(self, read: Read, fit: Fit) -> str:
         """Return why a value was refused, and for which of several prompts."""
+        prompts, target = read.prompts, read.wanted.target
         if len(prompts) == 1:
             return fit.reason
-        kept = [self._produce([prompt], target, fit.value) for prompt in prompts]
+        kept = [self._produce([each], target, fit.value, read.prefills) for each in prompts]
         names = ["the prompt", *(f"paraphrases[{i}]" for i in range(len(prompts) - 1))]
         failed = [name for name, works in zip(names, kept, strict=True) if not works]
         if not failed:
@@ -165,26 +170,35 @@ class EditMaker:
         """The codebook that takes the edits."""
         return self.family.adaptor.codebook if self.book is None else self.book
 
-    def _share(
-        self, proposal: Proposal, prompts: list[list[int]], target: list[int]
-    ) -> tuple[Tensor | None, Fit | None] | None:
+    def _share(self, proposal: Proposal, read: Read) -> tuple[Tensor | None, Fit | None] | None:
         """Find a value for the entry that also answers this edit; None if there is none."""
+        prompts, target = read.prompts, read.wanted.target
         stored = self.takes.values[proposal.slot]
-        if self._produce(prompts, target, stored):
+        if self._produce(prompts, target, stored, read.prefills):
             return None, None
         members = [self.takes.edit(member) for member in proposal.members]
         if any(edit.prompt is None for edit in members):
             return None
         every = [*(list(edit.prompt or ()) for edit in members), *prompts]
         targets = [*(target_of(edit.label) for edit in members), *[target] * len(prompts)]
-        fit = self.train(every, targets, stored)
+        fit = self.train(every, targets, stored, read.prefills)
         return (fit.value, fit) if fit.reached else None
 
-    def train(self, prompts: list[list[int]], targets: list[list[int]], start: Tensor) -> Fit:
-        """Train one value `[V]` from `start` that makes every prompt produce its target."""
-        task, dtype = self._task(prompts, targets, start), self.takes.values.dtype
+    def train(
+        self,
+        prompts: list[list[int]],
+        targets: list[list[int]],
+        start: Tensor,
+        prefills: Prefills | None = None,
+    ) -> Fit:
+        """Train one value `[V]` from `start` that makes every prompt produce its target.
+
+        Args:
+            prefills: which some of the prompts were run in.
+        """
+        task, dtype = self._task(prompts, targets, start, prefills), self.takes.values.dtype
         how = {"lr": task.lr, "contexts": task.contexts, **self._settings()}
-        return fit_value(self.family, prompts, targets, start, dtype, **how)
+        return fit_value(self.family, prompts, targets, start, dtype, prefills=task.prefills, **how)
 
     @property
     def starts_warm(self) -> bool:
@@ -194,18 +208,25 @@ class EditMaker:
     def task(self, read: Read) -> Task:
         """Return what a value of this edit alone is to do; where values start warm."""
         prompts = read.prompts
-        return self._task(prompts, [read.wanted.target] * len(prompts), read.output)
+        targets = [read.wanted.target] * len(prompts)
+        return self._task(prompts, targets, read.output, read.prefills)
 
     def train_many(self, tasks: Sequence[Task]) -> list[Fit]:
         """Train a value for each task, all in the same forwards."""
         return fit_values(self.family, tasks, self.takes.values.dtype, **self._settings())
 
-    def _task(self, prompts: list[list[int]], targets: list[list[int]], start: Tensor) -> Task:
+    def _task(
+        self,
+        prompts: list[list[int]],
+        targets: list[list[int]],
+        start: Tensor,
+        prefills: Prefills | None,
+    ) -> Task:
         paper = self.config.recipe == "paper"
         scale = float(start.float().square().mean().sqrt().clamp(min=1e-3))
         lr = 1.0 if paper else self.config.lr * scale
         contexts = [] if paper else self._contexts(prompts, targets)
-        return Task(prompts, targets, start, lr, contexts)
+        return Task(prompts, targets, start, lr, contexts, prefills or Prefills(self.family))
 
     def _settings(self) -> dict[str, Any]:
         config, paper = self.config, self.config.recipe == "paper"
@@ -238,9 +259,16 @@ class EditMaker:
         source = torch.Generator().manual_seed(self.config.seed + self.takes.version)
         return torch.rand(own_output.shape, generator=source).to(own_output.device)
 
-    def _produce(self, prompts: list[list[int]], target: list[int], value: Tensor) -> bool:
+    def _produce(
+        self,
+        prompts: list[list[int]],
+        target: list[int],
+        value: Tensor,
+        prefills: Prefills | None = None,
+    ) -> bool:
         # One prompt at a time: the way each was served when its query was recorded.
-        return all(self.family.produces([prompt], [target], value[None])[0] for prompt in prompts)
+        prefills = prefills or Prefills(self.family)
+        return all(prefills.produces(prompt, target, value) for prompt in prompts)
 
     def _answers(self, edit: Edit, slot: int) -> bool:
         if edit.prompt is None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..families import Family
 from .cutting import CutForward
+from .prefills import Prefills
 
 _LEAST = 0.5
 """Log odds, nats, at which a value can be expected to work, and by which more is asked if not."""
@@ -51,6 +52,7 @@ class Task:
         start: `[V]`, where the value starts.
         lr: Adam's step, absolute.
         contexts: further prompts with their targets, on which the value is trained and not proven.
+        prefills: which some of the prompts were run in; None: none was.
     """
 
     prompts: Sequence[list[int]]
@@ -58,6 +60,7 @@ class Task:
     start: Tensor
     lr: float
     contexts: Sequence[tuple[list[int], list[int]]] = ()
+    prefills: Prefills | None = None
 
     @property
     def asked(self) -> list[tuple[list[int], list[int]]]:
@@ -77,13 +80,14 @@ def fit_value(
     margin: float,
     move: float = 0.0,
     contexts: Sequence[tuple[list[int], list[int]]] = (),
+    prefills: Prefills | None = None,
     early_stop: bool = True,
 ) -> Fit:
     """Train one value that makes every prompt produce its target.
 
     Args and raises: as `Task` and `fit_values`.
     """
-    task = Task(prompts, targets, start, lr, contexts)
+    task = Task(prompts, targets, start, lr, contexts, prefills)
     settings: dict[str, Any] = {"max_steps": max_steps, "margin": margin, "move": move}
     return fit_values(family, [task], dtype, early_stop=early_stop, **settings)[0]
 
@@ -215,9 +219,7 @@ class _Training:
         enough = lead >= self._margin or (lead >= self._least and waited)
         if (self.settings.early_stop and enough) or last_step:
             task = self.task
-            self._reached = _verified(
-                self.family, task.prompts, task.targets, self._stored.detach()
-            )
+            self._reached = _verified(self.family, task, self._stored.detach())
             # Likely in one pass over the text and still not produced freely: ask more.
             self._margin, self._least = self._margin + _LEAST, self._least + _LEAST
             self._patience = -1
@@ -285,11 +287,10 @@ def _first_step(lr: float, move: float, odds: Tensor, gradient: Tensor) -> float
     return max(lr, move / slope) if slope > 0 else lr
 
 
-def _verified(
-    family: Family, prompts: Sequence[list[int]], targets: Sequence[list[int]], stored: Tensor
-) -> bool:
+def _verified(family: Family, task: Task, stored: Tensor) -> bool:
     # One prompt at a time: the way each was served when its query was recorded.
+    prefills = task.prefills or Prefills(family)
     return all(
-        family.produces([prompt], [target], stored[None])[0]
-        for prompt, target in zip(prompts, targets, strict=True)
+        prefills.produces(prompt, target, stored)
+        for prompt, target in zip(task.prompts, task.targets, strict=True)
     )

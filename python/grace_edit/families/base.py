@@ -91,6 +91,8 @@ class Family(ABC):
 
     `longest` is how many tokens the model has positions for. `cuts` says whether forwards that were
     cut at the wrapped layer gave the bits of whole ones (None: not tried), see `editing.cutting`.
+    `prefills`: the adaptor with which generations from kept prompts were tried, and whether they
+    gave the bits of whole ones, see `editing.prefills`.
     `runs_once` says that a whole forward was seen to run the wrapped layer once.
     """
 
@@ -123,6 +125,7 @@ class Family(ABC):
         self.longest = _longest(model, self.config)
         self.attached = False
         self.cuts: bool | None = None
+        self.prefills: tuple[GraceAdaptor, bool] | None = None
         self.runs_once = False
         self._eval_mode = EvalMode(model)
 

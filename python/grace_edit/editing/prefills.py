@@ -1,0 +1,92 @@
+"""Generations from prompts that were run before: below the layer a prompt runs once per edit.
+
+An edit runs its prompt for its query, and again when a value is proven by generation. The second
+time what lies below the layer is handed out from the first, with what it had put into the cache.
+The bits are those of a generation that runs everything: this is tried once per attached layer, for
+the logits of the prompt and of a token after it, and otherwise left alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adaptor.state import Captured
+from ..adaptor.torch_private import is_compiled
+from ..families import Family
+from ..families.base import output_projection
+from .cutting import Kept, Twin
+
+
+class Prefills:
+    """Runs prompts and generates from them.
+
+    Args:
+        family: of the attached model, inside `working`.
+    """
+
+    def __init__(self, family: Family) -> None:
+        self._family = family
+        self._twin: Twin | None = None
+        self._kept: dict[tuple[int, ...], Kept] = {}
+
+    def capture(self, prompt: list[int]) -> Captured:
+        """Return what the layer sees of a prompt, as `Family.capture` does, and keep the rest."""
+        family = self._family
+        if not family.generates or _tried(family) is False or is_compiled(family.model):
+            return family.capture([prompt])
+        if self._twin is None:
+            self._twin = Twin(family)
+        seen, kept = self._twin.record(lambda twin: twin.capture([prompt]))
+        family.runs_once = True
+        if kept.caches:
+            self._kept[tuple(prompt)] = kept
+        return seen
+
+    def produces(self, prompt: list[int], target: list[int], value: Tensor) -> bool:
+        """Say whether the model produces a target by itself, answered by `value [V]`."""
+        kept, family = self._kept.get(tuple(prompt)), self._family
+        if kept is None or self._twin is None:
+            return family.produces([prompt], [target], value[None])[0]
+
+        def produce(family: Family) -> bool:
+            return family.produces([prompt], [target], value[None])[0]
+
+        if _tried(family) is None:
+            wanted = [*target, target[0]]  # a token after the prompt, at least
+            whole = _logits(family, prompt, wanted, value)
+            cut = self._twin.replay(
+                lambda twin: _logits(twin, prompt, wanted, value), kept, fills=True
+            )
+            alike = len(cut) == len(whole) and all(map(torch.equal, cut, whole))
+            family.prefills = (family.adaptor, alike)
+            if not alike:
+                self._kept.clear()
+                return produce(family)
+        return self._twin.replay(produce, kept, fills=True)
+
+
+def _tried(family: Family) -> bool | None:
+    """Return whether the bits were the same, None: not tried with the layer that is wrapped now."""
+    adaptor, alike = family.prefills or (None, False)
+    return alike if adaptor is family.adaptor else None
+
+
+def _logits(family: Family, prompt: list[int], target: list[int], value: Tensor) -> list[Tensor]:
+    """Return what the output projection gives while a target is generated."""
+    found: list[Tensor] = []
+    head = output_projection(family.model)
+    if head is None:
+        return found
+
+    def note(module: Any, args: Any, output: Tensor) -> None:
+        found.append(output.detach().clone())
+
+    handle = head.register_forward_hook(note)
+    try:
+        family.produces([prompt], [target], value[None])
+    finally:
+        handle.remove()
+    return found
