@@ -128,7 +128,8 @@ class GraceEditor:
             prompt: a string, chat messages (`[{"role": ..., "content": ...}]`), or token ids: a
                 list, a tensor or array `[T]` or `[1, T]`, or what a tokenizer returned.
             target: a string or token ids; for a classifier a class id or label name. It may end
-                with an end token, after which the model stops.
+                with an end token, after which the model stops. A string that answers chat messages
+                is the whole answer: what the template ends it with is added.
             paraphrases: other wordings of the prompt.
             negatives: prompts that this edit must not answer. The radius of each of its keys ends
                 before the nearest of them, half way to it from the edit's own other prompts, and
@@ -138,7 +139,8 @@ class GraceEditor:
             The decision and its figures. `success=False` with a `reason` if the target could not be
             reached, for the prompt or for a paraphrase; the codebook is then as it was. A `reason`
             beside `success=True` says what else happened: edits of other prompts that it
-            superseded, or that `policy="paper"` shared a value without proving it.
+            superseded, that `policy="paper"` shared a value without proving it, or that the target
+            seems to lack the space before its first word.
 
         Raises:
             ValueError: bad prompt or target, a query that is not finite, a negative with the query

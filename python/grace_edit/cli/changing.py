@@ -111,6 +111,8 @@ def _take_back(
         for id in ids:
             book.delete(id, purge=purge)
             step()
+    for row in rows:  # as they are now; a purge leaves nothing to read it from
+        row.update(state="purged" if purge else "deleted", radius=None)
     back = [row_of(saved, words, book.edit(id)) for id in book.ids if id not in before]
     store.save(book, directory, saved.described, saved.beside)
     if as_json:

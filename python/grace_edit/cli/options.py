@@ -10,7 +10,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from ..demo import smollm2
 from ..families import FAMILIES
+from .output import USAGE, CommandError
 
 
 class Query(str, Enum):
@@ -61,6 +63,21 @@ def check_task(value: str) -> str:
         known = ", ".join(map(repr, TASKS))
         raise typer.BadParameter(f"{value!r} is not one of {known}.")
     return value
+
+
+def check_start(model: str | None, layer: str | None, codebook: Path | None) -> None:
+    """Refuse to begin without saved edits, a model and a layer, before much is imported or loaded.
+
+    Args:
+        model, layer: as given; None: they were not.
+        codebook: directory of saved edits; one that is not there yet holds none.
+    """
+    if codebook is not None and codebook.exists():
+        return
+    if model is None:
+        raise CommandError(USAGE, "--model must be given without saved edits, got none")
+    if layer is None and model != smollm2.NAME:
+        raise CommandError(USAGE, "--layer must be given without saved edits, got none")
 
 
 def value_of(choice: Enum | None) -> str | None:

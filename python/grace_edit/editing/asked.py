@@ -15,6 +15,7 @@ from ..adaptor.precision import check_fits
 from ..codebook.codebook import Codebook
 from ..codebook.policy import fp32
 from ..families import Family
+from ..families.ids import is_chat
 
 _FIELDS = ("prompt", "target", "paraphrases", "negatives")
 
@@ -27,12 +28,14 @@ class Wanted:
         prompt, target: what is asked, and what is to be answered.
         paraphrases: other wordings of the prompt, with the same target.
         negatives: prompts that the edit must not answer.
+        remark: what looks like a mistake in it.
     """
 
     prompt: list[int]
     target: list[int]
     paraphrases: tuple[list[int], ...] = ()
     negatives: tuple[list[int], ...] = ()
+    remark: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,9 @@ def read_wanted(family: Family, edit: Any) -> Wanted:
     paraphrases: list[list[int]] = []
     for number, text in enumerate(_prompts(fields, "paraphrases")):
         try:
-            ids, same = family.encode_edit(text, fields["target"])
+            # The answer to a message ends its turn, also in other wordings.
+            as_is = is_chat(text) or is_chat(fields["prompt"])
+            ids, same = family.encode_edit(text, target if as_is else fields["target"])
         except ValueError as error:
             raise ValueError(f"paraphrases[{number}]: {error}") from error
         if same != target:
@@ -80,7 +85,8 @@ def read_wanted(family: Family, edit: Any) -> Wanted:
             negatives.append(family.encode(text))
         except ValueError as error:
             raise ValueError(f"negatives[{number}]: {error}") from error
-    return Wanted(prompt, target, tuple(paraphrases), tuple(negatives))
+    remark = family.remark(fields["prompt"], fields["target"])
+    return Wanted(prompt, target, tuple(paraphrases), tuple(negatives), remark)
 
 
 def _prompts(fields: Mapping[str, Any], name: str) -> list[Any]:

@@ -232,6 +232,10 @@ class Family(ABC):
         """Return the token ids of an edit's prompt and of its target."""
         return self.encode_pair(prompt, target)
 
+    def remark(self, prompt: Any, target: Any) -> str:
+        """Return what looks like a mistake in an edit that can be made as it is, or nothing."""
+        return ""
+
     def encode_pair(self, prompt: Any, target: Any) -> tuple[list[int], list[int]]:
         """Return the token ids of a prompt and of what may follow it."""
         ids = self.encode(prompt)
