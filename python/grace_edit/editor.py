@@ -46,7 +46,8 @@ class GraceEditor:
 
     Args:
         model: a transformers model: causal (GPT-2, Llama, Qwen, ...), encoder–decoder (T5, edited
-            in the encoder), sequence classifier or masked language model (BERT, RoBERTa, ...).
+            in the encoder or the decoder), sequence classifier or masked language model (BERT,
+            RoBERTa, ...).
         tokenizer: its tokenizer; None: prompts and targets are lists of token ids.
         config: a `GraceConfig`; at least the layer.
 
@@ -57,10 +58,11 @@ class GraceEditor:
 
     def __init__(self, model: nn.Module, tokenizer: Any, config: GraceConfig) -> None:
         family = family_of(attaching.core_of(model), tokenizer)
-        replace = config.replace or family.default_replace
+        default_query, default_replace = family.asks_by(config.layer)
+        replace = config.replace or default_replace
         if config.recipe == "paper" and config.replace in (None, "prompt"):
             replace = "before"
-        query = config.query or family.default_query
+        query = config.query or default_query
         text = None
         if query == "text":
             if tokenizer is None:

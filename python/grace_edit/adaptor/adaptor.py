@@ -46,7 +46,9 @@ class GraceAdaptor:
         mask_token_id: token that asks under `query="last"` in a masked language model.
         text: makes the queries under `query="text"`; None under the others.
 
-    `place` is the name by which the seam has the wrapped layer, see `attach`.
+    `place` is the name by which the seam has the wrapped layer, see `attach`. `at_start` says that
+    the first token of each row asks, and what follows it is no prompt: that of a decoder whose
+    prompt an encoder has read.
     """
 
     codebook: Codebook
@@ -61,6 +63,7 @@ class GraceAdaptor:
     thread: ThreadState = field(default_factory=ThreadState, repr=False)
     switch: Switch = field(default_factory=Switch, repr=False)
     place: str = field(default="", init=False, repr=False)
+    at_start: bool = field(default=False, init=False, repr=False)
 
     enabled = _of_thread("enabled")
     inside = _of_thread("inside")

@@ -145,6 +145,17 @@ class Family(ABC):
         """
         return self.model
 
+    def asks_by(self, layer: str) -> tuple[str, str]:
+        """Return the query and the replacement that suit a layer.
+
+        Raises:
+            ValueError: an unknown or ambiguous layer.
+        """
+        return self.default_query, self.default_replace
+
+    def check_queries(self, queries: Sequence[Tensor]) -> None:
+        """Refuse a layer whose queries `[1, D]`, of several prompts, tell them not apart."""
+
     @property
     def mask_token_id(self) -> int | None:
         """The token that asks under `query="last"`; None: the last one does."""
