@@ -49,7 +49,8 @@ class GraceEditor:
 
     Args:
         model: a transformers model: causal (GPT-2, Llama, Qwen, ...), encoder–decoder (T5, edited
-            in the encoder), sequence classifier or masked language model (BERT, RoBERTa, ...).
+            in the encoder or the decoder), sequence classifier or masked language model (BERT,
+            RoBERTa, ...).
         tokenizer: its tokenizer; None: prompts and targets are lists of token ids.
         config: a `GraceConfig`; at least the layer.
 
@@ -150,7 +151,8 @@ class GraceEditor:
             prompt: a string, chat messages (`[{"role": ..., "content": ...}]`), or token ids: a
                 list, a tensor or array `[T]` or `[1, T]`, or what a tokenizer returned.
             target: a string or token ids; for a classifier a class id or label name. It may end
-                with an end token, after which the model stops.
+                with an end token, after which the model stops. A string that answers chat messages
+                is the whole answer: what the template ends it with is added.
             paraphrases: other wordings of the prompt.
             negatives: prompts that this edit must not answer. The radius of each of its keys ends
                 before the nearest of them, half way to it from the edit's own other prompts, and
@@ -160,7 +162,8 @@ class GraceEditor:
             The decision and its figures. `success=False` with a `reason` if the target could not be
             reached, for the prompt or for a paraphrase; the codebook is then as it was. A `reason`
             beside `success=True` says what else happened: edits of other prompts that it
-            superseded, or that `policy="paper"` shared a value without proving it.
+            superseded, that `policy="paper"` shared a value without proving it, or that the target
+            seems to lack the space before its first word.
 
         Raises:
             ValueError: bad prompt or target, a query that is not finite, a negative with the query
@@ -533,10 +536,11 @@ def _attach(family: Family, config: GraceConfig, *, further: bool = False) -> No
         further: other layers of the model carry adaptors.
     """
     tokenizer = family.tokenizer
-    replace = config.replace or family.default_replace
+    default_query, default_replace = family.asks_by(config.layer)
+    replace = config.replace or default_replace
     if config.recipe == "paper" and config.replace in (None, "prompt"):
         replace = "before"
-    query = config.query or family.default_query
+    query = config.query or default_query
     text = None
     if query == "text":
         if tokenizer is None:

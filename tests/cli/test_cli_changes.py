@@ -169,7 +169,9 @@ def test_rm_of_wrong_ids_names_them_all_and_changes_nothing(grace, saved):
 
 def test_undo_goes_back_edit_by_edit_until_there_is_none(grace, saved, no_model):
     first = told(grace, "edit", "undo", "--codebook", saved)
-    assert [row["id"] for row in first["taken_back"]] == [4]
+    assert [(row["id"], row["state"], row["radius"]) for row in first["taken_back"]] == [
+        (4, "deleted", None)
+    ]
     assert [row["id"] for row in first["live_again"]] == [0]
     undone = [told(grace, "edit", "undo", "--codebook", saved)["taken_back"] for _ in range(3)]
     assert [[row["id"] for row in rows] for rows in undone] == [[3], [1], [0]]

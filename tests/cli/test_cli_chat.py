@@ -115,7 +115,7 @@ def test_a_person_reads_question_answer_and_why(chat: Callable[..., Any]) -> Non
 
 
 def test_saved_edits_answer_in_the_next_chat_and_in_the_model(
-    chat: Callable[..., Any], talker: Path, tmp_path: Path
+    chat: Callable[..., Any], grace: Callable[..., Any], talker: Path, tmp_path: Path
 ) -> None:
     where = tmp_path / "edits"
     result = chat([CAPITAL, "/edit Canberra", f"/save {where}"])
@@ -125,6 +125,9 @@ def test_saved_edits_answer_in_the_next_chat_and_in_the_model(
     assert found[0]["edits"] == 1
     assert [(e["text"], e["hit"]) for e in found if e["event"] == "answer"] == [("Canberra", True)]
     assert found[-1]["event"] == "answer"  # nothing is unsaved
+    # A person reads what was said, not the template round it.
+    listed = json.loads(grace("edit", "ls", "--codebook", where, "--json").stdout)["edits"]
+    assert [(row["prompt"], row["target"]) for row in listed] == [(f"chat: {CAPITAL}", "Canberra")]
 
 
 def test_a_codebook_that_is_not_there_yet_is_where_edits_are_saved(

@@ -348,6 +348,7 @@ def test_other_peoples_edits_are_never_written_over(grace, gpt2, edits_file, sav
 def test_resume_adds_to_saved_edits_with_their_settings(grace, edits_file, saved):
     path = edits_file(("this was a very good film", "berlin"))
     done, told = edit_json(grace, "--resume", saved, "--edits", path, "--out", saved)
+    assert told["model"]["why"] == "as the saved edits say"
     assert done.exit_code == 0, done.stderr
     assert (told["accepted"], told["edits"], told["layer"]) == (1, 3, LAYER)
     assert told["results"][0]["id"] == 2

@@ -52,6 +52,18 @@ def test_every_command_has_help_and_offers_json(grace, command):
     assert "--json" in done.stdout
 
 
+@pytest.mark.parametrize("command", ["chat", "serve"])
+def test_what_is_missing_without_saved_edits_is_said_before_anything_is_loaded(
+    grace, command, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, f"grace_edit.cli.{command}", None)  # its import would raise
+    where = ("--codebook", tmp_path / "new")
+    for given, missing in (((), "--model"), (("--model", "some/model"), "--layer")):
+        done = grace(command, *where, *given)
+        assert done.exit_code == 2
+        assert f"{missing} must be given without saved edits, got none" in done.stderr
+
+
 @pytest.mark.parametrize("group", UNDER)
 def test_a_group_names_its_commands_and_refuses_others(grace, group):
     text = grace(group, "--help").stdout

@@ -77,9 +77,35 @@ def test_resume_goes_on_with_the_map_beside_the_edits(grace, saved, edits_file):
 
 def test_options_of_text_queries_without_them_are_refused(grace, gpt2, edits_file, tmp_path):
     options = ["--layer", LAYER, "--edits", edits_file((PROMPT, TARGET)), "--out", tmp_path / "o"]
-    made = grace("edit", "add", "--model", gpt2, *options, "--text-map", tmp_path)
+    last = ["--text-map", tmp_path, "--query", "last"]
+    made = grace("edit", "add", "--model", gpt2, *options, *last)
     assert made.exit_code == 2
     assert "--text-map must be left out without --query text" in made.stderr
     made = grace("edit", "add", "--model", gpt2, *options, "--query", "text")
     assert made.exit_code == 2
     assert "text_map must be given" in made.stderr
+
+
+def test_new_edits_ask_by_text_where_a_map_fits_the_model_and_it_is_said(
+    grace, gpt2, maps, edits_file, tmp_path, monkeypatch
+):
+    file = edits_file((PROMPT, TARGET))
+
+    def add(name, *options, json=True):
+        add = ["edit", "add", "--model", gpt2, "--layer", LAYER, "--edits", file]
+        made = grace(*add, "--out", tmp_path / name, *options, *["--json"] * json)
+        assert made.exit_code == 0, made.stderr
+        return loads(made.stdout) if json else " ".join(made.stdout.split())
+
+    def loads(text):
+        told = json.loads(text)
+        return told["query"], told["query_chosen"]
+
+    assert add("none") == ("last", False)
+    assert add("given", "--text-map", maps) == ("text", True)
+    monkeypatch.setattr("grace_edit.keys.choice.MAPS", maps.parent)
+    assert add("fits") == ("text", True)
+    assert add("asked", "--query", "text") == ("text", False)
+    assert add("last", "--query", "last") == ("last", False)
+    assert add("paper", "--policy", "paper") == ("last", False)
+    assert "; chosen because a map fits, see --query" in add("shown", json=False)

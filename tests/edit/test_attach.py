@@ -136,11 +136,6 @@ def test_a_model_of_another_kind_is_refused_by_name(trained, kind):
     assert same(state_of(model), before)
 
 
-def test_a_decoder_layer_of_an_encoder_decoder_is_refused(trained):
-    with pytest.raises(ValueError, match="layer must be in the encoder"):
-        GraceEditor(trained("t5"), None, GraceConfig(layer="decoder.block.1.layer.2"))
-
-
 @pytest.mark.parametrize(
     "layer",
     [

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 from grace_edit import GraceConfig, GraceEditor
+from grace_edit.editing.asked import read_wanted
 from tiny_models import EOS, LAYERS, PAD, generated, run_of
-from transformers import BatchEncoding
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 PROMPT, TARGET = run_of(10, 4), run_of(30, 3)
 OTHER = run_of(40, 6)
@@ -157,7 +159,9 @@ def test_chat_messages_go_through_the_tokenizers_template_up_to_the_answer(train
     editor = GraceEditor(trained("gpt2"), Words("{{...}}"), GraceConfig(layer=LAYERS["gpt2"]))
     ids = [1, *PROMPT, 3]
     assert editor.family.encode(CHAT) == ids
-    assert editor.family.encode_edit(CHAT, text_of(TARGET)) == (ids, TARGET)
+    # The answer to a message is the whole answer, unless it is given as tokens.
+    assert editor.family.encode_edit(CHAT, text_of(TARGET)) == (ids, [*TARGET, EOS])
+    assert editor.family.encode_pair(CHAT, text_of(TARGET)) == (ids, TARGET)
     assert editor.family.encode_edit(CHAT, TARGET) == (ids, TARGET)
     turns = [*CHAT, {"role": "model", "content": "w9"}, {"role": "user", "content": "w8"}]
     assert editor.family.encode(turns) == [1, *PROMPT, 3, 9, 1, 8, 3]
@@ -227,3 +231,52 @@ def test_a_target_that_ends_with_the_end_token_makes_the_model_stop_there(edited
         [*TARGET, PAD],
     ]
     assert editor.verify() == []
+
+
+def test_a_chat_and_its_paraphrases_have_the_same_target(trained):
+    editor = GraceEditor(trained("gpt2"), Words("{{...}}"), GraceConfig(layer=LAYERS["gpt2"]))
+    text = text_of(run_of(30, 3))
+    for prompt, other in ((CHAT, text), (text, CHAT)):
+        wanted = read_wanted(editor.family, (prompt, text_of(TARGET), [other]))
+        assert wanted.target == [*TARGET, *([EOS] if prompt is CHAT else [])]
+        assert len(wanted.paraphrases) == 1
+
+
+def letters() -> PreTrainedTokenizerFast:
+    """A tokenizer of letters whose spaces are tokens too, as in byte-level BPE."""
+    pieces = ["<pad>", "<bos>", "<eos>", "<mask>", "Ġ", *"abcdeAB:(,"]
+    made = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target", "told"),
+    [
+        ("ab", "Ba", True),
+        ("ab:", "Ba", True),
+        ("ab", " Ba", False),
+        ("ab ", "Ba", False),
+        ("ab(", "Ba", False),
+        ("ab", ",", False),
+        ("首都是", "堪培拉", False),
+        ([5, 6], "Ba", False),
+    ],
+)
+def test_a_target_that_lacks_its_space_is_told_by_the_tokenizer(trained, prompt, target, told):
+    editor = GraceEditor(trained("gpt2"), letters(), GraceConfig(layer=LAYERS["gpt2"]))
+    remark = editor.family.remark(prompt, target)
+    assert ("write ' Ba'" in remark) == bool(remark) == told
+
+
+def test_the_result_says_that_the_space_is_missing_and_trains_what_was_asked(trained):
+    editor = GraceEditor(trained("gpt2"), letters(), GraceConfig(layer=LAYERS["gpt2"]))
+    joined, apart = editor.edit_batch([("ab", "c"), ("ad ", "c")])
+    assert joined.success and apart.success
+    assert "begins without a space, so that the answer reads 'abc'" in joined.reason
+    assert apart.reason == ""
+    assert editor.answer("ab", 1) == "c"
+    # A tokenizer of whole words writes the space by itself.
+    words = GraceEditor(trained("gpt2"), Words(), GraceConfig(layer=LAYERS["gpt2"]))
+    assert words.family.remark(text_of(PROMPT), text_of(TARGET)) == ""

@@ -48,7 +48,9 @@ class GraceAdaptor:
         text: makes the queries under `query="text"`; None under the others.
 
     `others` are the adaptors of the model's other layers, and `place` is the name by which the seam
-    has the wrapped layer; `attach` and `detach` set them.
+    has the wrapped layer; `attach` and `detach` set them. `at_start` says that the first token of
+    each row asks, and what follows it is no prompt: that of a decoder whose prompt an encoder has
+    read.
     """
 
     codebook: Codebook
@@ -64,6 +66,7 @@ class GraceAdaptor:
     switch: Switch = field(default_factory=Switch, repr=False)
     others: tuple[GraceAdaptor, ...] = field(default=(), init=False, repr=False)
     place: str = field(default="", init=False, repr=False)
+    at_start: bool = field(default=False, init=False, repr=False)
 
     enabled = _of_thread("enabled")
     inside = _of_thread("inside")

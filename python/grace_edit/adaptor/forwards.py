@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from .adaptor import GraceAdaptor
-from .positions import Latched, LatchedPlan, QueryPlan, plan_latched, plan_queries
+from .positions import (
+    Latched,
+    LatchedPlan,
+    QueryPlan,
+    first_column,
+    plan_latched,
+    plan_queries,
+)
 from .state import Generation
 from .told import PromptEnds
 
@@ -63,6 +70,8 @@ def plan_forward(
         _check_pieces(adaptor, ends)
     restarts = None
     mask, position_ids = given.get("attention_mask"), given.get("position_ids")
+    if adaptor.at_start and mask is not None and mask.ndim != 2:
+        mask = None  # as generate makes it for a static cache, without padding
     if given.get("cu_seq_lens_q") is not None:
         raise _packed("cu_seq_lens_q must be None")
     if mask is None:
@@ -84,7 +93,8 @@ def plan_forward(
         _warn_left_padding(adaptor, mask)
     mask = mask.bool()
     if ends is None:
-        prompt, plan = mask, plan_prompts(adaptor, mask, ids)
+        start = first_column(mask) + 1 if adaptor.at_start else None
+        prompt, plan = mask, plan_prompts(adaptor, mask, ids, prompt_len=start)
     else:
         assert not isinstance(past, Tensor)
         columns = ends.columns(mask, ids)

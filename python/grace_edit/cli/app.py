@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 from ..terminal import screen
 from .codebook_commands import codebook
 from .edit_commands import edit
-from .options import Device, Dtype, Json, Query, Where, value_of
+from .options import Device, Dtype, Json, Query, Where, check_start, value_of
 from .output import (
     FAILED,
     INTERRUPTED,
@@ -181,6 +181,7 @@ def chat(
     ] = False,
 ) -> None:
     """Ask an edited model, see which edit answers and why, and correct it on the spot."""
+    check_start(model, layer, codebook)
     from .chat import Options, run
 
     settings = {
@@ -256,6 +257,8 @@ def serve(
     ] = False,
 ) -> None:
     """Serve an edited model over HTTP: OpenAI's protocol, /v1/edits, /metrics and a page."""
+    if not follow:
+        check_start(model, layer, codebook)
     from .serve import Options, run
 
     settings = {"layer": layer, "radius": radius, "query": value_of(query)}

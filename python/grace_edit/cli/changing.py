@@ -140,6 +140,8 @@ def _take_back(
     if ids and not dry_run:
         with progress("taking back"):
             book.delete_all(ids, purge=purge)
+        for row in rows:  # as they are now; a purge leaves nothing to read it from
+            row.update(state="purged" if purge else "deleted", radius=None)
     back = [row_of(saved, words, book.edit(id)) for id in book.ids if id not in before]
     if ids and not dry_run:
         store.save(book, directory, saved.described, saved.beside)

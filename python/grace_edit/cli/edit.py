@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from .models import (
     load_model,
     read_edits_of,
 )
+from .opening import takes_text
 from .output import (
     CONFLICT,
     FAILED,
@@ -69,7 +71,8 @@ def _run(options: Options, requests: list[Request]) -> int:
         saved = None if source is None else read_edits_of(source)
     config = _new_config(options) if saved is None else _kept_config(options, saved, done)
     for name in ("encoder", "text_map"):
-        if options.settings.get(name) is not None and config.query != "text":
+        asked = (None, "text") if saved is None else ("text",)
+        if options.settings.get(name) is not None and config.query not in asked:
             raise CommandError(
                 USAGE, f"--{name.replace('_', '-')} must be left out without --query text"
             )
@@ -81,7 +84,12 @@ def _run(options: Options, requests: list[Request]) -> int:
         dtype = dtype or str(saved.codebook.values.dtype).removeprefix("torch.")
         task = saved.about("serving").get("task", task) if task == "auto" else task
     loaded = load_model(origin, task=task, dtype=dtype, device=options.device)
+    if task != options.task:
+        loaded.why = "as the saved edits say"
     _check_layer(loaded, config, saved)
+    chosen = saved is None and _asks_text(options, loaded)
+    if chosen:
+        config = dataclasses.replace(config, query="text")
     with quiet():
         with progress("attaching"):
             if source is None:
@@ -94,15 +102,25 @@ def _run(options: Options, requests: list[Request]) -> int:
         if accepted:
             editor.save_pretrained(options.out)
     if options.as_json:
-        print_json({**_summary(options, loaded, editor, requests, accepted), "done_before": done})
+        summary = _summary(options, loaded, editor, requests, accepted)
+        print_json({**summary, "query_chosen": chosen, "done_before": done})
     else:
-        _show(options, loaded, editor, requests, accepted, done)
+        _show(options, loaded, editor, requests, accepted, done, chosen)
     refused = len(requests) - accepted
     if not refused:
         return OK
     kept = f"the others are saved in {options.out}" if accepted else "nothing was saved"
     complain(f"{refused} of {len(requests)} edits refused; {kept}")
     return CONFLICT
+
+
+def _asks_text(options: Options, loaded: Loaded) -> bool:
+    """Say whether new edits are to ask by text though nobody said so, as `grace chat` has it."""
+    given = {name: value for name, value in options.settings.items() if value is not None}
+    if "query" in given or "paper" in (given.get("policy"), given.get("recipe")):
+        return False
+    with quiet():
+        return takes_text(loaded, given)
 
 
 def _make_all(options: Options, editor: GraceEditor, requests: list[Request], done: int) -> None:
@@ -219,6 +237,7 @@ def _show(
     requests: list[Request],
     accepted: int,
     done: int,
+    chosen: bool,
 ) -> None:
     book, model, console = editor.codebook, loaded.facts(), screen()
     console.print(
@@ -230,13 +249,17 @@ def _show(
                 "layer": editor.layer,
                 "asks": asks_line(
                     editor.adaptor.query, editor.adaptor.replace, editor.status()["text"]
-                ),
+                )
+                + ("; chosen because a map fits, see --query" if chosen else ""),
                 "drift": number(book.drift),
             }
         )
     )
     columns = ("id", "prompt", "target", "case", "distance", "radius", "steps", "outcome")
     console.print(table(columns, map(_cells, requests)))
+    for request in requests:
+        if request.result is not None and request.result.success and request.result.reason:
+            console.print(plain(f"line {request.line}: {request.result.reason}"))
     console.print(
         f"accepted {accepted} of {len(requests)}; live edits {book.edits}, entries {book.entries}"
     )

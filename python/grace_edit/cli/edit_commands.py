@@ -64,7 +64,10 @@ def add(
     ] = None,
     query: Annotated[
         Query | None,
-        typer.Option(help="What asks.", show_default="last for decoders, mean for encoders"),
+        typer.Option(
+            help="What asks.",
+            show_default="text where a map fits the model, else last (decoders) or mean (encoders)",
+        ),
     ] = None,
     encoder: Annotated[
         str | None,

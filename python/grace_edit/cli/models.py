@@ -17,6 +17,7 @@ from ..codebook.store import StoreError
 from ..demo import smollm2
 from ..editor import GraceEditor
 from ..families import FAMILIES, Family, target_of
+from ..keys.prompts import chat_frame
 from ..terminal import progress
 from .output import CONFLICT, NOT_FOUND, USAGE, CommandError, quiet
 
@@ -223,6 +224,7 @@ class Words:
 
     def __init__(self, saved: SavedEdits, tokenizer: Any, config: Any) -> None:
         self.tokenizer, self.config = tokenizer, config
+        self.chat = None if tokenizer is None else chat_frame(tokenizer)
         family = FAMILIES.get(str(saved.about("serving").get("task")))
         self.text_of = Family.text_of if family is None else family.text_of
 
@@ -252,11 +254,15 @@ class Words:
         return family(_Unloaded(self.config), self.tokenizer)
 
     def prompt(self, ids: Sequence[int] | None) -> str:
-        """Return a prompt as text."""
+        """Return a prompt as a person reads it; of a chat, what its user said last."""
         if ids is None:
             return "–"
         if self.tokenizer is None:
             return str(list(ids))
+        if self.chat is not None:
+            said = self.chat.last_turn(self.tokenizer.decode(list(ids)))
+            if said is not None:
+                return f"chat: {said.strip()}"
         # What the tokenizer puts round a text goes; a mask or an unknown word is part of it.
         kept = {self.tokenizer.mask_token_id, self.tokenizer.unk_token_id}
         dropped = set(self.tokenizer.all_special_ids) - kept

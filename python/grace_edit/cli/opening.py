@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..durable.following import Follower, follow
 from ..editor import GraceEditor
 from ..keys.choice import text_keys
 from .models import Loaded, attach_edits, load_model, read_edits_of
+from .options import check_start
 from .output import CONFLICT, NOT_FOUND, USAGE, CommandError, quiet
 
 
@@ -36,19 +38,17 @@ def open_editor(
         CommandError: an option is missing or does not go with the others, or nothing is there.
     """
     saved = read_edits_of(where) if where is not None and where.exists() else None
+    if saved is None:
+        check_start(model, settings.get("layer"), None)
     source = model or (saved.source if saved is not None else "")
     if not source:
         raise CommandError(USAGE, "--model must be given, got none")
     given = {name: value for name, value in settings.items() if value is not None}
     if saved is not None:
         _refuse(given, where)
-    if saved is None:
-        if source == smollm2.NAME:
-            given.setdefault("layer", smollm2.LAYER)
-        if "layer" not in given:
-            raise CommandError(USAGE, "--layer must be given without saved edits, got none")
-    if saved is not None:
         dtype = dtype or str(saved.codebook.values.dtype).removeprefix("torch.")
+    else:
+        given.setdefault("layer", smollm2.LAYER)
     loaded = _load_talker(source, dtype, device)
     with quiet():
         if saved is not None and where is not None:
@@ -57,7 +57,7 @@ def open_editor(
             attaching.find_layer(loaded.model, given["layer"])
         except ValueError as error:
             raise CommandError(NOT_FOUND, f"--layer: {error}") from error
-        if "query" not in given and _takes_text(loaded, given):
+        if "query" not in given and takes_text(loaded, given):
             given["query"] = "text"
         return GraceEditor(loaded.model, loaded.tokenizer, GraceConfig(**given))
 
@@ -103,8 +103,8 @@ def _load_talker(source: str, dtype: str | None, device: str) -> Loaded:
     return loaded
 
 
-def _takes_text(loaded: Loaded, given: dict[str, Any]) -> bool:
-    """Say whether the keys can be made from text: asked for, or a map of ours fits the model."""
+def takes_text(loaded: Loaded, given: Mapping[str, Any]) -> bool:
+    """Say whether new edits ask by text: that was asked for, or a map of ours fits the model."""
     if "encoder" in given or "text_map" in given:
         return True
     try:

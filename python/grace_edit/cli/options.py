@@ -11,7 +11,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from ..demo import smollm2
 from ..families import FAMILIES
+from .output import USAGE, CommandError
 
 
 class Query(str, Enum):
@@ -72,6 +74,21 @@ def seconds_of(time: str) -> float:
     if found is None:
         raise typer.BadParameter(f"{time!r} is not a time such as 30d, 12h, 45m or 90s.")
     return float(found[1]) * _SECONDS[found[2]]
+
+
+def check_start(model: str | None, layer: str | None, codebook: Path | None) -> None:
+    """Refuse to begin without saved edits, a model and a layer, before much is imported or loaded.
+
+    Args:
+        model, layer: as given; None: they were not.
+        codebook: directory of saved edits; one that is not there yet holds none.
+    """
+    if codebook is not None and codebook.exists():
+        return
+    if model is None:
+        raise CommandError(USAGE, "--model must be given without saved edits, got none")
+    if layer is None and model != smollm2.NAME:
+        raise CommandError(USAGE, "--layer must be given without saved edits, got none")
 
 
 def value_of(choice: Enum | None) -> str | None:

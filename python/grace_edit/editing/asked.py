@@ -16,6 +16,7 @@ from ..codebook.codebook import Codebook
 from ..codebook.policy import fp32
 from ..codebook.records import Edit
 from ..families import Family, target_of
+from ..families.ids import is_chat
 from .prefills import Prefills
 
 _FIELDS = ("prompt", "target", "paraphrases", "negatives")
@@ -29,12 +30,14 @@ class Wanted:
         prompt, target: what is asked, and what is to be answered.
         paraphrases: other wordings of the prompt, with the same target.
         negatives: prompts that the edit must not answer.
+        remark: what looks like a mistake in it.
     """
 
     prompt: list[int]
     target: list[int]
     paraphrases: tuple[list[int], ...] = ()
     negatives: tuple[list[int], ...] = ()
+    remark: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,9 @@ def read_wanted(family: Family, edit: Any) -> Wanted:
     paraphrases: list[list[int]] = []
     for number, text in enumerate(_prompts(fields, "paraphrases")):
         try:
-            ids, same = family.encode_edit(text, fields["target"])
+            # The answer to a message ends its turn, also in other wordings.
+            as_is = is_chat(text) or is_chat(fields["prompt"])
+            ids, same = family.encode_edit(text, target if as_is else fields["target"])
         except ValueError as error:
             raise ValueError(f"paraphrases[{number}]: {error}") from error
         if same != target:
@@ -92,7 +97,8 @@ def read_wanted(family: Family, edit: Any) -> Wanted:
             negatives.append(family.encode(text))
         except ValueError as error:
             raise ValueError(f"negatives[{number}]: {error}") from error
-    return Wanted(prompt, target, tuple(paraphrases), tuple(negatives))
+    remark = family.remark(fields["prompt"], fields["target"])
+    return Wanted(prompt, target, tuple(paraphrases), tuple(negatives), remark)
 
 
 def _prompts(fields: Mapping[str, Any], name: str) -> list[Any]:

@@ -35,6 +35,7 @@ def measure_drift(family: Family, seed: int) -> tuple[float, Captured]:
     """
     probes = probes_of(family, seed)
     alone = [family.capture([ids]) for ids in probes]
+    family.check_queries([seen.queries for seen in alone])
     dtype = own_dtype(family.model.get_submodule(family.layer), alone[0].queries)
     others = [family.capture(probes, left=left).queries for left in {False, family.pads_left}]
     if autocast_of(family.device) is not None:

@@ -130,25 +130,26 @@ class EditMaker:
                 trained alone.
         """
         book, target, keys, prompts = self.takes, read.wanted.target, read.keys, read.prompts
+        remark = read.wanted.remark
         paper = self.config.policy == "paper"
         proposal = self.propose(read)
         if proposal.case in ("expand", "absorb"):
             if paper:
                 proven = self._produce(prompts, target, book.values[proposal.slot], read.prefills)
-                note = "" if proven else "the shared value does not produce the target"
+                note = remark if proven else "the shared value does not produce the target"
                 return self._commit(keys, proposal, None, None, note, proven=proven)
             shared = self._share(proposal, read)
             if shared is not None:
-                return self._commit(keys, proposal, *shared)
+                return self._commit(keys, proposal, *shared, remark)
             proposal = self.propose(read, own_entry=True)
         if value is not None and self._produce(prompts, target, value, read.prefills):
-            return self._commit(keys, proposal, value, None)
+            return self._commit(keys, proposal, value, None, remark)
         if fit is None or not fit.reached:
             start = self._first_value(read.output)
             fit = self.train(prompts, [target] * len(prompts), start, read.prefills)
         if not fit.reached:
             return _refused(proposal, fit, self._failed(read, fit))
-        return self._commit(keys, proposal, fit.value, fit)
+        return self._commit(keys, proposal, fit.value, fit, remark)
 
     def _propose(self, key: Key, label: Sequence[int], **given: Any) -> Proposal:
         return self.takes.propose(key.query, label, key.prompt, radius=key.radius, **given)
@@ -305,8 +306,9 @@ class EditMaker:
                 others |= _replaced(book, further, proposal)
                 fragile = book.commit(further, own, answers=answers).fragile or fragile
             if others:
-                note = f"supersedes edits {sorted(others)} of other prompts, which had an entry or "
-                note += "a prompt that is now this edit's"
+                told = f"supersedes edits {sorted(others)} of other prompts, which had an entry or "
+                told += "a prompt that is now this edit's"
+                note = f"{told}; {note}" if note else told
             result = replace(result, reason=note, fragile=fragile, keys=len(keys), proven=proven)
             if fit is not None:
                 result = replace(

@@ -147,6 +147,17 @@ class Family(ABC):
         """
         return self.model
 
+    def asks_by(self, layer: str) -> tuple[str, str]:
+        """Return the query and the replacement that suit a layer.
+
+        Raises:
+            ValueError: an unknown or ambiguous layer.
+        """
+        return self.default_query, self.default_replace
+
+    def check_queries(self, queries: Sequence[Tensor]) -> None:
+        """Refuse a layer whose queries `[1, D]`, of several prompts, tell them not apart."""
+
     @property
     def mask_token_id(self) -> int | None:
         """The token that asks under `query="last"`; None: the last one does."""
@@ -233,6 +244,10 @@ class Family(ABC):
     def encode_edit(self, prompt: Any, target: Any) -> tuple[list[int], list[int]]:
         """Return the token ids of an edit's prompt and of its target."""
         return self.encode_pair(prompt, target)
+
+    def remark(self, prompt: Any, target: Any) -> str:
+        """Return what looks like a mistake in an edit that can be made as it is, or nothing."""
+        return ""
 
     def encode_pair(self, prompt: Any, target: Any) -> tuple[list[int], list[int]]:
         """Return the token ids of a prompt and of what may follow it."""

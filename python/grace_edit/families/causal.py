@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ..adaptor.torch_private import is_compiled
 from .base import MASKED, Family, can_generate, has_encoder_and_decoder, output_projection
+from .ids import is_chat
+from .turns import answer_ids
 
 
 class CausalFamily(Family):
@@ -34,8 +36,31 @@ class CausalFamily(Family):
 
     def encode_edit(self, prompt: Any, target: Any) -> tuple[list[int], list[int]]:
         ids, own = super().encode_edit(prompt, target)
+        if is_chat(prompt) and isinstance(target, str):
+            # Whoever answers a message ends his turn.
+            own = answer_ids(self.model, self.tokenizer, prompt, target.strip())
+            self._check_room(ids, own)
         self.check_end(own)
         return ids, own
+
+    def remark(self, prompt: Any, target: Any) -> str:
+        """Say that a target lacks the space before its first word.
+
+        Told by the tokenizer: with a space the target would begin with another token. Only between
+        letters of alphabets that have capitals, and digits: others are written without spaces.
+        """
+        if not (isinstance(prompt, str) and isinstance(target, str) and target):
+            return ""
+        if not (_is_spaced(target[0]) and (_is_spaced(prompt[-1:]) or prompt[-1:] in ",;:.!?")):
+            return ""
+        own = self.encode_pair(prompt, target)[1]
+        spaced = self.encode_pair(prompt, f" {target}")[1]
+        if own[:1] == spaced[:1]:
+            return ""
+        return (
+            f"the target begins without a space, so that the answer reads {prompt[-9:] + target!r};"
+            f" write {' ' + target!r} where a new word is meant"
+        )
 
     def encode_pair(self, prompt: Any, target: Any) -> tuple[list[int], list[int]]:
         ids, own = super().encode_pair(prompt, target)
@@ -46,12 +71,15 @@ class CausalFamily(Family):
             whole = self._ids(text[0] + target, "target", special=text[1])
             if whole[: len(ids)] == ids and len(whole) > len(ids):
                 own = whole[len(ids) :]
+        self._check_room(ids, own)
+        return ids, own
+
+    def _check_room(self, ids: list[int], own: list[int]) -> None:
         if len(ids) + len(own) > self.longest:
             raise ValueError(
                 f"prompt and target must have at most {self.longest} tokens together, got "
                 f"{len(ids) + len(own)}"
             )
-        return ids, own
 
     def run_prompts(self, batch: dict[str, Tensor]) -> Any:
         # Where the forward does not end at the layer: a vocabulary's logits are wanted of nobody.
@@ -115,3 +143,8 @@ class CausalFamily(Family):
 
     def answer(self, prompt: list[int], length: int) -> list[int]:
         return self.generate([prompt], length)[0, len(prompt) :].tolist()
+
+
+def _is_spaced(letter: str) -> bool:
+    """Say whether a character is a digit, or a letter of an alphabet with capitals."""
+    return letter.isdigit() or letter.lower() != letter.upper()
