@@ -86,7 +86,6 @@ def edited(server: Server, load: Load, history: History, plain: dict[str, str]) 
     def kill() -> None:
         time.sleep(0.4 * load.left)
         found["memory_mb"] = [round(before), round(server.memory)]
-        found["memory_mb_per_minute"] = slope(load.memory)
         load.down.set()
         acknowledged = list(zip(history.versions, history.edits, strict=True))
         server.stop(signal.SIGKILL)

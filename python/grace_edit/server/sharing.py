@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adaptor.torch_private import is_compiled
+
 _RECENT = 5.0
 """Seconds after which no request is thought to be generated any more."""
 
@@ -24,7 +26,8 @@ class Cores:
     """Gives an edit half of the threads while requests are generated, and these the other half.
 
     Whoever is alone has all of them. How many an edit has does not change while it is made, as the
-    last bits of a forward may depend on it. On an accelerator nothing is done.
+    last bits of a forward may depend on it. On an accelerator, and for a compiled model, nothing is
+    done.
 
     Args:
         model: runs in the threads of requests, and in that of the edits.
@@ -37,8 +40,8 @@ class Cores:
         self._editor: int | None = None  # the thread that makes an edit
         self._asked = -math.inf  # when a request was last at work
         self._mine = threading.local()
-        on_cpu = next(model.parameters()).device.type == "cpu"
-        self._hook = model.register_forward_pre_hook(self._begins) if on_cpu else None
+        shared = next(model.parameters()).device.type == "cpu" and not is_compiled(model)
+        self._hook = model.register_forward_pre_hook(self._begins) if shared else None
 
     @property
     def _half(self) -> int:
