@@ -24,6 +24,7 @@ from .codebook.codebook import Codebook
 from .codebook.policy import fp32
 from .codebook.records import Edit, EditResult, Label, UndoError
 from .editing.asked import find_keys, wanted_of
+from .editing.prefills import Prefills
 from .editing.verification import find_unproven
 from .families import Family
 
@@ -245,6 +246,7 @@ class Layers(Mapping[str, E], Generic[E]):
         prompts: dict[Label, None] = {}
         for book in self._books:
             for edit in _stored(book):
+                assert edit.prompt is not None  # by `_stored`
                 prompts.update(dict.fromkeys((edit.prompt, *edit.negatives)))
         return [self._answers_of(family, list(prompts)) for family in self._families]
 
@@ -327,7 +329,7 @@ class Layers(Mapping[str, E], Generic[E]):
             if edit.prompt is None:
                 continue
             try:
-                keys, _ = find_keys(family, book, wanted_of(book, edit))
+                keys, _ = find_keys(family, book, wanted_of(book, edit), Prefills(family))
             except ValueError as error:
                 raise LayersError(f"{_named(family, [id])} cannot be keyed anew: {error}") from None
             records = [edit, *book.parts(id)]

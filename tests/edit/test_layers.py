@@ -28,6 +28,8 @@ from grace_edit.engines.vllm.saved import Described, NotServed
 from text_models import NEIGHBOUR, QUESTION, TARGET, text_editor
 from tiny_models import generated, logits_of, padded, run_of, same, state_of
 
+pytestmark = pytest.mark.filterwarnings("error:generate was not edited")
+
 LOWER = {
     "gpt2": "transformer.h.0.mlp",
     "llama": "model.layers.0.mlp",

@@ -35,7 +35,9 @@ class Prefills:
     def capture(self, prompt: list[int]) -> Captured:
         """Return what the layer sees of a prompt, as `Family.capture` does, and keep the rest."""
         family = self._family
-        if not family.generates or _tried(family) is False or is_compiled(family.model):
+        whole = not family.generates or is_compiled(family.model)
+        # A generation has to pass the layers below that may answer too, and keep what they say.
+        if whole or family.adaptor.others or _tried(family) is False:
             return family.capture([prompt])
         if self._twin is None:
             self._twin = Twin(family)
