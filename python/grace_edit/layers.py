@@ -245,7 +245,8 @@ class Layers(Mapping[str, E], Generic[E]):
         prompts: dict[Label, None] = {}
         for book in self._books:
             for edit in _stored(book):
-                prompts.update(dict.fromkeys((edit.prompt, *edit.negatives)))
+                if edit.prompt is not None:
+                    prompts.update(dict.fromkeys((edit.prompt, *edit.negatives)))
         return [self._answers_of(family, list(prompts)) for family in self._families]
 
     def _answers_of(self, family: Family, prompts: list[Label]) -> _Answers:
