@@ -124,7 +124,7 @@ def test_a_layer_that_does_not_know_the_prompt_yet_is_refused(trained, layer):
 
 @pytest.mark.parametrize("more", [{"replace": "all"}, {"query": "mean"}, {"recipe": "paper"}])
 def test_what_a_decoder_cannot_do_is_refused_with_the_remedy(trained, more):
-    with pytest.raises(ValueError, match="must be edited with query='last'.*layer of the encoder"):
+    with pytest.raises(ValueError, match=r"must be edited with query='last'.*layer of the encoder"):
         GraceEditor(trained("t5"), None, GraceConfig(layer=LAYER, **more))
 
 

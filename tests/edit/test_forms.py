@@ -273,7 +273,8 @@ def test_a_target_that_lacks_its_space_is_told_by_the_tokenizer(trained, prompt,
 def test_the_result_says_that_the_space_is_missing_and_trains_what_was_asked(trained):
     editor = GraceEditor(trained("gpt2"), letters(), GraceConfig(layer=LAYERS["gpt2"]))
     joined, apart = editor.edit_batch([("ab", "c"), ("ad ", "c")])
-    assert joined.success and apart.success
+    assert joined.success
+    assert apart.success
     assert "begins without a space, so that the answer reads 'abc'" in joined.reason
     assert apart.reason == ""
     assert editor.answer("ab", 1) == "c"

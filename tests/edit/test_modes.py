@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from abc import ABC
+from abc import ABC, abstractmethod
 from typing import Any
 
 import pytest
@@ -238,6 +238,10 @@ def test_a_lora_that_comes_after_the_edits_is_edited_and_merged_too(edited, laye
 
 class Quantised(ABC):
     """A mixin as quantisers have it: without a layout of nn.Module's."""
+
+    @abstractmethod
+    def forward(self, x):
+        """Multiply."""
 
 
 class Int8(Quantised, nn.Linear):

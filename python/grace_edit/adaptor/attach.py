@@ -220,7 +220,9 @@ def _swapped(mixin: type, base: type) -> type:
     for method in methods:
         if hasattr(mixin, method) and hasattr(base, method):
             members[method] = _with_signature(getattr(mixin, method), getattr(base, method))
-    members.update((own, vars(mixin)[own]) for own in ("_apply", "__reduce_ex__") if own in vars(mixin))
+    members.update(
+        (own, vars(mixin)[own]) for own in ("_apply", "__reduce_ex__") if own in vars(mixin)
+    )
     # The module's own class first: Python gives an object another class only if both are laid out
     # by the same one, which for two bases is the first.
     made = type(name, (base, mixin), members)

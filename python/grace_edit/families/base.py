@@ -156,7 +156,12 @@ class Family(ABC):
         return self.default_query, self.default_replace
 
     def check_queries(self, queries: Sequence[Tensor]) -> None:
-        """Refuse a layer whose queries `[1, D]`, of several prompts, tell them not apart."""
+        """Refuse a layer whose queries `[1, D]`, of several prompts, tell them not apart.
+
+        Raises:
+            ValueError: naming another layer.
+        """
+        return None
 
     @property
     def mask_token_id(self) -> int | None:

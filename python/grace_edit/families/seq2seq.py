@@ -73,9 +73,9 @@ class Seq2SeqFamily(Family):
         ):
             raise ValueError(
                 "a layer of the decoder must be edited with query='last' and replace='last', got "
-                f"query={adaptor.query!r} and replace={adaptor.replace!r}: there the token that the "
-                "decoder starts with asks, for all of the prompt; take a layer of the encoder for "
-                "others"
+                f"query={adaptor.query!r} and replace={adaptor.replace!r}: there the token that "
+                "the decoder starts with asks, for all of the prompt; take a layer of the encoder "
+                "for others"
             )
         adaptor.at_start = self.decodes
         super().attach(layer, adaptor, further=further)
