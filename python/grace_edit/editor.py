@@ -253,8 +253,13 @@ class GraceEditor:
         Raises:
             ValueError: hits are not counted, or `unused_for` is negative or NaN.
             KeyError: an id to keep is unknown.
+            LayersError: as `delete`.
         """
-        return self.codebook.expire(unused_for, keep, dry_run=dry_run)
+        expire = partial(self.codebook.expire, unused_for, keep, dry_run=dry_run)
+        if dry_run or len(self.layers) == 1:
+            return expire()
+        with self.layers.changing(), self.family.working():
+            return self.layers.change(expire)
 
     def undo(self) -> None:
         """Take the last edit, batch or delete back, bitwise; `version` still increases.

@@ -200,6 +200,7 @@ class Layers(Mapping[str, E], Generic[E]):
                 slot=None,
                 radius_after=made_of.radius_before,
                 success=False,
+                proven=False,
                 reason=str(error),
             )
 

@@ -237,6 +237,12 @@ def test_deleting_below_keys_anew_above_and_undo_brings_every_bit_back_in_all_la
     upper.undo()  # of all layers there is one history
     assert unchanged(lower, before)
     assert lower.codebook.ids == upper.codebook.ids == [0]
+    lower.codebook.count_hits = True
+    assert lower.expire(0.0) == [0]
+    assert torch.equal(upper.codebook.query_of(0), original)
+    lower.undo()
+    assert lower.codebook.ids == [0]
+    assert not torch.equal(upper.codebook.query_of(0), original)
     lower.undo()
     assert torch.equal(upper.codebook.query_of(0), original)
     assert lower.codebook.ids == []
