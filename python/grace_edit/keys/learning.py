@@ -60,7 +60,7 @@ class Recipe:
     hidden: int = 16
     role_steps: int = 600
     amounts: Amounts = field(default_factory=Amounts)
-    practice: int = 1
+    practice: int = 2
     folds: int = 2
     by: str = "subject"
     bounds: dict[str, float] = field(default_factory=lambda: dict(BOUNDS))
