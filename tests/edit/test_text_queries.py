@@ -417,7 +417,8 @@ def test_among_many_entries_the_nearest_row_of_a_prompt_decides_too():
     assert book.sketch.active
     away = torch.randn(200, 2, 16, generator=source) * torch.rand(200, 2, 1, generator=source)
     rows = list(keys[torch.randint(4200, (200, 2), generator=source)] + 0.5 * away)
-    rows.append(torch.stack([keys[4], keys[5] + 0.001]))  # the dead key decides nothing
+    dead = book.keys[int((book.radii == -float("inf")).nonzero()[0])]  # which decides nothing
+    rows.append(torch.stack([dead, keys[5] + 0.001]))
     text = TextQueries(Rows(rows), Rows(rows))
     found = text.answer(book, [[n] for n in range(201)]).index.tolist()
     slot, distance = grace_kernels.nearest(torch.cat(rows), book.keys, book.radii, book.count)
