@@ -133,7 +133,8 @@ def test_layers_outside_of_both_stacks_are_refused(trained):
         GraceEditor(trained("t5"), None, GraceConfig(layer="shared"))
 
 
-def test_another_encoder_decoder_is_edited_in_its_decoder():
+@pytest.mark.parametrize("layer", ["encoder.layers.0.fc2", "decoder.layers.0.fc2"])
+def test_another_encoder_decoder_is_edited_in_either_stack(layer, tmp_path):
     import transformers as tf
 
     with torch.random.fork_rng(devices=[]):
@@ -147,9 +148,14 @@ def test_another_encoder_decoder_is_edited_in_its_decoder():
                 init_std=0.3,
             )
         ).eval()  # fmt: skip
-    editor = GraceEditor(model, None, GraceConfig(layer="decoder.layers.0.fc2", radius=1e-3))
+    editor = GraceEditor(model, None, GraceConfig(layer=layer, radius=1e-3))
     result = editor.edit(PROMPT, [33])
     assert result.success
     assert says(model, ROWS)[1][0] == 33
     assert says(model, ROWS, use_cache=False) == says(model, ROWS)
     assert editor.verify() == []
+    expected = says(model, ROWS)
+    editor.save_pretrained(tmp_path)
+    editor.detach()
+    load(model, tmp_path)
+    assert says(model, ROWS) == expected
