@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -74,7 +76,9 @@ def _different(slots: Slots, theirs: Slots) -> dict[str, tuple[Tensor, Tensor]]:
         if len(other) < count:  # it was smaller
             other = resized(other, count, rest)
         rows = other[:count].to(slots.device)
-        own, bits = (t[:count].reshape(count, -1).contiguous() for t in (own, rows))
+        own, bits = (
+            t[:count].reshape(count, math.prod(t.shape[1:])).contiguous() for t in (own, rows)
+        )
         same = own.view(torch.uint8) == bits.view(torch.uint8)
         at = (~same.all(1)).nonzero()[:, 0] if count else torch.zeros(0, dtype=torch.int64)
         found[name] = (at, rows[at])

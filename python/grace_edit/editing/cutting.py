@@ -31,15 +31,17 @@ class Kept:
     """What the modules before a layer's answer gave in one forward, in the order of their calls.
 
     Args:
-        calls: each module with its output and with the places of a cache that it filled:
-            `(layer, keys, values)`.
+        calls: each module with the shape of what it was given, its output and the places of a cache
+            that it filled: `(layer, keys, values)`.
         caches: whether a cache was seen, and of a kind that can be filled from here.
+        partly: it holds something else as well.
     """
 
-    calls: list[tuple[nn.Module, Any, list[tuple[int, Tensor, Tensor]]]] = field(
+    calls: list[tuple[nn.Module, Any, Any, list[tuple[int, Tensor, Tensor]]]] = field(
         default_factory=list
     )
     caches: bool = False
+    partly: bool = False
 
 
 class Twin:
@@ -97,9 +99,10 @@ class Twin:
         """Return what `module` gives: what is kept of it, or what its own `forward` gives."""
         calls = self._kept.calls
         if self._next is not None and self._next < len(calls):
-            expected, output, places = calls[self._next]
+            expected, shape, output, places = calls[self._next]
             cache = _cache_of(args, kwargs) if self._fills and places else None
-            if expected is module and (cache is not None or not self._fills or not places):
+            same = expected is module and shape == _shape_of(args, kwargs)
+            if same and (cache is not None or not self._fills or not places):
                 self._next += 1
                 if cache is not None:
                     for layer, keys, values in places:
@@ -117,7 +120,8 @@ class Twin:
             after = _filled(cache)
             places = [(at, *both) for at, both in after.items() if at not in before]
             self._kept.caches = self._kept.caches or bool(places)
-            calls.append((module, output, places))
+            self._kept.partly = self._kept.partly or _holds_more(cache)
+            calls.append((module, _shape_of(args, kwargs), output, places))
             return _mapped(output, Tensor.clone)
         return output
 
@@ -187,6 +191,20 @@ def _cache_of(args: Any, kwargs: Any) -> Any:
     """Return the cache among a module's arguments, None: there is none that can be filled."""
     given = (*args, *kwargs.values())
     return next((x for x in given if type(x).__name__ == "DynamicCache"), None)
+
+
+def _shape_of(args: Any, kwargs: Any) -> Any:
+    """Return the shape of what a module is given first: a prompt in pieces has another one."""
+    given = (*args, *kwargs.values())
+    return next((x.shape for x in given if isinstance(x, Tensor)), None)
+
+
+def _holds_more(cache: Any) -> bool:
+    """Say whether a cache holds something in layers that `_filled` does not read."""
+    return any(
+        type(layer).__name__ != "DynamicLayer" and layer.get_seq_length() > 0
+        for layer in getattr(cache, "layers", ())
+    )
 
 
 def _filled(cache: Any) -> dict[int, tuple[Tensor, Tensor]]:

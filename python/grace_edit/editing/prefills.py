@@ -8,6 +8,7 @@ the logits of the prompt and of a token after it, and otherwise left alone.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class Prefills:
             self._twin = Twin(family)
         seen, kept = self._twin.record(lambda twin: twin.capture([prompt]))
         family.runs_once = True
-        if kept.caches:
+        if kept.caches and not kept.partly:
             self._kept[tuple(prompt)] = kept
         return seen
 
@@ -63,7 +64,9 @@ class Prefills:
                 lambda twin: _logits(twin, prompt, wanted, value), kept, fills=True
             )
             alike = len(cut) == len(whole) and all(map(torch.equal, cut, whole))
-            family.prefills = (family.adaptor, alike)
+            # The first token ended it: what the cache holds has not been read.
+            if not alike or len(whole) > 1:
+                family.prefills = (family.adaptor, alike)
             if not alike:
                 self._kept.clear()
                 return produce(family)
@@ -79,12 +82,14 @@ def _tried(family: Family) -> bool | None:
 def _logits(family: Family, prompt: list[int], target: list[int], value: Tensor) -> list[Tensor]:
     """Return what the output projection gives while a target is generated."""
     found: list[Tensor] = []
+    thread = threading.get_ident()  # others may be served meanwhile
     head = output_projection(family.model)
     if head is None:
         return found
 
     def note(module: Any, args: Any, output: Tensor) -> None:
-        found.append(output.detach().clone())
+        if threading.get_ident() == thread:
+            found.append(output.detach().clone())
 
     handle = head.register_forward_hook(note)
     try:

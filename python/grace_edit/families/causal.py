@@ -37,7 +37,8 @@ class CausalFamily(Family):
     def encode_edit(self, prompt: Any, target: Any) -> tuple[list[int], list[int]]:
         ids, own = super().encode_edit(prompt, target)
         if is_chat(prompt) and isinstance(target, str):
-            # Whoever answers a message ends his turn.
+            # Whoever answers a message ends his turn, and once.
+            self.check_end(own)
             own = answer_ids(self.model, self.tokenizer, prompt, target.strip())
             self._check_room(ids, own)
         self.check_end(own)
@@ -53,8 +54,11 @@ class CausalFamily(Family):
             return ""
         if not (_is_spaced(target[0]) and (_is_spaced(prompt[-1:]) or prompt[-1:] in ",;:.!?")):
             return ""
-        own = self.encode_pair(prompt, target)[1]
-        spaced = self.encode_pair(prompt, f" {target}")[1]
+        try:
+            own = self.encode_pair(prompt, target)[1]
+            spaced = self.encode_pair(prompt, f" {target}")[1]
+        except ValueError:  # with a space there is no room for it
+            return ""
         if own[:1] == spaced[:1]:
             return ""
         return (
