@@ -43,10 +43,6 @@ was measured and how. It is made by `make docs` from `benchmarks/results/edits-s
 * A rewording that misses is generated once more with the right edit forced. So each miss is one of
   `scope` (the edit was not asked, and would have said the target), of `decoding` (it was asked and
   did not say it), or of `both`.
-* **The study below is of an earlier recipe of the map**, before it learned from wordings of the
-  package's own. `benchmarks/results/text_keys.md` has what the recipe of now reaches in the same
-  study: more of zsRE (.90 instead of .75) and of the questions that only follow from a zsRE edit
-  (.48 instead of .30), the rest within a point or two.
 """
 
 _ANCHORS = """\

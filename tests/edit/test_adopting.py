@@ -113,6 +113,12 @@ def test_what_was_adopted_is_held_with_its_sketch_and_can_be_edited(
     served.check()
 
 
+def test_nothing_is_adopted_by_nothing() -> None:
+    own, new = Codebook(WIDTH, 3), Codebook(WIDTH, 3)
+    assert adopting.adopt(own.storage, new.storage) == set()
+    assert own.entries == 0
+
+
 def test_a_frozen_codebook_keeps_its_memory_and_refuses_more_than_it_holds() -> None:
     served, other = book(40, capacity=64), changed(book(3, seed=1, capacity=20))
     served.frozen = True

@@ -73,3 +73,16 @@ def test_a_cache_that_cannot_be_filled_is_filled_by_the_model(edited):
     below = counted(first_block(editor))
     assert editor.edit(run_of(20, 6), Y).proven
     assert len(below) == 3
+
+
+@pytest.mark.parametrize(
+    "setting", [{"prefill_chunk_size": 2}, {"prompt_lookup_num_tokens": 2}], ids=str
+)
+@pytest.mark.parametrize("tried", [False, True])
+def test_settings_that_change_the_first_forward_leave_edits_as_they_are(edited, setting, tried):
+    editor = edited("gpt2")
+    if tried:
+        assert editor.edit(C, Y).success
+    for name, value in setting.items():
+        setattr(editor.model.generation_config, name, value)
+    assert editor.edit([*A, *A[:2]], X).success
