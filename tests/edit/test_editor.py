@@ -237,10 +237,10 @@ def test_a_refused_edit_does_not_stop_a_batch(edited, monkeypatch):
     editor = edited("gpt2")
     produce = making.EditMaker.train
 
-    def train(maker, prompts, targets, start):
+    def train(maker, prompts, targets, start, prefills=None):
         if prompts == [B]:
             return Fit(start, False, 1.0, 1.0, 9, "never")
-        return produce(maker, prompts, targets, start)
+        return produce(maker, prompts, targets, start, prefills)
 
     fit_values = making.fit_values
 

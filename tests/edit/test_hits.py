@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from codebook_streams import state
-from grace_edit.codebook import hits, store
+from grace_edit.codebook import expiry, hits, store
 from grace_edit.codebook.codebook import Codebook
 from text_models import NEIGHBOUR, QUESTION, REWORDED, TARGET, text_editor, tokenizer
 from tiny_models import generated, logits_of, run_of
@@ -215,3 +215,19 @@ def test_looking_is_not_asking(trained):
     assert editor.expire(60) == []
     editor.answers([QUESTION])  # for a plan, which is served
     assert editor.codebook.hits == {0: 1}
+
+
+def test_an_edit_in_use_stays_when_the_one_whose_entry_answered_it_goes(monkeypatch):
+    clock = [1_000]
+    monkeypatch.setattr(hits, "now", lambda: clock[0])
+    book = Codebook(2, 2)
+    book.count_hits = True
+    owner = book.insert(torch.zeros(2), [1], torch.zeros(2)).id
+    member = book.insert(torch.tensor([1.5, 0.0]), [1], torch.zeros(2))
+    assert member.case == "expand"
+    clock[0] = 5_000
+    with book.lock:
+        book.count_answers(book.lookup(torch.tensor([[1.5, 0.0]]))[0])
+    book.delete(owner)
+    monkeypatch.setattr(expiry, "now", lambda: clock[0])
+    assert book.expire(1_000, dry_run=True) == []

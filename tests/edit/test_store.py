@@ -246,8 +246,8 @@ def rewrite(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def test_a_newer_format_is_refused_as_such(damaged: Path) -> None:
-    rewrite(damaged, lambda described: described.update(format=4))
-    with pytest.raises(StoreError, match="format must be at most 3, got 4"):
+    rewrite(damaged, lambda described: described.update(format=5))
+    with pytest.raises(StoreError, match="format must be at most 4, got 5"):
         store.load(damaged)
 
 

@@ -9,7 +9,7 @@ is read once per forward that asks.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -90,11 +90,14 @@ class Hits:
         counters.index_add_(0, at, torch.ones_like(at))
         times.index_fill_(0, at, now())
 
-    def gather(self, edit_of: Callable[[int], int | None]) -> None:
+    def gather(
+        self, edit_of: Callable[[int], int | None], members_of: Callable[[int], Iterable[int]]
+    ) -> None:
         """Add what the slots counted to the hits of their edits, and start them at zero.
 
         Args:
             edit_of: from a slot to the id of its edit, None: it holds no entry.
+            members_of: to the ids of all edits that it answers, which were used with it.
         """
         if self.gathered is None or self._counters is None or self._times is None:
             return
@@ -106,5 +109,6 @@ class Hits:
             id = edit_of(slot)
             if id is not None:
                 self.gathered[id] = self.gathered.get(id, 0) + hits
-                self.since[id] = max(last, self.since.get(id, 0))
+                for used in {id, *members_of(slot)}:
+                    self.since[used] = max(last, self.since.get(used, 0))
         self._counters.zero_()

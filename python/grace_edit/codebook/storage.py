@@ -113,7 +113,12 @@ class Storage(Lookups):
 
     def gather_hits(self) -> None:
         """Note what the entries answered so far with their edits, before a slot changes hands."""
-        self.hits.gather(self._owner_of)
+        self.hits.gather(self._owner_of, self._members_of)
+
+    def _members_of(self, slot: int) -> set[int]:
+        entry = self.entry(slot)
+        edits = [] if entry is None else map(self.edit_records.get, entry.members)
+        return {edit.whole for edit in edits if edit is not None}
 
     def _owner_of(self, slot: int) -> int | None:
         entry = self.entry(slot)
