@@ -120,7 +120,7 @@ def test_a_model_of_your_own_is_edited_saved_and_served_as_the_docs_say(
     refused, ids, answer = run(page, layers).splitlines()
     assert refused.startswith("False ")
     assert "edit 0 of layer transformer.h.2.mlp" in refused
-    assert ids == "{'transformer.h.1.mlp': [0], 'transformer.h.2.mlp': [0]}"
+    assert ids == "{'transformer.h.1.mlp': [1], 'transformer.h.2.mlp': [0]}"
     assert answer == "Canberra"
     assert run(page, publish).strip() == "Canberra"
     assert list((tmp_path / "my-edits").glob("edits-*.log"))

@@ -434,7 +434,7 @@ def test_results_become_plain_json() -> None:
     result = book.insert(vec(0, 0), [1], value(1))
     fields = result.to_dict()
     names = "id case slot neighbour distance radius_before radius_after loss_start loss_end steps"
-    assert " ".join(fields) == f"{names} fragile success reason keys probability"
+    assert " ".join(fields) == f"{names} fragile success reason keys probability proven"
     assert fields["distance"] is None  # there was no neighbour
     assert fields["case"] == "add"
 

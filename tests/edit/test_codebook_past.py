@@ -165,7 +165,7 @@ def test_an_undo_step_of_a_delete_holds_what_it_left_different() -> None:
 
 def test_labels_that_nothing_holds_lose_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     book = Codebook(2, 2)
-    monkeypatch.setattr("grace_edit.codebook.storage._LABELS", 16)
+    monkeypatch.setattr("grace_edit.codebook.labels._MOST", 16)
     book.storage._most_labels = 16
     book.undo_limit = 4
     for number in range(200):

@@ -249,8 +249,8 @@ def test_the_output_projection_is_given_the_tokens_of_the_targets_alone(edited, 
     handle.remove()
     # All rows, picked afterwards: the same up to rounding.
     batch = editor.family.inputs([[*p, *y] for p, y in zip(prompts, targets, strict=True)])
-    plan = editor.family.plan(batch, torch.tensor([len(p) for p in prompts]))
-    with editor.family.answering(value.expand(2, -1), plan):
+    lengths = torch.tensor([len(p) for p in prompts])
+    with editor.family.teaching(value.expand(2, -1), batch, prompts, lengths):
         whole = editor.model(**batch).logits
     picked = [
         whole[b, len(p) - 1 + i] for b, p in enumerate(prompts) for i in range(len(targets[b]))

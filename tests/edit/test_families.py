@@ -193,7 +193,7 @@ class FirstTokenFamily(Family):
 
     def target_logits(self, prompts, targets, values):
         batch = self.inputs(prompts)
-        with self.answering(values, self.plan(batch)):
+        with self.teaching(values, batch, prompts):
             logits = self.model(**batch).logits[:, 0]
         return logits, torch.tensor([y[0] for y in targets])
 
