@@ -166,12 +166,12 @@ def test_an_undo_step_of_a_delete_holds_what_it_left_different() -> None:
 def test_labels_that_nothing_holds_lose_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     book = Codebook(2, 2)
     monkeypatch.setattr("grace_edit.codebook.labels._MOST", 16)
-    book.storage._most_labels = 16
+    book.storage.labels._most = 16
     book.undo_limit = 4
     for number in range(200):
         book.insert(vec(0, 0), [number], value(number), prompt=[1])
         book.insert(vec(9, number % 3), [number % 5], value(number))
-    assert len(book.storage._label_numbers) <= 32
+    assert len(book.storage.labels._numbers) <= 32
     book.check()
     for _ in range(4):
         book.undo()
