@@ -186,6 +186,8 @@ def test_looking_ends_with_the_engine_and_goes_on_behind_an_error(served, tmp_pa
         assert time.monotonic() < until
         time.sleep(0.01)
     assert thread.is_alive()
+    core.admit(request("a", IDS[QUESTION]))
+    assert core.news(step(["a"])).values, "what was there before goes on"
     del core
     thread.join(60)
     assert not thread.is_alive()
