@@ -206,6 +206,7 @@ def test_what_is_published_is_followed_in_the_tensors_of_the_engine(
     book, theirs = core._edits.book, text.editor.codebook
     tensors = [t.data_ptr() for t in (book.keys, book.values, book.radii, book.count)]
     prompts = [AUSTRALIA, AUTHOR, OTHERS[2], STORY * 2 + OTHERS[2]]
+    whole: list[Any] = []
 
     def same() -> list[list[int]]:
         got = tokens(ask(prompts))
@@ -218,12 +219,16 @@ def test_what_is_published_is_followed_in_the_tensors_of_the_engine(
     with publish(text.editor, text.at) as publisher:
         publisher.compact()
         before = same()
-        monkeypatch.setattr(store, "load_saved", lambda *_, **__: pytest.fail("read anew"))
+        load = store.load_saved
+        monkeypatch.setattr(
+            store, "load_saved", lambda *a, **k: [whole.append(a), load(*a, **k)][1]
+        )
         added = text.editor.edit(OTHERS[2], " Lyon")
         after = same()
         assert [a == b for a, b in zip(before, after, strict=True)] == [True, True, False, False]
         text.editor.delete(added.id)
-        publisher.compact()
+        assert same() == before
+        publisher.compact()  # of what the engine has read
         text.editor.delete(0)
         assert same()[0] != before[0]
         text.editor.undo()
@@ -235,7 +240,7 @@ def test_what_is_published_is_followed_in_the_tensors_of_the_engine(
             assert time.monotonic() < until
             time.sleep(0.1)
         assert same() == before
-        monkeypatch.undo()
+    assert not whole, "what was published was never read as a whole"
     assert core._edits.book is book
     assert tensors == [t.data_ptr() for t in (book.keys, book.values, book.radii, book.count)]
 

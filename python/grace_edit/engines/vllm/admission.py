@@ -112,11 +112,7 @@ class Admission:
             self._values[request.request_id] = answered.values[0].clone()
 
     def look(self) -> None:
-        """Take what was saved or published since, for what comes next.
-
-        Raises:
-            NotServed: the directory is gone.
-        """
+        """Take what was saved or published since, for what comes next."""
         with self._looking:
             self._look()
 

@@ -99,7 +99,7 @@ class SavedEdits:
         self._config, self._options = config, options
         directory = Path(options.codebook)
         self._place = directory / store.CONFIG
-        self._seen = self._look()
+        self._seen, self._told = self._look(), ""
         now = Described(options.codebook)
         now.check_dtype(config.model_config.dtype, config.model_config.get_hidden_size())
         self.book, self.query = now.book, now.query
@@ -123,22 +123,29 @@ class SavedEdits:
         """Take what was saved or published since.
 
         Where nothing was it costs reading a file of a few kB, and a change that was published costs
-        what it changed. What cannot be taken, as edits of another model or layer, is logged as an
-        error; those before it are kept.
-
-        Raises:
-            NotServed: the directory is gone.
+        what it changed. What cannot be taken, as edits of another model or layer, or read, as the
+        directory is gone, is logged as an error; what was there before is kept.
         """
-        seen = self._look()
-        if seen == self._seen and self._size_of_log() == self._log_bytes:
+        try:
+            seen = self._look()
+            if seen == self._seen and self._size_of_log() == self._log_bytes:
+                self._told = ""
+                return
+        except NotServed as error:
+            self._tell(error)
             return
         self._seen = seen
         try:
             self._replica.poll()
             self._log_bytes = self._replica.end.offset
         except (LookupError, TypeError, ValueError) as error:
-            log.error("saved edits are not served, those before them are: %s", error)
+            self._tell(error)
             self._log_bytes = self._size_of_log()  # tried again when there is more
+
+    def _tell(self, error: Exception) -> None:
+        if str(error) != self._told:
+            self._told = str(error)
+            log.error("saved edits are not served, those before them are: %s", self._told)
 
     def take_rows(self) -> set[int]:
         """Return the slots whose key, value or radius was written since the last call."""
