@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -48,8 +46,10 @@ def adopt(storage: Storage, new: Storage) -> set[int]:
         if moves:
             slots.warn_of_new_memory(theirs.capacity)
             theirs.move_to(slots.device)
+            written = _other_rows(slots, theirs)
         else:
             different = _different(slots, theirs)
+            written = {slot for name in _ROWS for slot in different[name][0].tolist()}
         theirs.maintain_sketch()
         with storage.lock:
             storage.gather_hits()
@@ -62,9 +62,24 @@ def adopt(storage: Storage, new: Storage) -> set[int]:
             storage.taken = new.taken
             storage.journal.forget("a snapshot was followed")
             slots.maintain_sketch()
-    if moves:
-        return set(range(slots.in_use))
-    return {slot for name in _ROWS for slot in different[name][0].tolist()}
+    return written
+
+
+def _other_rows(slots: Slots, theirs: Slots) -> set[int]:
+    """Return the slots that one holds alone, or of which a row has other bits."""
+    both = min(slots.in_use, theirs.in_use)
+    found = set(range(both, max(slots.in_use, theirs.in_use)))
+    for name in _ROWS:
+        found.update(_unlike(getattr(slots, name)[:both], getattr(theirs, name)[:both]).tolist())
+    return found
+
+
+def _unlike(one: Tensor, other: Tensor) -> Tensor:
+    """Return the numbers of the rows that have other bits."""
+    if not len(one):
+        return torch.zeros(0, dtype=torch.int64)
+    bits = [rows.reshape(len(rows), -1).contiguous().view(torch.uint8) for rows in (one, other)]
+    return (bits[0] != bits[1]).any(1).nonzero()[:, 0]
 
 
 def _different(slots: Slots, theirs: Slots) -> dict[str, tuple[Tensor, Tensor]]:
@@ -76,10 +91,6 @@ def _different(slots: Slots, theirs: Slots) -> dict[str, tuple[Tensor, Tensor]]:
         if len(other) < count:  # it was smaller
             other = resized(other, count, rest)
         rows = other[:count].to(slots.device)
-        own, bits = (
-            t[:count].reshape(count, math.prod(t.shape[1:])).contiguous() for t in (own, rows)
-        )
-        same = own.view(torch.uint8) == bits.view(torch.uint8)
-        at = (~same.all(1)).nonzero()[:, 0] if count else torch.zeros(0, dtype=torch.int64)
+        at = _unlike(own[:count], rows)
         found[name] = (at, rows[at])
     return found
