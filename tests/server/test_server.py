@@ -304,7 +304,8 @@ def test_a_follower_answers_as_the_writer_does_at_each_version_it_saved(
             wait_until(lambda: client.ask("GET", "/v1/status").version == editor.codebook.version)
             # Saved again with something else beside, it has the version that it had.
             save(editor.family, editor.config, where, {"noted": right})
-            wait_until(lambda: follower._checksum == store.describe(where)["checksum"])
+            snapshot = store.log_of(where, store.describe(where)["checksum"])
+            wait_until(lambda snapshot=snapshot: follower._replica.log == snapshot)
             reply = client.chat(CAPITAL)
             assert (reply.said, reply.version) == (right, editor.codebook.version)
         served, described = book.version, (where / "grace_config.json").read_bytes()

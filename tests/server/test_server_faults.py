@@ -283,7 +283,8 @@ def test_the_command_says_what_is_missing_and_which_options_do_not_go_together(
     where = str(tmp_path / "edits")
 
     def run(*options: str) -> str:
-        result = CliRunner().invoke(command, ["serve", "--codebook", where, *options])
+        model = ["--model", "none", "--layer", "h.0.mlp"]
+        result = CliRunner().invoke(command, ["serve", "--codebook", where, *model, *options])
         assert result.exit_code == 2, result.output
         return result.output
 
