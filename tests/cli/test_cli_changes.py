@@ -115,7 +115,7 @@ def test_expire_takes_back_what_answered_nobody_for_long(grace, saved, no_model)
     assert "hits are not counted" in refused.stderr
     book, described, beside = store.load_all(saved)
     now = int(time.time())
-    book.storage.hits.start({3: 5}, {1: now - 29 * 86400, 3: now - 60}, now - 40 * 86400)
+    book.storage.hits.go_on({3: 5}, {3: now - 60}, {1: now - 29 * 86400}, now - 40 * 86400)
     store.save(book, saved, described, beside)
     rows = told(grace, "edit", "ls", "--codebook", saved)["edits"]
     assert [(row["hits"], row["last_hit"]) for row in rows] == [(0, None), (5, now - 60), (0, None)]

@@ -151,3 +151,17 @@ def test_records_before_one_that_cannot_be_followed_yet_are_followed_once(tmp_pa
     assert versions[0] == versions[1]
     assert versions[0][0] == book.version - 1
     publisher.close()
+
+
+def test_labels_that_nothing_holds_lose_their_numbers_where_they_are_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grace_edit.codebook.labels._MOST", 16)
+    book, publisher = opened(tmp_path)
+    follower = followed(tmp_path)
+    for number in range(80):
+        book.insert(row(1), [number], row(1, 2), [1])
+    follower.poll()
+    assert follower.codebook.labels == book.labels == [(79,)]
+    assert len(follower.codebook.storage.labels._numbers) <= 32
+    publisher.close()

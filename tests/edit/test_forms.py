@@ -163,6 +163,11 @@ def test_chat_messages_go_through_the_tokenizers_template_up_to_the_answer(train
     assert editor.family.encode_edit(CHAT, text_of(TARGET)) == (ids, [*TARGET, EOS])
     assert editor.family.encode_pair(CHAT, text_of(TARGET)) == (ids, TARGET)
     assert editor.family.encode_edit(CHAT, TARGET) == (ids, TARGET)
+    assert editor.family.encode_edit(CHAT, f"{text_of(TARGET)} </s>") == (ids, [*TARGET, EOS])
+    with pytest.raises(ValueError, match="end"):
+        editor.family.encode_edit(CHAT, "w5 </s> w6")
+    with pytest.raises(ValueError, match="target must"):
+        editor.family.encode_edit(CHAT, " ")
     turns = [*CHAT, {"role": "model", "content": "w9"}, {"role": "user", "content": "w8"}]
     assert editor.family.encode(turns) == [1, *PROMPT, 3, 9, 1, 8, 3]
     result = editor.edit(CHAT, [TARGET[0]])

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from codebook_streams import state
-from grace_edit.codebook import expiry, hits, store
+from durable_lab import published, row
+from grace_edit import serving
+from grace_edit.codebook import hits, store
 from grace_edit.codebook.codebook import Codebook
+from safetensors.torch import load_file
 from text_models import NEIGHBOUR, QUESTION, REWORDED, TARGET, text_editor, tokenizer
 from tiny_models import generated, logits_of, run_of
 
@@ -217,17 +220,67 @@ def test_looking_is_not_asking(trained):
     assert editor.codebook.hits == {0: 1}
 
 
-def test_an_edit_in_use_stays_when_the_one_whose_entry_answered_it_goes(monkeypatch):
-    clock = [1_000]
-    monkeypatch.setattr(hits, "now", lambda: clock[0])
+def shared(clock):
+    """A codebook whose one entry, an edit's own, answers another edit too, which is in use."""
     book = Codebook(2, 2)
     book.count_hits = True
     owner = book.insert(torch.zeros(2), [1], torch.zeros(2)).id
     member = book.insert(torch.tensor([1.5, 0.0]), [1], torch.zeros(2))
     assert member.case == "expand"
-    clock[0] = 5_000
-    with book.lock:
-        book.count_answers(book.lookup(torch.tensor([[1.5, 0.0]]))[0])
+    clock.now = 5_000
+    ask(book, (1.5, 0.0))
+    return book, owner, member.id
+
+
+def test_an_edit_in_use_stays_so_when_the_entry_that_answered_it_goes(clock):
+    book, owner, member = shared(clock)
     book.delete(owner)
-    monkeypatch.setattr(expiry, "now", lambda: clock[0])
+    assert book.last_hit == {member: 5_000}
     assert book.expire(1_000, dry_run=True) == []
+    book, owner, member = shared(clock)
+    assert book.insert(torch.tensor([0.9, 0.0]), [2], torch.zeros(2)).success
+    assert book.edit(owner).slot != book.edit(member).slot, "it got an entry of its own"
+    assert (book.last_hit[owner], book.last_hit[member]) == (5_000, 5_000)
+    assert book.expire(1_000, dry_run=True) == []
+
+
+def test_what_brings_an_edit_back_brings_back_that_it_is_in_use(clock, tmp_path):
+    def purge_in_vain(book):
+        with book.transaction():
+            book.delete(0, purge=True)
+            raise KeyboardInterrupt
+
+    book = filled((0.0, 0.0), (9.0, 0.0))
+    book.history_limit = 0
+    clock.now = 5_000
+    ask(book, (0.0, 0.0))
+    with pytest.raises(KeyboardInterrupt):
+        purge_in_vain(book)
+    book.delete(0)
+    book.undo()
+    assert (book.last_hit[0], book.hits[0]) == (5_000, 1)
+    assert book.expire(1_000, dry_run=True) == [1]
+    book.delete(0, purge=True)
+    store.save(book, tmp_path, {})
+    tensors = load_file(tmp_path / store.TENSORS)
+    assert tensors["hit_edits"].tolist() == []
+    assert tensors["hit_made"].tolist() == [[1, 1_000]]
+
+
+def test_what_is_counted_while_it_is_published_is_kept_when_that_ends(clock, tmp_path, monkeypatch):
+    about = {"serving": {}, "model": {}, "config": {}}
+    monkeypatch.setattr(serving, "describe", lambda family, config: (about, {}))
+    book = Codebook(3, 2, capacity=4)
+    book.count_hits = True
+    publisher = published(book, tmp_path)
+    book.insert(row(1), [1], row(1, 2))
+    clock.now = 5_000
+    with book.lock:
+        book.count_answers(book.lookup(row(1)[None])[0])
+    publisher.close()
+    before = (tmp_path / store.CONFIG).read_bytes()
+    loaded, _ = store.load(tmp_path)
+    assert (loaded.last_hit, loaded.hits) == ({0: 5_000}, {0: 1})
+    assert loaded.expire(1_000, dry_run=True) == []
+    published(loaded, tmp_path).close()  # nothing is new
+    assert (tmp_path / store.CONFIG).read_bytes() == before

@@ -13,7 +13,6 @@ from transformers import StoppingCriteria, StoppingCriteriaList, TextStreamer
 from ..codebook.records import EditResult
 from ..editing.explanation import Explanation
 from ..editor import GraceEditor
-from ..families.turns import answer_ids
 from ..keys.prompts import PromptReader
 
 Hear = Callable[[str], None]
@@ -91,10 +90,7 @@ class Conversation:
             raise ValueError("the right answer must not be empty")
         if self.chat:
             turn = [{"role": "user", "content": question}]
-            return self.editor.edit(
-                self._ids(turn),
-                answer_ids(self.editor.family.model, self.editor.tokenizer, turn, right.strip()),
-            )
+            return self.editor.edit(turn, right)
         joint = "" if question[-1:].isspace() or right[:1].isspace() else " "
         return self.editor.edit(question, joint + right)
 

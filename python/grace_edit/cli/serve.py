@@ -82,9 +82,11 @@ def _published(options: Options, settings: dict[str, Any]) -> tuple[GraceEditor,
     editor = open_editor(options.model, saved, options.dtype, options.device, settings)
     try:
         with quiet():
-            return editor, publish(editor, where)
+            keeper = publish(editor, where)
     except (TimeoutError, ValueError) as error:  # somebody else writes there, or has
         raise CommandError(CONFLICT, f"--codebook {error}") from error
+    editor.codebook.count_hits = True  # for `grace edit ls` and `expire`; kept when it ends
+    return editor, keeper
 
 
 def _is_empty(directory: Path) -> bool:

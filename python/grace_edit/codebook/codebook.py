@@ -266,8 +266,8 @@ class Codebook(Contents):
     def delete_all(self, ids: Sequence[int], purge: bool = False) -> None:
         """Take several edits back as `delete` takes one, all or none, as one step of undo.
 
-        What is left is the same as after deleting them one by one; what they touched is decided
-        again once, not once for each.
+        What they touched is decided again once, not once for each. So keys, radii and labels are
+        those after deleting them one by one, while an entry may keep another value of its label.
 
         Raises:
             KeyError: as `delete`, for any of them.

@@ -13,15 +13,17 @@ from .storage import Storage
 def last_hits(storage: Storage) -> dict[int, int | None] | None:
     """Return when each live edit last answered; see `Codebook.last_hit`. `lock` must be held."""
     storage.gather_hits()
-    gathered, since = storage.hits.gathered, storage.hits.since
-    if gathered is None:
+    if not storage.hits.on:
         return None
-    found = {}
-    for id in storage.live_ids():
-        times = [since.get(owner, storage.hits.started) for owner in _owners(storage, id)
-                 if gathered.get(owner)]  # fmt: skip
-        found[id] = max(times, default=None)
-    return found
+    return {id: _used(storage, id) for id in storage.live_ids()}
+
+
+def _used(storage: Storage, id: int) -> int | None:
+    # An entry that it came to share, or was given, may have answered before.
+    entries = (storage.live_entry(edit.slot) for edit in storage.group(id))
+    owners = {storage.edit(entry.owner).whole for entry in entries}
+    times = [storage.hits.used[each] for each in {id, *owners} if each in storage.hits.used]
+    return max(times, default=None)
 
 
 def expire(
@@ -47,7 +49,7 @@ def _unused(storage: Storage, before: float, keep: set[int]) -> list[int]:
             "and let the edits serve for a while"
         )
     storage.gather_hits()
-    since, started = storage.hits.since, storage.hits.started
+    made, started = storage.hits.made, storage.hits.started
     superseded = defaultdict(list)
     for id in storage.past:
         by = storage.edit(id).superseded_by
@@ -55,17 +57,10 @@ def _unused(storage: Storage, before: float, keep: set[int]) -> list[int]:
             superseded[by].append(id)
     ids = []
     for id in storage.live_ids():
-        # An edit whose entry answered others was used with them; one that has just been made, or
-        # taken over an entry, was not yet asked.
-        owners = {id, *_owners(storage, id)}
-        if max(since.get(owner, started) for owner in owners) <= before and id not in keep:
+        # One that has just been made was not yet asked.
+        last = max(made.get(id, started), _used(storage, id) or started)
+        if last <= before and id not in keep:
             ids.append(id)
     for id in ids:  # which grows: what an edit took the place of goes with it
         ids += [other for other in superseded[id] if other not in keep]
     return sorted(ids)
-
-
-def _owners(storage: Storage, id: int) -> set[int]:
-    """Return the edits whose keys the entries have that answer an edit."""
-    entries = (storage.live_entry(edit.slot) for edit in storage.group(id))
-    return {storage.edit(entry.owner).whole for entry in entries}

@@ -29,15 +29,21 @@ class Hits:
     Attributes:
         gathered: hits by id of the edit, as of the last `gather`; an edit's entries are those whose
             keys are its queries. None: nothing is counted.
-        since: by id of the edit, when it last answered, else when it was made, as of the last
-            `gather`; one that is not there was made before counting `started`.
-        started: when counting began.
+        used: by id of the edit, when the entries that answer it last answered somebody, as of the
+            last `gather`.
+        made: by id of the edit, when it was made; one that is not there was made before counting
+            `started`.
+        total: hits gathered since counting was switched on in this process.
+
+    Edits that are gone may still be in there: a change that is taken back brings them back.
     """
 
     def __init__(self) -> None:
         self.gathered: dict[int, int] | None = None
-        self.since: dict[int, int] = {}
+        self.used: dict[int, int] = {}
+        self.made: dict[int, int] = {}
         self.started = 0
+        self.total = 0
         self._counters: Tensor | None = None  # a slot each, and one more for what misses
         self._times: Tensor | None = None
 
@@ -46,31 +52,30 @@ class Hits:
         """Whether hits are counted."""
         return self.gathered is not None
 
-    def start(
+    def start(self) -> None:
+        """Count from now on."""
+        self.gathered, self.started = {}, now()
+
+    def go_on(
         self,
-        gathered: dict[int, int] | None = None,
-        since: dict[int, int] | None = None,
-        started: int | None = None,
+        gathered: dict[int, int],
+        used: dict[int, int],
+        made: dict[int, int],
+        started: int | None,
     ) -> None:
-        """Count from now on, from these hits and times on."""
-        self.gathered, self.since = dict(gathered or {}), dict(since or {})
+        """Count from what was counted before; `started` None: that was not noted then."""
+        self.gathered, self.used, self.made = dict(gathered), dict(used), dict(made)
         self.started = now() if started is None else started
 
     def stop(self) -> None:
         """Count no more, and forget what was counted."""
         self.gathered = self._counters = self._times = None
-        self.since = {}
+        self.used, self.made = {}, {}
 
     def note_made(self, id: int) -> None:
         """Note that an edit was made now, if hits are counted."""
         if self.on:
-            self.since[id] = now()
-
-    def forget(self, id: int) -> None:
-        """Forget an edit."""
-        if self.gathered is not None:
-            self.gathered.pop(id, None)
-            self.since.pop(id, None)
+            self.made[id] = now()
 
     def count(self, index: Tensor, capacity: int) -> None:
         """Count answers `index [B]` (-1: a miss) among so many slots; waits for no device.
@@ -97,7 +102,7 @@ class Hits:
 
         Args:
             edit_of: from a slot to the id of its edit, None: it holds no entry.
-            members_of: to the ids of all edits that it answers, which were used with it.
+            members_of: to the ids of all edits that it answers.
         """
         if self.gathered is None or self._counters is None or self._times is None:
             return
@@ -107,8 +112,10 @@ class Hits:
         )
         for slot, hits, last in counted:
             id = edit_of(slot)
-            if id is not None:
-                self.gathered[id] = self.gathered.get(id, 0) + hits
-                for used in {id, *members_of(slot)}:
-                    self.since[used] = max(last, self.since.get(used, 0))
+            if id is None:
+                continue
+            self.total += hits
+            self.gathered[id] = self.gathered.get(id, 0) + hits
+            for member in members_of(slot):
+                self.used[member] = max(last, self.used.get(member, 0))
         self._counters.zero_()

@@ -187,6 +187,7 @@ def apply(storage: Storage, record: bytes) -> bool:
             storage.version = said["version"]
         elif changes:  # the writer's number has gone back
             storage.version += 1
+        storage.drop_labels()
         storage.slots.maintain_sketch()
     storage.journal.forget("a change was followed")
     return changes
@@ -227,7 +228,6 @@ def _apply_records(storage: Storage, said: dict[str, Any], tensors: dict[str, Te
         if "edit" not in record:
             if index >= 0:
                 queries.erase(index)
-            storage.hits.forget(id)
             write(storage, "edit_records", id, Absent if "gone" in record else None)
             continue
         if record["query"] >= 0 > index:

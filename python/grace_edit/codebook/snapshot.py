@@ -100,14 +100,26 @@ def _tensors(storage: Storage, at: Tensor) -> dict[str, Tensor]:
         "imported_lengths": torch.tensor([len(x) for x in imported.labels]).long(),
         **slots.sketch_upkeep.state(),
     }
-    hits = storage.hits.gathered
-    if hits is not None:  # else files are as those of the first release
-        tensors["hit_edits"] = torch.tensor(list(hits), dtype=torch.int64)
-        tensors["hit_counts"] = torch.tensor(list(hits.values()), dtype=torch.int64)
-        since = storage.hits.since
-        tensors["hit_since"] = torch.tensor([*since.items()], dtype=torch.int64).reshape(-1, 2)
-        tensors["hit_started"] = torch.tensor(storage.hits.started, dtype=torch.int64)
+    if storage.hits.on:  # else files are as those of the first release
+        tensors |= _hits(storage)
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _hits(storage: Storage) -> dict[str, Tensor]:
+    """Return what was counted of the edits of the history."""
+    hits = storage.hits
+    tables = [
+        [(id, number) for id, number in table.items() if storage.knows(id)]
+        for table in (hits.gathered or {}, hits.used, hits.made)
+    ]
+    counted, used, made = (torch.tensor(t, dtype=torch.int64).reshape(-1, 2) for t in tables)
+    return {
+        "hit_edits": counted[:, 0],
+        "hit_counts": counted[:, 1],
+        "hit_used": used,
+        "hit_made": made,
+        "hit_started": torch.tensor(hits.started, dtype=torch.int64),
+    }
 
 
 def _records(storage: Storage, rows: dict[int, int]) -> Iterator[dict[str, Any]]:
@@ -253,10 +265,11 @@ def fill_records(storage: Storage, lines: str, tensors: dict[str, Tensor]) -> No
     storage.fill(_imported(tensors), edits, entries, values)
     if "hit_edits" in tensors:
         ids, counts = tensors["hit_edits"].tolist(), tensors["hit_counts"].tolist()
-        gathered, since, started = dict(zip(ids, counts, strict=True)), None, None
-        if "hit_since" in tensors:
-            since, started = dict(tensors["hit_since"].tolist()), int(tensors["hit_started"])
-        storage.hits.start(gathered, since, started)
+        used, made, started = {}, {}, None
+        if "hit_used" in tensors:
+            used, made = (dict(tensors[name].tolist()) for name in ("hit_used", "hit_made"))
+            started = int(tensors["hit_started"])
+        storage.hits.go_on(dict(zip(ids, counts, strict=True)), used, made, started)
     _check_agreement(storage, tensors["radii"])
 
 

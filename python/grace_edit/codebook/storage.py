@@ -106,7 +106,7 @@ class Storage(Lookups):
     def end_change(self) -> None:
         """Do what ends every change: drop values nobody needs, count it, maintain the sketch."""
         self._drop_values()
-        self._drop_labels()
+        self.drop_labels()
         self.version = self.next_version()
         self._changed = True
         self.slots.maintain_sketch()
@@ -117,15 +117,21 @@ class Storage(Lookups):
 
     def _members_of(self, slot: int) -> set[int]:
         entry = self.entry(slot)
-        edits = [] if entry is None else map(self.edit_records.get, entry.members)
-        return {edit.whole for edit in edits if edit is not None}
+        return set() if entry is None else {self._whole(member) for member in entry.members}
 
     def _owner_of(self, slot: int) -> int | None:
         entry = self.entry(slot)
-        if entry is None:
-            return None
-        edit = self.edit_records.get(entry.owner)  # none: an imported one, or about to be made
-        return entry.owner if edit is None else edit.whole
+        return None if entry is None else self._whole(entry.owner)
+
+    def _whole(self, id: int) -> int:
+        edit = self.edit_records.get(id)  # none: an imported one, or about to be made
+        return id if edit is None else edit.whole
+
+    def knows(self, id: int) -> bool:
+        """Say whether an edit with this id is in the history."""
+        if id in self.edit_records:
+            return self.edit_records[id] is not None
+        return 0 <= id < len(self.imported.labels)
 
     def fill(
         self,
@@ -158,7 +164,9 @@ class Storage(Lookups):
         """Go on in the place of another storage, with its locks, which others wait for."""
         if old.hits.on:
             old.gather_hits()
-            self.hits.start(old.hits.gathered, old.hits.since, old.hits.started)
+            hits = old.hits
+            self.hits.go_on(hits.gathered or {}, hits.used, hits.made, hits.started)
+            self.hits.total = hits.total
         self.journal.limit, self.history_limit = old.journal.limit, old.history_limit
         self.watcher = old.watcher
         self.lock, self.changing = old.lock, old.changing
@@ -365,7 +373,6 @@ class Storage(Lookups):
             self.queries.erase(edit.query_index)
         if edit.id in self.past:
             self._drop("past", edit.id)
-        self.hits.forget(edit.id)
         if edit.id < len(self.imported.labels):
             self._put("edit_records", edit.id, None)  # or it would be as imported
         else:
@@ -411,7 +418,7 @@ class Storage(Lookups):
         """Return the number that stands for a label on the device while a slot holds it."""
         return self.labels.number(self.settings.label_key(label))
 
-    def _drop_labels(self) -> None:
+    def drop_labels(self) -> None:
         """Let labels that no slot holds, and none will by undoing, lose their numbers."""
         if self.labels.are_many:
             held = set(self.slots.label_ids[: self.slots.in_use].tolist())

@@ -32,6 +32,7 @@ class Publisher:
         self._due = True  # a snapshot, before anything is appended
         self._appended = False  # something that is not yet final in memory
         self._astray = False  # the log may hold what was taken back
+        self._hits_kept = 0  # of those counted in this process, by the last snapshot
         self._closed = False
         with editor.codebook.changing() as storage:
             if storage.journal.is_open:
@@ -154,6 +155,8 @@ class Publisher:
             try:
                 if self._due:
                     self._write(storage)
+                elif self._hits_of(storage) > self._hits_kept:  # no log has them
+                    self._try_to_write(storage)
                 with contextlib.suppress(OSError):  # versions leave a gap then
                     self._mark(storage, storage.taken)
             finally:
@@ -185,6 +188,11 @@ class Publisher:
         if self._closed:
             raise ValueError("publisher must be open, got one that was closed")
 
+    def _hits_of(self, storage: Storage) -> int:
+        with storage.lock:
+            storage.gather_hits()
+            return storage.hits.total
+
     def _write(self, storage: Storage, *, follows: bool = True) -> None:
         described, beside = serving.describe(self._editor.family, self._editor.config)
         self._due = True
@@ -192,7 +200,7 @@ class Publisher:
         chain = None
         if before is not None and follows and before.sound and not self._astray:
             chain = before.end.chain.hex()
-        ahead = self._ahead(storage)
+        ahead, hits = self._ahead(storage), self._hits_of(storage)
         checksum = store.write(
             storage, self.directory, described, beside, chain, ahead, logged=True
         )
@@ -203,6 +211,7 @@ class Publisher:
         names = (store.CONFIG, store.TENSORS, store.EDITS, *beside)
         self._snapshot_bytes = sum((self.directory / name).stat().st_size for name in names)
         self._due = self._astray = False
+        self._hits_kept = hits
 
 
 def _other_part(
@@ -232,7 +241,7 @@ def publish(editor: GraceEditor, directory: str | Path, *, timeout: float = 10.0
     OSError, and the codebook is as it was. Readers wait for no disk.
 
     The directory is what `save_pretrained` writes, and a log beside; whatever reads saved edits
-    reads both. How often edits answered (`count_hits`) is kept by snapshots alone.
+    reads both. What `count_hits` counts is kept by snapshots alone, of which `close` makes one.
 
     Args:
         editor: its codebook is new or that of the directory (`GraceEditor.from_pretrained`).

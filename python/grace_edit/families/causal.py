@@ -39,6 +39,8 @@ class CausalFamily(Family):
         if is_chat(prompt) and isinstance(target, str):
             # Whoever answers a message ends his turn, and once.
             self.check_end(own)
+            if not target.strip():
+                raise ValueError(f"target must not be empty, got {target!r}")
             own = answer_ids(self.model, self.tokenizer, prompt, target.strip())
             self._check_room(ids, own)
         self.check_end(own)

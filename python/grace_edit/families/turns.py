@@ -35,7 +35,8 @@ def answer_ids(model: Any, tokenizer: Any, turns: Sequence[Any], right: str) -> 
             if token in ends:
                 return ids[: place + 1]
     # A template that writes past answers in another way than it asks for one.
-    return [*tokens(right), *ends[:1]]
+    ids = tokens(right)
+    return ids if ids and ids[-1] in ends else [*ids, *ends[:1]]
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:

@@ -16,8 +16,6 @@ from ..codebook.records import CapacityError, Edit, EditResult, UndoError
 from ..editing.explanation import explain
 from ..editor import GraceEditor
 from ..families import Family, target_of
-from ..families.ids import is_chat
-from ..families.turns import answer_ids
 from ..keys.prompts import PromptReader
 from .metrics import Metrics
 from .sharing import Cores
@@ -172,15 +170,9 @@ class Edits:
         prompt, target = body["prompt"], body["target"]
 
         def edit() -> EditResult:
-            own = target
-            if is_chat(prompt) and isinstance(target, str):
-                if not target.strip():
-                    raise ValueError("target must not be empty")
-                self.family.encode(prompt)  # says it if the template does not take the messages
-                own = answer_ids(self.family.model, self.family.tokenizer, prompt, target.strip())
             asked = [body.get(name, []) for name in ("paraphrases", "negatives")]
             with self._cores.editing():
-                return editor.edit(prompt, own, *asked)
+                return editor.edit(prompt, target, *asked)
 
         result: EditResult = _checked(edit)
         if not result.success:

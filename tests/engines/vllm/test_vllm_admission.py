@@ -194,6 +194,29 @@ def test_looking_ends_with_the_engine_and_goes_on_behind_an_error(served, tmp_pa
     assert caplog.text.count("cannot be read") == 1, "said once, not with each look"
 
 
+def test_what_could_not_be_read_once_is_read_at_the_next_look(served, monkeypatch):
+    it = served()
+    with publish(it.editor, it.at) as publisher:
+        core = Admission(it.engine, Options(it.at, interval=0))
+        core.news(step())
+        edit = it.editor.edit(NEIGHBOUR, TARGET)
+        publisher.compact()  # the log that was read is gone
+        with monkeypatch.context() as broken:
+            broken.setattr(store, "describe", refused)
+            core.admit(request("a", IDS[NEIGHBOUR]))
+            assert core.news(step(["a"])).version != it.editor.codebook.version
+        core.admit(request("b", IDS[NEIGHBOUR]))
+        assert edit.success
+        assert core.news(step(["b"])).version == it.editor.codebook.version
+        it.editor.delete(edit.id)  # in the log that is new
+        core.admit(request("c", IDS[NEIGHBOUR]))
+        assert core.news(step(["c"])).version == it.editor.codebook.version
+
+
+def refused(directory):
+    raise store.StoreError(f"{directory}: cannot be read (too many open files)")
+
+
 def test_only_the_block_an_answered_prompt_ends_in_is_its_own_and_what_follows_it(served):
     it = served()
     core = Admission(it.engine, Options(it.at, interval=0))

@@ -127,20 +127,23 @@ class SavedEdits:
         directory is gone, is logged as an error; what was there before is kept.
         """
         try:
-            seen = self._look()
-            if seen == self._seen and self._size_of_log() == self._log_bytes:
+            seen, size = self._look(), self._size_of_log()
+            if seen == self._seen and size == self._log_bytes:
                 self._told = ""
                 return
         except NotServed as error:
             self._tell(error)
             return
-        self._seen = seen
         try:
             self._replica.poll()
-            self._log_bytes = self._replica.end.offset
-        except (LookupError, TypeError, ValueError) as error:
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
             self._tell(error)
-            self._log_bytes = self._size_of_log()  # tried again when there is more
+            if isinstance(error, NotServed):  # until somebody saves again
+                self._seen, self._log_bytes = seen, size
+            return
+        # Only what was read is not looked at again: what failed may go well the next time.
+        self._seen, self._log_bytes = seen, self._replica.end.offset
+        self._told = ""
 
     def _tell(self, error: Exception) -> None:
         if str(error) != self._told:
