@@ -173,9 +173,7 @@ class Layers(Mapping[str, E], Generic[E]):
         with self.changing():
             if len(self) == 1:
                 return make()
-            # As requests are served, whatever this thread has turned off.
-            serving = {"enabled": True, "generation": None, "ends": None, "counts": False}
-            with self._families[0].adaptor.using_all(plan=None, **serving):
+            with self._families[0].adaptor.as_served():
                 before = self._answers()
                 new = [book.storage.next_id for book in self._books]
                 made = make()

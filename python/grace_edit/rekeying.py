@@ -33,6 +33,8 @@ def rekey(layers: Sequence[tuple[Family, GraceConfig]], progress: bool) -> list[
     """
     books = [family.adaptor.codebook for family, _ in layers]
     with books[0].changing():
+        for book in books:  # before the first is taken over
+            _check(book)
         before, results = [copy.copy(book) for book in books], []
         try:
             for number, (family, config) in enumerate(layers, 1):
@@ -41,7 +43,7 @@ def rekey(layers: Sequence[tuple[Family, GraceConfig]], progress: bool) -> list[
                         stack.enter_context(above.adaptor.using(absent=True))
                     results.append(_rekey(family, config, progress))
             for family, _ in layers if len(layers) > 1 else ():
-                with family.working():
+                with family.working(), family.adaptor.as_served():
                     lost = find_unproven(family, family.adaptor.codebook.live_keys, progress)
                 if lost:
                     raise RuntimeError(
@@ -55,9 +57,8 @@ def rekey(layers: Sequence[tuple[Family, GraceConfig]], progress: bool) -> list[
         return results
 
 
-def _rekey(family: Family, config: GraceConfig, progress: bool) -> list[EditResult]:
-    old = family.adaptor.codebook
-    edits = [edit for edit in old.history if edit.live]
+def _check(old: Codebook) -> None:
+    """Raise where a codebook cannot be made anew."""
     without = [edit.whole for edit in old.live_keys if edit.prompt is None]
     if without:
         raise ValueError(f"cannot rekey: edits {without[:8]} have no stored prompt to run again")
@@ -67,6 +68,11 @@ def _rekey(family: Family, config: GraceConfig, progress: bool) -> list[EditResu
         )
     if old.storage.journal.is_open:
         raise ValueError("cannot rekey inside a transaction: end it first")
+
+
+def _rekey(family: Family, config: GraceConfig, progress: bool) -> list[EditResult]:
+    old = family.adaptor.codebook
+    edits = [edit for edit in old.history if edit.live]
     results = []
     with family.working():
         new = EditMaker(family, config).new_codebook(old.capacity)

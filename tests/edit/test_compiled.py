@@ -6,6 +6,8 @@ torch takes to stay at one address, and whether ours do.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 
@@ -542,3 +544,10 @@ def test_growth_past_the_capacity_and_its_undo_are_answered_by_a_compiled_model(
     book.undo()
     assert book.capacity == 2
     assert ask() == [1.0, 2.0, 0.0]
+
+
+def test_importing_the_package_imports_no_compiler_and_no_models():
+    heavy = "{'torch._dynamo', 'transformers'} & set(sys.modules)"
+    run = [sys.executable, "-c", f"import sys, grace_edit; sys.exit(str({heavy} or '') or 0)"]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

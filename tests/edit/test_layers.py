@@ -482,14 +482,18 @@ def test_rekey_makes_all_layers_anew_on_another_dtype_or_none(pair):
     assert upper.edit(ONE, TO_ONE).success
     assert lower.edit(ONE, TO_ONE).success
     assert upper.edit(TWO, TO_TWO).success
-    lower.model.to(torch.bfloat16)
     upper.codebook.frozen = True
     before = kept(lower)
     with pytest.raises(ValueError, match="frozen"):
         lower.rekey()
     assert unchanged(lower, before)
+    lower.undo()
+    assert upper.codebook.ids == [0], "what was done before can be undone"
     upper.codebook.frozen = False
-    assert [result.id for result in upper.rekey()] == [0, 1]
+    again = upper.edit(TWO, TO_TWO).id
+    lower.model.to(torch.bfloat16)
+    with lower.disable():
+        assert [result.id for result in upper.rekey()] == [0, again]
     assert {book.codebook.keys.dtype for book in lower.layers.values()} == {torch.bfloat16}
     assert generated(lower.model, [ONE, TWO], 3) == [TO_ONE, TO_TWO]
     assert lower.verify() == upper.verify() == []

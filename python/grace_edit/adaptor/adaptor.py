@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,10 @@ from .precision import check_fits
 from .state import Captured, LayerReached, Switch, ThreadState
 from .text_queries import TextQueries
 from .torch_private import share_memory
+
+
+_SERVING = {"enabled": True, "generation": None, "ends": None, "counts": False}
+"""The state of a thread that runs forwards as requests are served, without counting them."""
 
 
 def _of_thread(name: str) -> Any:
@@ -132,13 +136,19 @@ class GraceAdaptor:
         Args:
             plans: of the other layers, in their order; none: they plan each forward themselves.
         """
-        serving = {"enabled": True, "generation": None, "ends": None, "counts": False}
-        serving |= {"forced": None, "captures": None, "witness": None}
+        serving = {**_SERVING, "forced": None, "captures": None, "witness": None}
         with ExitStack() as stack:
             for number, other in enumerate(self.others):
                 plan = plans[number] if plans else None
-                stack.enter_context(other.using(plan=plan, **serving))
+                stack.enter_context(other.using(**serving, plan=plan))
             yield
+
+    def as_served(self) -> AbstractContextManager[None]:
+        """Let all layers answer as requests are served inside a `with` block, without counting it.
+
+        Whatever this thread has turned off or planned.
+        """
+        return self.using_all(plan=None, **_SERVING)
 
     @contextmanager
     def disabled(self, *, thread_only: bool = False) -> Iterator[None]:

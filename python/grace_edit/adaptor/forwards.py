@@ -27,6 +27,7 @@ from .positions import (
 )
 from .state import Generation
 from .told import PromptEnds
+from .torch_private import outside_graphs
 
 
 def plan_forward(
@@ -120,7 +121,7 @@ def _check_pieces(adaptor: GraceAdaptor, ends: PromptEnds) -> None:
         )
 
 
-@torch.compiler.disable(
+@outside_graphs(
     reason='the ids of a prompt must be read before the layer runs under query="text"; to compile '
     "without a break, use generate or editor.plan(QueryPlan(..., answers=editor.answers(prompts)))"
 )

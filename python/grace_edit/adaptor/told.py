@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .positions import last_column
+from .torch_private import outside_graphs
 
 
 class PromptEnds:
@@ -30,7 +31,7 @@ class PromptEnds:
         self.lengths = lengths
         self._prompts = sorted({tuple(ids) for ids in prompts or ()})
 
-    @torch.compiler.disable(reason="inside editor.prompts(...) the host says where prompts end")
+    @outside_graphs(reason="inside editor.prompts(...) the host says where prompts end")
     def columns(self, mask: Tensor, ids: Tensor | None) -> Tensor:
         """Return `[B]` int64, the columns of `mask [B, L]` up to the ends of the prompts.
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def share_memory(a: Tensor, b: Tensor) -> bool:
@@ -45,3 +50,28 @@ def is_compiled(model: nn.Module) -> bool:
         or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
         for module in model.modules()
     )
+
+
+def outside_graphs(reason: str) -> Callable[[F], F]:
+    """Return a decorator for what `torch.compile` is to call and not to trace.
+
+    As `torch.compiler.disable`, which imports the compiler as soon as it is used: that takes longer
+    than everything else that this package imports. Here it is asked once there is a compiler.
+    """
+
+    def decorate(function: F) -> F:
+        @functools.wraps(function)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            run = function if "torch._dynamo" not in sys.modules else disabled()
+            return run(*args, **kwargs)
+
+        @functools.cache
+        def disabled() -> Any:
+            return torch.compiler.disable(function, reason=reason)
+
+        made: Any = called
+        made._torchdynamo_disable = True  # noqa: SLF001
+        made._torchdynamo_disable_msg = reason  # noqa: SLF001
+        return cast(F, called)
+
+    return decorate
