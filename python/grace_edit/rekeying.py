@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+from .codebook.codebook import Codebook
 from .codebook.records import EditResult
 from .config import GraceConfig
 from .editing.asked import wanted_of

@@ -23,7 +23,6 @@ from .state import Captured, LayerReached, Switch, ThreadState
 from .text_queries import TextQueries
 from .torch_private import share_memory
 
-
 _SERVING = {"enabled": True, "generation": None, "ends": None, "counts": False}
 """The state of a thread that runs forwards as requests are served, without counting them."""
 
