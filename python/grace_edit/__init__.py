@@ -7,8 +7,8 @@ from .adaptor.adaptor import GraceAdaptor
 from .adaptor.attach import detach
 from .adaptor.positions import QueryPlan
 from .codebook.codebook import Codebook
+from .codebook.files import StoreError
 from .codebook.records import CapacityError, EditResult, UndoError
-from .codebook.store import StoreError
 from .config import GraceConfig
 from .durable.following import Follower, follow
 from .durable.publishing import Publisher, publish

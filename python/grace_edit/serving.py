@@ -51,7 +51,7 @@ from .adaptor.fingerprint import fingerprint
 from .adaptor.text_queries import TextQueries
 from .codebook import store
 from .codebook.codebook import Codebook
-from .codebook.store import StoreError
+from .codebook.files import StoreError
 from .config import CALLABLE, GraceConfig
 from .editing.verification import find_unproven
 from .families import Family, family_of

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from grace_edit import Codebook
-from grace_edit.codebook import store
+from grace_edit.codebook import files, store
 from grace_edit.durable.following import Follower
 from grace_edit.durable.publishing import Publisher, publish
 
@@ -35,7 +35,7 @@ def followed(directory: Path) -> Follower:
 
 def opened(directory: Path) -> tuple[Codebook, Publisher]:
     """Go on as a writer that was started anew."""
-    there = (directory / store.CONFIG).exists()
+    there = (directory / files.CONFIG).exists()
     book = store.load(directory)[0] if there else Codebook(3, 2, capacity=2)
     return book, published(book, directory)
 

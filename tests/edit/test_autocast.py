@@ -9,7 +9,7 @@ import torch
 from grace_edit import Codebook, GraceConfig, GraceEditor, load
 from grace_edit.adaptor.adaptor import GraceAdaptor
 from grace_edit.adaptor.positions import QueryPlan
-from grace_edit.codebook import store
+from grace_edit.codebook import files
 from grace_edit.editing.drift import measure_drift
 from tiny_models import LAYERS, generated, logits_of, run_of
 
@@ -149,7 +149,7 @@ def test_saved_edits_know_which_autocast_they_were_made_for(trained, tmp_path):
     editor = GraceEditor(trained("llama"), None, GraceConfig(layer=LAYERS["llama"]))
     assert editor.edit(PROMPT, TARGET).success
     editor.save_pretrained(tmp_path / "outside")
-    assert "autocast" not in (tmp_path / "outside" / store.CONFIG).read_text()
+    assert "autocast" not in (tmp_path / "outside" / files.CONFIG).read_text()
     other = trained("llama")
     load(other, tmp_path / "outside")
     with autocast(), pytest.raises(ValueError, match=REFUSED):

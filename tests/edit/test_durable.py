@@ -12,7 +12,7 @@ import torch
 from codebook_streams import Stream, bits, insert_several
 from grace_edit import GraceEditor
 from grace_edit.cli import changing, models
-from grace_edit.codebook import adopting, redo, snapshot, store
+from grace_edit.codebook import adopting, files, redo, snapshot, store
 from grace_edit.codebook.codebook import Codebook
 from grace_edit.durable.publishing import Publisher
 from sketched_books import add, agree, make_small_ones_worth_a_sketch, since_fit
@@ -224,10 +224,10 @@ def test_a_directory_that_older_releases_may_read_gets_no_log(
     editor = edited("gpt2")
     editor.edit(PROMPT, TARGET)
     editor.save_pretrained(tmp_path)
-    assert store.load_saved(tmp_path).format < store.LOGGED
+    assert store.load_saved(tmp_path).format < files.LOGGED
     with grace_edit.publish(editor, tmp_path) as publisher:
         editor.edit(OTHER, TARGET)
-        assert store.load_saved(tmp_path).format == store.LOGGED
+        assert store.load_saved(tmp_path).format == files.LOGGED
         assert whole(store.load(tmp_path)[0])[:2] == whole(editor.codebook)[:2]
         editor.rekey()
         assert publisher.log_bytes == 0

@@ -30,7 +30,7 @@ from durable_lab import (
     tick,
 )
 from grace_edit import Codebook, serving
-from grace_edit.codebook import store
+from grace_edit.codebook import files, store
 from test_durable import whole
 
 
@@ -191,7 +191,7 @@ def test_a_writer_that_comes_after_a_kill_between_renames_finishes_them(tmp_path
         own = os.replace
 
         def replace(new: Any, old: Any) -> None:
-            if str(old).endswith(store.CONFIG):
+            if str(old).endswith(files.CONFIG):
                 os._exit(9)
             own(new, old)
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from durable_lab import LONG, acts, changed, followed, opened, row
 from grace_edit import serving
-from grace_edit.codebook import locking, redo, store
+from grace_edit.codebook import files, locking, redo, store
 from grace_edit.codebook.log import LogWriter
 from grace_edit.durable.following import Follower
 from test_durable import whole
@@ -115,7 +115,7 @@ def test_a_frame_of_a_writer_that_came_while_the_log_was_read_waits_for_its_seal
     publisher.close()
     (path,) = tmp_path.glob("edits-*.log")
     saved = store.load_saved(tmp_path)
-    own, came = store.is_held, []
+    own, came = files.is_held, []
 
     def is_held(directory: Path) -> bool:
         held = own(directory)
@@ -128,11 +128,11 @@ def test_a_frame_of_a_writer_that_came_while_the_log_was_read_waits_for_its_seal
             writer.close()
         return held
 
-    with changed(store, "is_held", is_held):
-        found = store.read_log(tmp_path, saved.checksum, saved.end)
+    with changed(files, "is_held", is_held):
+        found = files.read_log(tmp_path, saved.checksum, saved.end)
     assert found == ([], saved.end)
     came[0]()  # it is gone
-    found = store.read_log(tmp_path, saved.checksum, saved.end)
+    found = files.read_log(tmp_path, saved.checksum, saved.end)
     assert found is not None
     assert len(found[0]) == 1
 

@@ -7,7 +7,7 @@ import torch
 from codebook_streams import state
 from durable_lab import published, row
 from grace_edit import serving
-from grace_edit.codebook import hits, store
+from grace_edit.codebook import files, hits, store
 from grace_edit.codebook.codebook import Codebook
 from safetensors.torch import load_file
 from text_models import NEIGHBOUR, QUESTION, REWORDED, TARGET, text_editor, tokenizer
@@ -262,7 +262,7 @@ def test_what_brings_an_edit_back_brings_back_that_it_is_in_use(clock, tmp_path)
     assert book.expire(1_000, dry_run=True) == [1]
     book.delete(0, purge=True)
     store.save(book, tmp_path, {})
-    tensors = load_file(tmp_path / store.TENSORS)
+    tensors = load_file(tmp_path / files.TENSORS)
     assert tensors["hit_edits"].tolist() == []
     assert tensors["hit_made"].tolist() == [[1, 1_000]]
 
@@ -278,9 +278,9 @@ def test_what_is_counted_while_it_is_published_is_kept_when_that_ends(clock, tmp
     with book.lock:
         book.count_answers(book.lookup(row(1)[None])[0])
     publisher.close()
-    before = (tmp_path / store.CONFIG).read_bytes()
+    before = (tmp_path / files.CONFIG).read_bytes()
     loaded, _ = store.load(tmp_path)
     assert (loaded.last_hit, loaded.hits) == ({0: 5_000}, {0: 1})
     assert loaded.expire(1_000, dry_run=True) == []
     published(loaded, tmp_path).close()  # nothing is new
-    assert (tmp_path / store.CONFIG).read_bytes() == before
+    assert (tmp_path / files.CONFIG).read_bytes() == before

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from codebook_streams import bits
-from grace_edit.codebook import sketch_upkeep, store
+from grace_edit.codebook import files, sketch_upkeep, store
 from grace_edit.codebook.codebook import Codebook
 from grace_edit.codebook.records import EditResult, UndoError
 from safetensors.torch import load_file
@@ -95,7 +95,7 @@ def test_a_snapshot_of_4727689_loads_to_the_bit(name: str) -> None:
     assert config == {"layer": "h.1", "made_for": name}
     assert picture(book) == json.loads((SAVED / name / "expected.json").read_text())["saved"]
     agrees(book, expected, "saved")
-    records = map(json.loads, (SAVED / name / store.EDITS).read_text().splitlines())
+    records = map(json.loads, (SAVED / name / files.EDITS).read_text().splitlines())
     for record in (record for record in records if "edit" in record):
         edit = book.edit(record["edit"])
         got = [edit.state, edit.superseded_by, edit.label, edit.prompt, edit.slot, edit.value_id]
@@ -113,7 +113,7 @@ def test_the_sketch_of_a_snapshot_is_used_as_it_was_saved(monkeypatch: pytest.Mo
     monkeypatch.setattr(sketch_upkeep, "worthwhile", lambda slots: slots >= 40)
     monkeypatch.setattr(Sketch, "refit", lambda *_, **__: pytest.fail("the sketch was fitted"))
     book, _ = store.load(SAVED / "sketch")
-    saved = load_file(SAVED / "sketch" / store.TENSORS)
+    saved = load_file(SAVED / "sketch" / files.TENSORS)
     assert book.sketch is not None
     assert book.sketch.active
     state = book.sketch.state()
@@ -126,7 +126,7 @@ def test_what_is_saved_again_has_the_same_bytes(name: str, tmp_path: Path) -> No
     book, config = store.load(SAVED / name)
     assert {e.result.proven for e in book.history if e.result.case != "import"} <= {None}
     store.save(book, tmp_path, config)
-    for file in (store.CONFIG, store.TENSORS, store.EDITS):
+    for file in (files.CONFIG, files.TENSORS, files.EDITS):
         assert (tmp_path / file).read_bytes() == (SAVED / name / file).read_bytes()
 
 
@@ -136,7 +136,7 @@ def test_the_result_of_an_edit_is_saved_with_the_fields_that_4727689_knows(tmp_p
     book.record(replace(made, probability=0.75))
     store.save(book, tmp_path, {})
     known, now = (
-        json.loads((directory / store.EDITS).read_text().splitlines()[0])["result"].keys()
+        json.loads((directory / files.EDITS).read_text().splitlines()[0])["result"].keys()
         for directory in (SAVED / "default", tmp_path)
     )
     assert now == known

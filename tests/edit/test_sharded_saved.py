@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from grace_edit import Codebook, StoreError, publish, serving
-from grace_edit.codebook import store
+from grace_edit.codebook import files, store
 from grace_edit.codebook.sharding import load_sharded
 
 from grace_kernels.testing import same_bits
@@ -61,14 +61,14 @@ def test_what_is_read_by_rank_answers_as_the_codebook_does(
 
 def test_tensors_of_another_save_are_refused(group: None, saved: tuple[Codebook, Path]) -> None:
     book, directory = saved
-    before = (directory / store.TENSORS).read_bytes()
+    before = (directory / files.TENSORS).read_bytes()
     book.insert(torch.ones(16).bfloat16() * 40, [99], torch.ones(5).bfloat16())
     book.insert(torch.ones(16).bfloat16() * 50, [98], torch.ones(5).bfloat16())
     store.save(book, directory, {})
-    (directory / store.TENSORS).write_bytes(before)
+    (directory / files.TENSORS).write_bytes(before)
     with pytest.raises(StoreError, match=r"codebook.safetensors: keys must have shape \[41, 16\]"):
         load_sharded(directory)
-    (directory / store.TENSORS).write_bytes(before[:50])
+    (directory / files.TENSORS).write_bytes(before[:50])
     with pytest.raises(StoreError, match=r"codebook.safetensors: not a safetensors file"):
         load_sharded(directory)
     with pytest.raises(StoreError, match=r"grace_config.json: cannot be read"):
@@ -102,6 +102,6 @@ def test_changes_in_a_log_are_refused_with_what_to_do(
         publisher.compact()
         assert load_sharded(directory).lookup(query[None])[0].item() == book.lookup(query[None])[0]
     assert load_sharded(directory).lookup(query[None])[0].item() >= 0
-    (directory / (store.CONFIG + ".new")).touch()
+    (directory / (files.CONFIG + ".new")).touch()
     with pytest.raises(StoreError, match="while it was read, or a save was interrupted"):
         load_sharded(directory)

@@ -12,9 +12,9 @@ import sketched_books
 import torch
 from codebook_streams import bits
 from grace_edit import GraceEditor
+from grace_edit.codebook import files, store
 from grace_edit.codebook import sketch_upkeep as sketching
-from grace_edit.codebook import store
-from grace_edit.codebook.store import CONFIG, TENSORS, StoreError
+from grace_edit.codebook.files import CONFIG, TENSORS, StoreError
 from safetensors.torch import load_file, save_file
 from sketched_books import WORTH, add, agree, busy, counted, fits, since_fit, spread_out
 from torch import Tensor
@@ -107,9 +107,9 @@ def damage(directory: Path, how: Any) -> None:
     how(tensors)
     save_file(tensors, directory / TENSORS)
     described = json.loads((directory / CONFIG).read_bytes())
-    described["files"][TENSORS] = store._sha256((directory / TENSORS).read_bytes())
-    described["checksum"] = store._checksum(described)
-    (directory / CONFIG).write_bytes(store._render(described))
+    described["files"][TENSORS] = files.sha256((directory / TENSORS).read_bytes())
+    described["checksum"] = files.checksum_of(described)
+    (directory / CONFIG).write_bytes(files.render(described))
 
 
 def shifted(name: str, by: float) -> Any:

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 from codebook_streams import VALUE_DIM, Stream, bits, entries, state
-from grace_edit.codebook import store
+from grace_edit.codebook import files, store
 from grace_edit.codebook.codebook import Codebook
+from grace_edit.codebook.files import CONFIG, EDITS, TENSORS, StoreError
 from grace_edit.codebook.records import UndoError
-from grace_edit.codebook.store import CONFIG, EDITS, TENSORS, StoreError
 from safetensors.torch import load_file, save_file
 
 NAMES = (CONFIG, TENSORS, EDITS)
@@ -241,8 +241,8 @@ def rewrite(directory: Path, change: Callable[[dict[str, Any]], None]) -> None:
     change(described)
     for name in (TENSORS, EDITS):
         described["files"][name] = hashlib.sha256((directory / name).read_bytes()).hexdigest()
-    described["checksum"] = store._checksum(described)
-    (directory / CONFIG).write_bytes(store._render(described))
+    described["checksum"] = files.checksum_of(described)
+    (directory / CONFIG).write_bytes(files.render(described))
 
 
 def test_a_newer_format_is_refused_as_such(damaged: Path) -> None:
@@ -396,4 +396,4 @@ def test_loading_leaves_the_codebook_in_memory_alone(damaged: Path) -> None:
 def test_all_files_of_a_save_may_be_read_by_who_may_read_one(tmp_path: Path) -> None:
     store.save(Codebook(3, 2, capacity=2), tmp_path / "saved", {})
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "saved").iterdir()}
-    assert modes[store.TENSORS] == modes[store.CONFIG] == modes[store.EDITS]
+    assert modes[files.TENSORS] == modes[files.CONFIG] == modes[files.EDITS]

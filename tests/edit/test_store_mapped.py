@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from grace_edit.codebook import importing, store
+from grace_edit.codebook import files, importing, store
 from grace_edit.codebook.codebook import Codebook
-from grace_edit.codebook.store import TENSORS
+from grace_edit.codebook.files import TENSORS
 from torch import Tensor
 
 from grace_kernels.testing import same_bits
@@ -66,14 +66,14 @@ def test_only_a_full_codebook_stays_in_the_file_and_only_if_it_is_asked_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     where = {}
-    map_tensors = store._map_tensors
+    map_tensors = files._map_tensors
 
     def noted(path: Path, wanted: str | None) -> dict[str, Tensor] | None:
         found = map_tensors(path, wanted)
         where.update(found or {})
         return found
 
-    monkeypatch.setattr(store, "_map_tensors", noted)
+    monkeypatch.setattr(files, "_map_tensors", noted)
     for capacity, mapped, stays in ((None, True, True), (None, False, False), (64, True, False)):
         store.save(Codebook.from_tensors(*tensors(), capacity=capacity), tmp_path, {})
         book, _ = store.load(tmp_path, mapped=mapped)
@@ -109,7 +109,7 @@ def test_what_was_renamed_over_while_it_was_read_is_read_again(
 ) -> None:
     store.save(Codebook.from_tensors(*tensors()), tmp_path, {})
     other = Codebook.from_tensors(*tensors(40))
-    checksum, saved = store._sha256_of, []
+    checksum, saved = files.sha256_of, []
 
     def saves_meanwhile(path: Path) -> str:
         found = checksum(path)
@@ -118,7 +118,7 @@ def test_what_was_renamed_over_while_it_was_read_is_read_again(
             store.save(other, tmp_path, {})
         return found
 
-    monkeypatch.setattr(store, "_sha256_of", saves_meanwhile)
+    monkeypatch.setattr(files, "sha256_of", saves_meanwhile)
     book, _ = store.load(tmp_path)
     assert saved == [True]
     assert same(book, other)

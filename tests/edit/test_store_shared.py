@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 import torch
-from grace_edit.codebook import locking, store
+from grace_edit.codebook import files, locking, store
 from grace_edit.codebook.codebook import Codebook
+from grace_edit.codebook.files import CONFIG, EDITS, TENSORS, StoreError
 from grace_edit.codebook.locking import LOCK, writing
-from grace_edit.codebook.store import CONFIG, EDITS, TENSORS, StoreError
 
 NAMES = sorted((CONFIG, EDITS, TENSORS))
 LONG = 120  # seconds that nothing here takes
@@ -196,7 +196,7 @@ def test_a_reader_reads_again_as_long_as_somebody_renames_files_and_no_longer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.save(book_of(0), tmp_path, {"which": 0})
-    own, readings = store._read_files, []
+    own, readings = files._read_files, []
 
     def read_files(directory: Path, described: Any) -> Any:
         readings.append(1)
@@ -204,7 +204,7 @@ def test_a_reader_reads_again_as_long_as_somebody_renames_files_and_no_longer(
             store.save(book_of(len(readings), 3), tmp_path, {"which": len(readings)})
         return own(directory, described)
 
-    monkeypatch.setattr(store, "_read_files", read_files)
+    monkeypatch.setattr(files, "_read_files", read_files)
     _, config = store.load(tmp_path)
     assert config["which"] == 3
     monkeypatch.undo()

@@ -340,7 +340,7 @@ def compiled(ranks: Ranks) -> None:
 def saves_are_the_same_on_every_rank(ranks: Ranks) -> None:
     """Or all ranks refuse them, and none is left waiting."""
     from grace_edit import Codebook
-    from grace_edit.codebook import store
+    from grace_edit.codebook import files, store
     from grace_edit.codebook.sharding import load_sharded
 
     last = ranks.rank == WORLD - 1
@@ -356,9 +356,9 @@ def saves_are_the_same_on_every_rank(ranks: Ranks) -> None:
             store.save(book, name, {})
         refused(f"{name}: must be the same save on every rank, got rank 0", load_sharded, name)
         if last:
-            (Path(name) / store.CONFIG).unlink()
+            (Path(name) / files.CONFIG).unlink()
         said = f"{name}: must be read by every rank, got on rank 3: "
-        refused(f"{name}/{store.CONFIG}: cannot" if last else said, load_sharded, name)
+        refused(f"{name}/{files.CONFIG}: cannot" if last else said, load_sharded, name)
 
 
 def within(case: Callable[..., None], *more: object) -> Callable[[Ranks, int], None]:

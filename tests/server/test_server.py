@@ -14,7 +14,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from grace_edit import GraceConfig, GraceEditor, follow, publish
-from grace_edit.codebook import store
+from grace_edit.codebook import files, store
 from grace_edit.families.turns import answer_ids
 from grace_edit.server.app import build_app
 from grace_edit.serving import save
@@ -304,7 +304,7 @@ def test_a_follower_answers_as_the_writer_does_at_each_version_it_saved(
             wait_until(lambda: client.ask("GET", "/v1/status").version == editor.codebook.version)
             # Saved again with something else beside, it has the version that it had.
             save(editor.family, editor.config, where, {"noted": right})
-            snapshot = store.log_of(where, store.describe(where)["checksum"])
+            snapshot = files.log_of(where, files.describe(where)["checksum"])
             wait_until(lambda snapshot=snapshot: follower._replica.log == snapshot)
             reply = client.chat(CAPITAL)
             assert (reply.said, reply.version) == (right, editor.codebook.version)

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from ..codebook import store
+from ..codebook import files, store
 from ..codebook.codebook import Codebook
-from ..codebook.store import StoreError
+from ..codebook.files import StoreError
 from ..demo import smollm2
 from ..editor import GraceEditor
 from ..families import FAMILIES, Family, target_of
@@ -86,7 +86,7 @@ def read_edits_of(directory: Path) -> SavedEdits:
 
 def holds_edits(directory: Path) -> bool:
     """Say whether there are saved edits in a directory."""
-    return (directory / store.CONFIG).is_file()
+    return (directory / files.CONFIG).is_file()
 
 
 def check_place(out: Path) -> None:

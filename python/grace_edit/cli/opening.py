@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adaptor import attach as attaching
-from ..codebook.store import StoreError
+from ..codebook.files import StoreError
 from ..config import GraceConfig
 from ..demo import smollm2
 from ..durable.following import Follower, follow

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..codebook.store import SeveralLayersError, StoreError
+from ..codebook.files import SeveralLayersError, StoreError
 from ..terminal import plain
 
 OK = 0

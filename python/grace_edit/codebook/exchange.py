@@ -25,8 +25,8 @@ from safetensors.torch import save as render_tensors
 from torch import Tensor
 
 from .codebook import Codebook
+from .files import StoreError
 from .records import Label
-from .store import StoreError
 
 _ABOUT = "grace"  # the key of the metadata
 _BESIDE = "beside/"

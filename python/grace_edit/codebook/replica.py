@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import adopting, redo, snapshot, store
+from . import adopting, files, redo, snapshot, store
 from .codebook import Codebook
+from .files import StoreError
 from .log import End
-from .store import StoreError
 
 
 class Replica:
@@ -49,7 +49,7 @@ class Replica:
     @property
     def log(self) -> Path:
         """Where the changes since the last snapshot are, if there is a log."""
-        return store.log_of(self._directory, self._checksum)
+        return files.log_of(self._directory, self._checksum)
 
     def take_rows(self) -> set[int]:
         """Return the slots whose key, value or radius was written since the last call."""
@@ -64,7 +64,7 @@ class Replica:
             CapacityError: it takes more slots than there are, and the codebook is frozen.
             ValueError: another dtype or width.
         """
-        described = store.describe(self._directory)
+        described = files.describe(self._directory)
         if described["checksum"] != self._checksum:
             if described.get("follows") != self.end.chain.hex():
                 # The rest of the log before may be there still; what is gone comes as a whole.
@@ -72,7 +72,7 @@ class Replica:
             self._checksum = described["checksum"]
             self.end = End.of_empty(self._checksum)
         try:
-            found = store.read_log(self._directory, self._checksum, self.end)
+            found = files.read_log(self._directory, self._checksum, self.end)
         except StoreError:
             return self._reload()  # which says what is damaged
         if found is None or not found[0]:

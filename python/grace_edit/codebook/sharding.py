@@ -12,8 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from . import redo
-from .log import End
-from .store import (
+from .files import (
     TENSORS,
     StoreError,
     describe,
@@ -22,6 +21,7 @@ from .store import (
     read_log,
     several_layers,
 )
+from .log import End
 
 if TYPE_CHECKING:
     from grace_kernels.distributed import ShardedCodebook

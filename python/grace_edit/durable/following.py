@@ -12,11 +12,11 @@ from typing import Any
 from torch import nn
 
 from .. import serving
-from ..codebook import store
+from ..codebook import files, store
+from ..codebook.files import StoreError
 from ..codebook.journal import Place
 from ..codebook.replica import Replica
 from ..codebook.storage import Storage
-from ..codebook.store import StoreError
 from ..families import Family
 
 log = logging.getLogger("grace_edit")
@@ -206,7 +206,7 @@ def _first(directory: Path, patience: float) -> store.Saved:
     until = time.monotonic() + patience
     while True:
         # A save that is being renamed, or was interrupted there, is one as well.
-        if (directory / store.CONFIG).exists() or store.is_being_saved(directory):
+        if (directory / files.CONFIG).exists() or files.is_being_saved(directory):
             return store.load_saved(directory)
         left = until - time.monotonic()
         if left <= 0:

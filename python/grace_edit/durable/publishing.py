@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import serving
-from ..codebook import locking, redo, snapshot, store
+from ..codebook import files, locking, redo, snapshot, store
 from ..codebook.journal import Place
 from ..codebook.log import End, LogWriter
 from ..codebook.storage import Storage
@@ -51,8 +51,8 @@ class Publisher:
 
     def _open(self, storage: Storage) -> None:
         # Readers tell by the configuration what is new, so it must be the one that is gone on from.
-        store.complete(self.directory)
-        if not (self.directory / store.CONFIG).exists():
+        files.complete(self.directory)
+        if not (self.directory / files.CONFIG).exists():
             self._write(storage)
             return
         saved = store.load_saved(self.directory, writer=True)
@@ -68,11 +68,11 @@ class Publisher:
                 f"directory must hold edits of the editor's own model, got others in "
                 f"{self.directory}: their {other} differs"
             )
-        store.drop_other_logs(self.directory, saved.checksum)
-        self._log = LogWriter(store.log_of(self.directory, saved.checksum), saved.end)
+        files.drop_other_logs(self.directory, saved.checksum)
+        self._log = LogWriter(files.log_of(self.directory, saved.checksum), saved.end)
         self._snapshot_bytes = saved.snapshot_bytes
         same = saved.codebook.capacity == storage.slots.capacity
-        self._due = not same or saved.format < store.LOGGED or other is not None
+        self._due = not same or saved.format < files.LOGGED or other is not None
         try:
             self._mark(storage, self._ahead(storage))
         except OSError:
@@ -204,11 +204,11 @@ class Publisher:
         checksum = store.write(
             storage, self.directory, described, beside, chain, ahead, logged=True
         )
-        path = store.log_of(self.directory, checksum)
+        path = files.log_of(self.directory, checksum)
         self._log = LogWriter(path, End.of_empty(checksum))
         if before is not None:
             before.close()
-        names = (store.CONFIG, store.TENSORS, store.EDITS, *beside)
+        names = (files.CONFIG, files.TENSORS, files.EDITS, *beside)
         self._snapshot_bytes = sum((self.directory / name).stat().st_size for name in names)
         self._due = self._astray = False
         self._hits_kept = hits

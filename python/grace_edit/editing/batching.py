@@ -19,6 +19,9 @@ from .training import Fit, Task
 _WINDOW = 64
 """Edits whose prompts are run before the first of them is made."""
 
+_MOST_KEPT = 4096
+"""Tokens of these prompts: what lies below the layer is kept of each until its edit is made."""
+
 _MOST_TOKENS = 2048
 """In one forward of training, padding included: it bounds the memory for gradients."""
 
@@ -46,8 +49,17 @@ class Together:
         if not maker.starts_warm or len(self._wanted) == 1:
             return maker.make(self._wanted[number])
         if number not in self._read:
-            self._train(range(number, min(number + _WINDOW, len(self._wanted))))
+            self._train(range(number, number + self._window(number)))
         return maker.finish(self._read.pop(number), fit=self._fits.pop(number, None))
+
+    def _window(self, first: int) -> int:
+        """Return how many edits are read together from the first on."""
+        tokens = 0
+        for count, wanted in enumerate(self._wanted[first : first + _WINDOW]):
+            tokens += sum(map(len, (wanted.prompt, *wanted.paraphrases)))
+            if count and tokens > _MOST_KEPT:
+                return count
+        return min(_WINDOW, len(self._wanted) - first)
 
     def _train(self, numbers: Sequence[int]) -> None:
         maker = self._maker

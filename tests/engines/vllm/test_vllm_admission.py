@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from grace_edit import GraceConfig, GraceEditor, publish
-from grace_edit.codebook import snapshot, store
+from grace_edit.codebook import files, snapshot, store
 from grace_edit.engines.vllm import admission, checkpoint
 from grace_edit.engines.vllm.admission import Admission, private_key
 from grace_edit.engines.vllm.layer import EditedLayer, find_layer
@@ -202,7 +202,7 @@ def test_what_could_not_be_read_once_is_read_at_the_next_look(served, monkeypatc
         edit = it.editor.edit(NEIGHBOUR, TARGET)
         publisher.compact()  # the log that was read is gone
         with monkeypatch.context() as broken:
-            broken.setattr(store, "describe", refused)
+            broken.setattr(files, "describe", refused)
             core.admit(request("a", IDS[NEIGHBOUR]))
             assert core.news(step(["a"])).version != it.editor.codebook.version
         core.admit(request("b", IDS[NEIGHBOUR]))
@@ -214,7 +214,7 @@ def test_what_could_not_be_read_once_is_read_at_the_next_look(served, monkeypatc
 
 
 def refused(directory):
-    raise store.StoreError(f"{directory}: cannot be read (too many open files)")
+    raise files.StoreError(f"{directory}: cannot be read (too many open files)")
 
 
 def test_only_the_block_an_answered_prompt_ends_in_is_its_own_and_what_follows_it(served):

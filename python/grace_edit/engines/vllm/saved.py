@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from ...adaptor.text_queries import TextQueries
-from ...codebook import store
+from ...codebook import files, store
+from ...codebook.files import StoreError
 from ...codebook.replica import Replica
-from ...codebook.store import StoreError
 from ...config import GraceConfig
 from ...serving import check_reading, text_of
 from .checkpoint import Checkpoint, Unreadable
@@ -98,7 +98,7 @@ class SavedEdits:
     def __init__(self, config: Any, options: Options) -> None:
         self._config, self._options = config, options
         directory = Path(options.codebook)
-        self._place = directory / store.CONFIG
+        self._place = directory / files.CONFIG
         self._seen, self._told = self._look(), ""
         now = Described(options.codebook)
         now.check_dtype(config.model_config.dtype, config.model_config.get_hidden_size())
