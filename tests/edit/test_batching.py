@@ -139,3 +139,20 @@ def test_long_prompts_share_no_forward(edited, monkeypatch):
     results = editor.edit_batch([(prompt, X) for prompt in prompts])
     assert [r.id for r in results] == list(range(5))
     assert groups == [[4, 5, 6]]
+
+
+def test_as_many_prompts_are_run_ahead_as_may_be_kept(edited, monkeypatch):
+    edits = [(A, X), (C, Y), (run_of(25, 3), X), (run_of(3, 2), Y)]  # 5, 6, 3 and 2 tokens
+    batch, ahead = edited("gpt2"), []
+    read = making.EditMaker.read
+    monkeypatch.setattr(batching, "_MOST_KEPT", 11)
+
+    def reads(maker, wanted):
+        ahead.append((len(wanted.prompt), batch.codebook.edits))
+        return read(maker, wanted)
+
+    monkeypatch.setattr(making.EditMaker, "read", reads)
+    results = batch.edit_batch(edits)
+    assert [result.success for result in results] == [True] * 4
+    # The third would be too much; then the rest, behind what was made.
+    assert ahead == [(5, 0), (6, 0), (3, 2), (2, 2)]

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -103,25 +105,36 @@ def _topics(out: Path, quick: bool, console: Console) -> dict[str, Any]:
         "if the model, unedited or as edited so far, fails it."
     )
     before = part1.stream_accuracy(model, tokenizer, stream)
-    rows = []
+    model.save_pretrained(out / "topics-model")
+    tokenizer.save_pretrained(out / "topics-model")
+    rows: list[dict[str, Any]] = []
     asked: dict[str, torch.Tensor] = {}
-    for factor in (1.0,) if quick else (0.1, 3.0, 1.0):
-        editor, row = part1.run_stream(
-            model, tokenizer, data, stream, factor * part1.RADIUS, _bar, asked
-        )
+
+    def tell(row: dict[str, Any]) -> None:
         rows.append(row)
         console.print(
             f"   ε = {row['radius']:.3g}: {row['accepted']} of {row['attempted']} edits accepted, "
             f"{number(row['seconds_per_edit'])} s each"
         )
-        if factor != 1.0:
+
+    # What does not have to wait for anything else has the other core.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
+        tuned = other.submit(_fine_tuned, out / "topics-model", stream)
+        if not quick:
+            wide = other.submit(_edited, out / "topics-model", stream, 3.0 * part1.RADIUS)
+            editor, row = part1.run_stream(
+                model, tokenizer, data, stream, 0.1 * part1.RADIUS, _bar, asked
+            )
+            tell(row)
             editor.detach()
-    model.save_pretrained(out / "topics-model")
-    tokenizer.save_pretrained(out / "topics-model")
+        editor, row = part1.run_stream(model, tokenizer, data, stream, part1.RADIUS, _bar, asked)
+        if not quick:
+            tell(wide.result())
+        tell(row)
+        rows.append(tuned.result())
     editor.save_pretrained(out / "topics-edits")
     _remember(out, "topics", editor, list(dict.fromkeys(r.text for r, _ in stream)))
     editor.detach()
-    rows.append(part1.run_fine_tuning(model, tokenizer, data, stream, _bar))
     console.print(_topics_table(rows, trr, before))
     cases = ", ".join(f"{case} {n}" for case, n in sorted(rows[-2]["cases"].items()))
     console.print(f"   cases at ε = {part1.RADIUS}: {cases}")
@@ -131,6 +144,21 @@ def _topics(out: Path, quick: bool, console: Console) -> dict[str, Any]:
         "stream": len(stream),
         "rows": rows,
     }
+
+
+def _fine_tuned(directory: Path, stream: list[tuple[Any, bool]]) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    model, tokenizer = part1.load_model(directory)
+    return part1.run_fine_tuning(model, tokenizer, load_topics(), stream, _silently)
+
+
+def _edited(directory: Path, stream: list[tuple[Any, bool]], radius: float) -> dict[str, Any]:
+    model, tokenizer = part1.load_model(directory)
+    return part1.run_stream(model, tokenizer, load_topics(), stream, radius, _silently, {})[1]
+
+
+def _silently(items: Sequence[Any], what: str) -> Iterator[Any]:
+    return iter(items)
 
 
 def _topics_table(rows: list[dict[str, Any]], trr: float, stream: float) -> Table:

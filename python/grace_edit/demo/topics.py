@@ -97,6 +97,12 @@ def build_model(data: Topics) -> tuple[MiniLMForSequenceClassification, Any]:
     return model, tokenizer
 
 
+def load_model(directory: Path) -> tuple[nn.Module, Any]:
+    """Return the model that was saved to a directory, and its tokenizer."""
+    model = MiniLMForSequenceClassification.from_pretrained(directory).eval()
+    return model, AutoTokenizer.from_pretrained(directory)
+
+
 def _batches(tokenizer: Any, texts: Sequence[str]) -> Iterable[dict[str, Tensor]]:
     for i in range(0, len(texts), 32):
         batch = tokenizer(list(texts[i : i + 32]), padding=True, return_tensors="pt")
