@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +36,7 @@ class Watcher(Protocol):
         """Take note that this storage is about to take over; what is raised prevents it."""
 
 
-class Transactions:
+class Transactions(ABC):
     """The part of a `Storage` that begins, ends and takes back what is written to it.
 
     Attributes:
@@ -69,9 +70,9 @@ class Transactions:
         vars(self).update(state, lock=threading.RLock(), changing=threading.RLock())
         self.watcher = None
 
+    @abstractmethod
     def gather_hits(self) -> None:
         """Note whose the hits are so far, before a slot changes hands."""
-        raise NotImplementedError
 
     @contextmanager
     def change(self) -> Iterator[None]:
