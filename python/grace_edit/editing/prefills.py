@@ -17,7 +17,7 @@ from torch import Tensor
 from ..adaptor.state import Captured
 from ..adaptor.torch_private import is_compiled
 from ..families import Family
-from ..families.base import output_projection
+from ..families.projection import output_projection
 from .cutting import Kept, Twin
 
 

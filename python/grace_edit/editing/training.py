@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..families import Family
-from .cutting import CutForward
+from .lessons import Lessons
 from .prefills import Prefills
 
 _LEAST = 0.5
@@ -130,21 +130,21 @@ def fit_values(
     running = everything
     while running:
         together = running
-        with CutForward(family) as cut:
+        asked = [pair for training in together for pair in training.asked]
+        with Lessons(family, asked) as lessons:
             while 2 * len(running) > len(together):
-                running = _step(cut, together)
+                running = _step(lessons, together)
     return [training.fit for training in everything]
 
 
-def _step(cut: CutForward, together: list[_Training]) -> list[_Training]:
+def _step(lessons: Lessons, together: list[_Training]) -> list[_Training]:
     """Run one forward, and let those that need it take a step; return the ones that go on."""
-    asked = [pair for training in together for pair in training.asked]
     running = [training for training in together if not training.done]
     with torch.enable_grad():
         stored = [training.store() for training in together]
         pairs = zip(stored, together, strict=True)
         values = torch.cat([value.expand(len(own.asked), -1) for value, own in pairs])
-        logits, wanted = _target_logits(cut, asked, values)
+        logits, wanted = lessons.target_logits(values)
         sizes = [sum(len(y) for _, y in training.asked) for training in together]
         parts = zip(together, logits.split(sizes), wanted.split(sizes), strict=True)
         losses = {
@@ -253,22 +253,6 @@ class _Training:
         least = min(float(part.sum().exp()) for part in tokens.split(sizes))
         reason = "" if self._reached else reason
         return Fit(self._stored.detach(), self._reached, self._first, loss, steps, reason, least)
-
-
-def _target_logits(
-    cut: CutForward, asked: list[tuple[list[int], list[int]]], values: Tensor
-) -> tuple[Tensor, Tensor]:
-    wanted: Tensor | None = None
-
-    def forward(family: Family) -> Tensor:
-        nonlocal wanted
-        prompts, targets = [p for p, _ in asked], [y for _, y in asked]
-        logits, wanted = family.target_logits(prompts, targets, values)
-        return logits
-
-    logits = cut.run(forward)
-    assert wanted is not None
-    return logits, wanted
 
 
 def _log_odds(logits: Tensor, wanted: Tensor) -> Tensor:

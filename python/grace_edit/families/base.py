@@ -28,6 +28,7 @@ from ..adaptor.state import Captured, LayerReached
 from ..adaptor.surroundings import can_stop, device_of
 from .eval_mode import EvalMode
 from .ids import is_chat, token_ids
+from .projection import output_projection
 
 MOST_ROWS = 32
 """Prompts run in one forward at most."""
@@ -66,16 +67,20 @@ def has_encoder_and_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def output_projection(model: nn.Module) -> nn.Module | None:
-    """Return the layer that makes a language model's logits; None: there is none."""
-    found: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
-    return found
-
-
 def no_family(model: nn.Module) -> ValueError:
     """Return the error that says what a model would have to be."""
     *kinds, last = (family.kind for family in Family.__subclasses__())
     return ValueError(f"model must be a {', '.join(kinds)} or {last}, got {type(model).__name__}")
+
+
+class Begun(ABC):
+    """Prompts of which what comes before their answers was run, see `Family.begin`."""
+
+    @abstractmethod
+    def target_logits(
+        self, family: Any, targets: Sequence[list[int]], values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return what `Family.target_logits` does of these prompts, but for the order of sums."""
 
 
 class Family(ABC):
@@ -91,6 +96,7 @@ class Family(ABC):
 
     `longest` is how many tokens the model has positions for. `cuts` says whether forwards that were
     cut at the wrapped layer gave the bits of whole ones (None: not tried), see `editing.cutting`.
+    `goes_on`: likewise, whether forwards that went on from `begin` gave about the same numbers.
     `prefills`: the adaptor with which generations from kept prompts were tried, and whether they
     gave the bits of whole ones, see `editing.prefills`.
     `runs_once` says that a whole forward was seen to run the wrapped layer once.
@@ -125,6 +131,7 @@ class Family(ABC):
         self.longest = _longest(model, self.config)
         self.attached = False
         self.cuts: bool | None = None
+        self.goes_on: bool | None = None
         self.prefills: tuple[GraceAdaptor, bool] | None = None
         self.runs_once = False
         self._eval_mode = EvalMode(model)
@@ -207,6 +214,10 @@ class Family(ABC):
 
         `values [B, V]` answer the prompts; they may require grad. None: the codebook, as it serves.
         """
+
+    def begin(self, prompts: Sequence[list[int]]) -> Begun | None:
+        """Run what comes before the answers to prompts; None: it cannot be run by itself."""
+        return None
 
     @abstractmethod
     def produces(
@@ -374,7 +385,7 @@ class Family(ABC):
         attaching.attach(self.model, module, seam, adaptor, **how)
         self.adaptor = adaptor
         self.attached = True
-        self.cuts, self.runs_once = None, False
+        self.cuts, self.goes_on, self.runs_once = None, None, False
 
     def detach(self, *, alone: bool = False) -> None:
         """Take the adaptor out of the model; it stays here, with its codebook.

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..adaptor.torch_private import is_compiled
-from .base import MASKED, Family, can_generate, has_encoder_and_decoder, output_projection
+from .base import MASKED, Begun, Family, can_generate, has_encoder_and_decoder
+from .begun import begin
 from .ids import is_chat
+from .projection import rows_alone
 from .turns import answer_ids
 
 
@@ -112,31 +112,19 @@ class CausalFamily(Family):
         pairs = zip(prompts, targets, strict=True)
         column = torch.cat([torch.arange(len(y)) + len(p) - 1 for p, y in pairs])
         row, column = row.to(self.device), column.to(self.device)
-        with self.teaching(values, batch, prompts, lengths), self._rows_alone(row, column):
+        with self.teaching(values, batch, prompts, lengths), rows_alone(self.model, row, column):
             logits = self.model(**batch).logits
         wanted = torch.tensor([token for y in targets for token in y], device=self.device)
         return (logits if logits.ndim == 2 else logits[row, column]).float(), wanted
 
-    @contextmanager
-    def _rows_alone(self, row: Tensor, column: Tensor) -> Iterator[None]:
-        """Give the output projection `[n, H]`, the tokens named, of the `[B, T, H]` there are.
-
-        A vocabulary is wider than anything else in a model. For this thread's forward alone.
-        """
-        head, thread = output_projection(self.model), threading.get_ident()
-        if head is None or is_compiled(self.model):
-            yield
-            return
-
-        def pick(module: nn.Module, args: tuple[Any, ...]) -> Any:
-            whole = len(args) == 1 and args[0].ndim == 3 and threading.get_ident() == thread
-            return (args[0][row, column],) if whole else None
-
-        handle = head.register_forward_pre_hook(pick)
-        try:
-            yield
-        finally:
-            handle.remove()
+    def begin(self, prompts: Sequence[list[int]]) -> Begun | None:
+        adaptor = self.adaptor
+        # Under other replacements, or with edits of layers that may have others, tokens before the
+        # last one are answered too.
+        if adaptor.replace != "last" or adaptor.others or is_compiled(self.model):
+            return None
+        with adaptor.disabled(thread_only=True):
+            return begin(self.model, prompts, self.pad_id, self.device)
 
     def produces(
         self, prompts: Sequence[list[int]], targets: Sequence[list[int]], values: Tensor | None

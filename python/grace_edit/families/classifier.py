@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .base import Family, no_family, output_projection
+from .base import Family, no_family
 from .ids import described, token_ids, whole_number
+from .projection import output_projection
 
 
 class ClassifierFamily(Family):

@@ -1,0 +1,86 @@
+"""The forwards of a training: the same prompts and targets, and another value each time.
+
+Only what a value changes is run: in a cut forward, what comes after the layer's answer; where the
+prompts are long enough to pay for it, of their last tokens and the targets alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..families import Family
+from ..families.base import Begun
+from .cutting import CutForward
+
+Logits = tuple[Tensor, Tensor]
+
+_WORTH = 64
+"""Tokens before the last ones of all prompts from which on they are run by themselves first."""
+
+_NEAR = 2e-3
+"""Of the largest logit: the most by which they may differ then, in single precision."""
+
+_NEAR_IN_HALF = 0.1
+"""The same with fewer bits."""
+
+
+class Lessons:
+    """Runs prompts with their targets, answered by values.
+
+    A context: what was run stays until it is left.
+
+    Args:
+        family: of the attached model, inside `working`.
+        asked: prompts and targets, token ids.
+    """
+
+    def __init__(self, family: Family, asked: Sequence[tuple[list[int], list[int]]]) -> None:
+        self._family = family
+        self._prompts = [prompt for prompt, _ in asked]
+        self._targets = [target for _, target in asked]
+        self._cut = CutForward(family)
+        self._begun: Begun | None = None
+
+    def __enter__(self) -> Lessons:
+        self._cut.__enter__()
+        before = sum(len(prompt) - 1 for prompt in self._prompts)
+        if before >= _WORTH and self._family.goes_on is not False:
+            self._begun = self._family.begin(self._prompts)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._begun = None
+        self._cut.__exit__(*error)
+
+    def target_logits(self, values: Tensor) -> Logits:
+        """Return what `Family.target_logits` does, of all prompts answered by `values [B, V]`."""
+        begun = self._begun
+        if begun is not None and self._family.goes_on is None:
+            self._family.goes_on = self._goes_on(begun, values.detach())
+        if begun is None or not self._family.goes_on:
+            return self._run(lambda f: f.target_logits(self._prompts, self._targets, values))
+        return self._run(lambda f: begun.target_logits(f, self._targets, values))
+
+    def _run(self, forward: Callable[[Family], Logits]) -> Logits:
+        wanted: Tensor | None = None
+
+        def logits_of(family: Family) -> Tensor:
+            nonlocal wanted
+            logits, wanted = forward(family)
+            return logits
+
+        logits = self._cut.run(logits_of)
+        assert wanted is not None
+        return logits, wanted
+
+    @torch.no_grad()
+    def _goes_on(self, begun: Begun, values: Tensor) -> bool:
+        """Say whether what was begun leads to about the numbers of whole forwards."""
+        whole, _ = self._family.target_logits(self._prompts, self._targets, values)
+        found, _ = begun.target_logits(self._family, self._targets, values)
+        near = _NEAR if values.dtype in (torch.float32, torch.float64) else _NEAR_IN_HALF
+        return float((found - whole).abs().max()) <= near * float(whole.abs().max())

@@ -1,0 +1,156 @@
+"""Prompts that a causal model has run up to their last token, and forwards that go on from there.
+
+What comes before the last token of a prompt does not depend on what answers it under
+`replace="last"`. So its keys and values are computed once, what all prompts begin with once for all
+of them, and each forward of a training computes the last token and the target alone. Its numbers
+are those of a whole forward but for the order of sums, as those of `generate` with a cache are.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .base import Begun, Family
+from .projection import rows_alone
+
+_KEEPS = ("past_key_values", "use_cache", "attention_mask")
+"""Arguments of a forward that can keep what it has computed."""
+
+_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
+"""Layers of a cache that add tokens to a new tensor and leave the one they had."""
+
+
+@dataclass(frozen=True)
+class BegunPrompts(Begun):
+    """What a model keeps of prompts without their last tokens.
+
+    Args:
+        last: `[B]`, the last token of each prompt.
+        mask: `[B, P]`, True at the tokens that ran, False at padding.
+        cache: holds their keys and values; it is copied before it is used.
+    """
+
+    last: Tensor
+    mask: Tensor
+    cache: Any
+
+    def target_logits(
+        self, family: Family, targets: Sequence[list[int]], values: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return logits and wanted tokens as `Family.target_logits` of the whole prompts does.
+
+        Args:
+            family: of the model that began the prompts, or of its twin.
+            targets: token ids; their last tokens do not run, as nothing follows them.
+            values: `[B, V]`, answer the prompts; they may require grad.
+        """
+        ids, own = _padded([[0, *target[:-1]] for target in targets], family.pad_id)
+        ids, own = ids.to(self.last.device), own.to(self.last.device)
+        ids[:, 0] = self.last
+        mask = torch.cat([self.mask, own], dim=1)
+        row, column = own.nonzero(as_tuple=True)
+        plain = {"attention_mask": own, "input_ids": ids}
+        with (
+            family.teaching(values, plain, [], torch.ones_like(self.last)),
+            rows_alone(family.model, row, column),
+        ):
+            logits = _forward(family.model, ids, mask, _copied(self.cache)).logits
+        wanted = torch.tensor([token for y in targets for token in y], device=ids.device)
+        return (logits if logits.ndim == 2 else logits[row, column]).float(), wanted
+
+
+@torch.no_grad()
+def begin(
+    model: nn.Module, prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
+) -> BegunPrompts | None:
+    """Run prompts up to their last tokens; None: the model keeps nothing that can be gone on from.
+
+    Args:
+        model: a causal one in eval mode, unedited for the time of this call.
+        prompts: token ids.
+        pad_id: fills rows up.
+        device: of the model.
+    """
+    accepted = inspect.signature(type(model).forward).parameters
+    if any(name not in accepted for name in _KEEPS):
+        return None
+    rows = [list(prompt[:-1]) for prompt in prompts]
+    shared = _shared(rows) if len(rows) > 1 else []
+    ids, own = _padded([row[len(shared) :] for row in rows], pad_id, left=True)
+    ids, own = ids.to(device), own.to(device)
+    cache: Any = None
+    if shared:
+        alone = torch.tensor([shared], device=device)
+        cache = _cache_of(_forward(model, alone, torch.ones_like(alone).bool(), None, narrow=True))
+        if cache is None:
+            return None
+        for layer in cache.layers:
+            layer.keys = layer.keys.expand(len(rows), -1, -1, -1)
+            layer.values = layer.values.expand(len(rows), -1, -1, -1)
+    mask = torch.cat([own.new_ones((len(rows), len(shared))), own], dim=1)
+    if ids.shape[1]:
+        cache = _cache_of(_forward(model, ids, mask, cache, narrow=True))
+    if cache is None:
+        return None
+    return BegunPrompts(torch.tensor([p[-1] for p in prompts], device=device), mask, cache)
+
+
+def _shared(rows: Sequence[list[int]]) -> list[int]:
+    """Return what all rows begin with."""
+    columns = zip(*rows, strict=False)
+    length = next((n for n, column in enumerate(columns) if len(set(column)) > 1), None)
+    return rows[0][: min(map(len, rows)) if length is None else length]
+
+
+def _padded(
+    rows: Sequence[Sequence[int]], pad_id: int, *, left: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return ids `[B, T]` and where they are tokens, bool, of rows of token ids."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    own = torch.zeros((len(rows), width), dtype=torch.bool)
+    for b, row in enumerate(rows):
+        span = slice(width - len(row), None) if left else slice(0, len(row))
+        ids[b, span] = torch.tensor(list(row), dtype=torch.long)
+        own[b, span] = True
+    return ids, own
+
+
+def _forward(
+    model: nn.Module, ids: Tensor, mask: Tensor, cache: Any, *, narrow: bool = False
+) -> Any:
+    """Run `ids [B, T]` behind what a cache holds.
+
+    Args:
+        mask: `[B, L]` bool, of the cache and of the ids.
+        narrow: logits are wanted of nobody.
+    """
+    accepted = inspect.signature(type(model).forward).parameters
+    given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long()}
+    if "position_ids" in accepted:
+        positions = (given["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        given["position_ids"] = positions[:, mask.shape[1] - ids.shape[1] :]
+    if narrow and "logits_to_keep" in accepted:
+        given["logits_to_keep"] = 1
+    return model(**given, past_key_values=cache, use_cache=True)
+
+
+def _cache_of(output: Any) -> Any:
+    """Return the cache that a forward gave back; None: it is not one that can be gone on from."""
+    cache = getattr(output, "past_key_values", None)
+    layers = getattr(cache, "layers", ())
+    return cache if layers and all(type(one).__name__ in _LAYERS for one in layers) else None
+
+
+def _copied(cache: Any) -> Any:
+    """Return a cache that holds the same, into which tokens can go without changing this one."""
+    made = copy.copy(cache)
+    made.layers = [copy.copy(layer) for layer in cache.layers]
+    return made

@@ -1,0 +1,41 @@
+"""The output projection of a language model: a vocabulary is wider than anything else in it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..adaptor.torch_private import is_compiled
+
+
+def output_projection(model: nn.Module) -> nn.Module | None:
+    """Return the layer that makes a language model's logits; None: there is none."""
+    found: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
+    return found
+
+
+@contextmanager
+def rows_alone(model: nn.Module, row: Tensor, column: Tensor) -> Iterator[None]:
+    """Give the output projection the tokens named alone, in this thread's forward inside a block.
+
+    Args:
+        row, column: `[n]`; of the hidden states `[B, T, H]` it sees `[n, H]`.
+    """
+    head, thread = output_projection(model), threading.get_ident()
+    if head is None or is_compiled(model):
+        yield
+        return
+
+    def pick(module: nn.Module, args: tuple[Any, ...]) -> Any:
+        whole = len(args) == 1 and args[0].ndim == 3 and threading.get_ident() == thread
+        return (args[0][row, column],) if whole else None
+
+    handle = head.register_forward_pre_hook(pick)
+    try:
+        yield
+    finally:
+        handle.remove()
