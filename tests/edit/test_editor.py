@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 # B ends like A but is shorter, so that its query is near; C is far from both.
 A, B, C = run_of(10, 5), run_of(11, 4), run_of(40, 6)
 X, Y = run_of(30, 3), run_of(50, 3)
+FAR = [51, 7, 33, 18, 44, 26]  # no step alone leads there
 
 
 @pytest.fixture
@@ -164,7 +165,7 @@ def test_a_target_that_is_not_reached_is_refused_with_a_reason_and_changes_nothi
     assert editor.edit(C, X).success
     editor.config = GraceConfig(layer=editor.config.layer, max_steps=1, lr=1e-4)
     before, version = book_of(editor.codebook), editor.codebook.version
-    result = editor.edit(A, X)
+    result = editor.edit(A, FAR)
     assert not result.success
     assert result.id is None
     assert result.slot is None
@@ -584,7 +585,7 @@ def test_an_edit_shared_by_the_published_policy_without_proof_says_so(edited):
 
 def test_what_is_proven_is_saved_and_not_made_up(edited, tmp_path):
     editor = edited("gpt2")
-    refused = edited("gpt2", max_steps=1, margin=50.0).edit(A, X)
+    refused = edited("gpt2", max_steps=1, margin=50.0).edit(A, FAR)
     assert (refused.success, refused.proven) == (False, False)
     assert editor.edit(A, X).proven
     book = editor.codebook

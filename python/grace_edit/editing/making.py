@@ -21,7 +21,7 @@ from .drift import measure_drift, probes_of
 from .prefills import Prefills
 from .training import Fit, Task, fit_value, fit_values
 
-_FIRST_MOVE = 6.0
+_FIRST_MOVE = 8.0
 """Nats by which the first step is to raise the log odds of the target's tokens."""
 
 _CONTEXTS_OF_TEXT = 4

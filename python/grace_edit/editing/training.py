@@ -16,6 +16,9 @@ from .prefills import Prefills
 _LEAST = 0.5
 """Log odds, nats, at which a value can be expected to work, and by which more is asked if not."""
 
+_QUICK, _USUAL = (0.5, 0.99), (0.9, 0.999)
+"""Betas of Adam. The usual ones look back over more steps than most values take."""
+
 _PATIENCE = 8
 """Further steps, beside as many as it took, in which a value that works is to gain the margin."""
 
@@ -119,7 +122,7 @@ def fit_values(
         margin: log odds of every target token, nats, before a value is verified. One that does with
             less is trained on for about as many steps as it took, and then taken.
         move: by how much the first step is to raise the log odds of the target tokens, nats, as far
-            as their gradient tells; `lr` is raised where it would do less.
+            as the gradient tells; `lr` is raised where it would do less.
         early_stop: stop at the first value that passes; else take `max_steps` steps.
 
     Raises:
@@ -187,12 +190,15 @@ class _Training:
         self.asked = task.asked
         self.value = task.start.detach().float().clone().requires_grad_(True)
         self.done = False
-        self._optimizer = torch.optim.Adam([self.value], lr=task.lr)
+        self._optimizer = self._adam(_QUICK if settings.early_stop else _USUAL)
         self._steps = 0
         self._margin = settings.margin
         self._least, self._patience = min(settings.margin, _LEAST), -1
         self._reached = False
         self._first = self._loss = float("nan")
+
+    def _adam(self, betas: tuple[float, float]) -> torch.optim.Adam:
+        return torch.optim.Adam([self.value], lr=self.task.lr, betas=betas)
 
     def store(self) -> Tensor:
         """Return the value as it will be stored."""
@@ -200,14 +206,18 @@ class _Training:
         return self._stored.detach() if self.done else self._stored
 
     def look(self, logits: Tensor, wanted: Tensor) -> Tensor:
-        """Return the loss of `logits [n, classes]` at the tokens wanted, and keep what they say."""
+        """Return what is to become less, of `logits [n, classes]` at the tokens wanted.
+
+        What they say is kept.
+        """
         loss = torch.nn.functional.cross_entropy(logits, wanted)
         self._loss = now = float(loss.detach())
         if now != now or now == float("inf"):
             raise FloatingPointError(f"the loss must be finite, got {now} at step {self._steps}")
         self._first = now if self._steps == 0 else self._first
-        self._odds = _log_odds(logits.detach(), wanted)
-        return loss
+        odds = _log_odds(logits, wanted)
+        self._odds = odds.detach()
+        return _shortfall(odds, self._margin) if self.settings.early_stop else loss
 
     def judge(self) -> None:
         """Say whether the value is done: proven, or out of steps."""
@@ -226,19 +236,20 @@ class _Training:
         self.done = self._reached or last_step
 
     def step(self, gradient: Tensor) -> None:
-        """Take a step of Adam; far from the target after a third of them, start over at `task.lr`.
+        """Take a step of Adam; far from the target after a third of them, start over more slowly.
 
-        A step as long as the first gradient tells may leap over what it looks for again and again.
+        Steps as long as the first gradient tells, which soon forget the ones before, may leap over
+        what they look for again and again.
         """
         self.value.grad = gradient
         group = self._optimizer.param_groups[0]
         if self._steps == 0:
-            group["lr"] = _first_step(self.task.lr, self.settings.move, self._odds, gradient)
+            group["lr"] = _first_step(self.task.lr, self.settings.move, gradient)
         hopeless = self._steps == max(_PATIENCE, self.settings.max_steps // 3)
-        if hopeless and group["lr"] > self.task.lr and float(self._odds.min()) < _LEAST:
+        if self.settings.early_stop and hopeless and float(self._odds.min()) < _LEAST:
             with torch.no_grad():
                 self.value.copy_(self.task.start)
-            self._optimizer = torch.optim.Adam([self.value], lr=self.task.lr)
+            self._optimizer = self._adam(_USUAL)
         else:
             self._optimizer.step()
         self._steps += 1
@@ -261,13 +272,23 @@ def _log_odds(logits: Tensor, wanted: Tensor) -> Tensor:
     return own - logits.scatter(1, wanted[:, None], float("-inf")).logsumexp(dim=1)
 
 
-def _first_step(lr: float, move: float, odds: Tensor, gradient: Tensor) -> float:
+def _shortfall(odds: Tensor, margin: float) -> Tensor:
+    """Return by how much log odds `[n]` miss a margin, nats: their mean, weighted by itself.
+
+    The tokens that lack most decide. Cross entropy would hardly move a token that is likely
+    already, and creep towards the margin.
+    """
+    missing = torch.nn.functional.softplus(margin - odds)
+    return (missing * (missing / missing.sum()).detach()).sum()
+
+
+def _first_step(lr: float, move: float, gradient: Tensor) -> float:
     """Return the step with which Adam first moves the log odds by `move`, and at least `lr`.
 
-    Its first step changes each number of the value by the step's length against its gradient. That
-    of the loss is the one of the log odds, times the probability of everything else.
+    Its first step changes each number of the value by the step's length against its gradient, which
+    is that of the log odds where they are below the margin.
     """
-    slope = float(gradient.abs().sum()) / float(torch.sigmoid(-odds).mean().clamp(min=1e-6))
+    slope = float(gradient.abs().sum())
     return max(lr, move / slope) if slope > 0 else lr
 
 

@@ -23,7 +23,8 @@ from .projection import rows_alone
 _KEEPS = ("past_key_values", "use_cache", "attention_mask")
 """Arguments of a forward that can keep what it has computed."""
 
-_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
+_PLAIN = "DynamicLayer"
+_LAYERS = (_PLAIN, "DynamicSlidingWindowLayer")
 """Layers of a cache that add tokens to a new tensor and leave the one they had."""
 
 
@@ -83,17 +84,21 @@ def begin(
         return None
     rows = [list(prompt[:-1]) for prompt in prompts]
     shared = _shared(rows) if len(rows) > 1 else []
-    ids, own = _padded([row[len(shared) :] for row in rows], pad_id, left=True)
-    ids, own = ids.to(device), own.to(device)
     cache: Any = None
     if shared:
         alone = torch.tensor([shared], device=device)
         cache = _cache_of(_forward(model, alone, torch.ones_like(alone).bool(), None, narrow=True))
         if cache is None:
             return None
-        for layer in cache.layers:
-            layer.keys = layer.keys.expand(len(rows), -1, -1, -1)
-            layer.values = layer.values.expand(len(rows), -1, -1, -1)
+        if any(type(layer).__name__ != _PLAIN for layer in cache.layers):
+            # A window counts columns: no padding may lie between the tokens in it.
+            shared, cache = [], None
+        else:
+            for layer in cache.layers:
+                layer.keys = layer.keys.expand(len(rows), -1, -1, -1)
+                layer.values = layer.values.expand(len(rows), -1, -1, -1)
+    ids, own = _padded([row[len(shared) :] for row in rows], pad_id, left=True)
+    ids, own = ids.to(device), own.to(device)
     mask = torch.cat([own.new_ones((len(rows), len(shared))), own], dim=1)
     if ids.shape[1]:
         cache = _cache_of(_forward(model, ids, mask, cache, narrow=True))

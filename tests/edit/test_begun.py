@@ -1,0 +1,155 @@
+"""Forwards that go on from prompts that were begun: about the numbers of whole ones, for less."""
+
+from __future__ import annotations
+
+import pytest
+import test_more_families as more
+import torch
+from grace_edit.editing import lessons
+from grace_edit.editing.lessons import Lessons
+from tiny_models import CAUSAL, LAYERS, MASK, run_of, same, state_of
+
+SYSTEM = run_of(60, 3)
+ASKED = [
+    ([*SYSTEM, *run_of(10, 9)], run_of(30, 3)),
+    ([*SYSTEM, *run_of(40, 14)], [51]),
+    ([*SYSTEM, *run_of(22, 4)], run_of(5, 2)),
+]
+ALONE = [[(run_of(10, 1), run_of(30, 2)), (run_of(40, 6), [51])], [(run_of(10, 12), [7, 9])], ASKED]
+
+
+@pytest.fixture
+def any_editor(edited):
+    def make(name):
+        return more.attached(name)[0] if name in more.KINDS else edited(name)
+
+    return make
+
+
+def values_of(editor, count):
+    source = torch.Generator().manual_seed(3)
+    width = editor.family.capture([ASKED[0][0]]).outputs.shape[1]
+    return torch.randn(count, width, generator=source).requires_grad_(True)
+
+
+def logits_and_slopes(logits, values):
+    (slopes,) = torch.autograd.grad(logits.logsumexp(1).sum() - logits[:, 5].sum(), [values])
+    return logits.detach(), slopes
+
+
+def counted(editor):
+    """Note how many tokens the wrapped layer is given, forward by forward."""
+    seen = []
+    layer = editor.model.get_submodule(editor.layer)
+    layer.register_forward_hook(lambda m, args, out: seen.append(args[0].shape[:-1].numel()))
+    return seen
+
+
+@pytest.mark.parametrize("asked", ALONE, ids=["one token", "one prompt", "begin alike"])
+@pytest.mark.parametrize("name", [*CAUSAL, *more.CAUSAL])
+def test_logits_and_slopes_are_those_of_whole_forwards(any_editor, name, asked):
+    editor = any_editor(name)
+    family = editor.family
+    prompts, targets = [p for p, _ in asked], [y for _, y in asked]
+    with family.working():
+        values = values_of(editor, len(asked))
+        begun = family.begin(prompts)
+        assert begun is not None
+        for _ in range(2):  # what was begun is as it was
+            whole, wanted = family.target_logits(prompts, targets, values)
+            found, also = begun.target_logits(family, targets, values)
+            assert torch.equal(wanted, also)
+            for one, other in zip(
+                logits_and_slopes(found, values), logits_and_slopes(whole, values), strict=True
+            ):
+                assert (one - other).abs().max() <= 1e-4 * other.abs().max()
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_training_runs_the_last_tokens_and_the_targets_alone(edited, name, monkeypatch):
+    monkeypatch.setattr(lessons, "_WORTH", 10)
+    editor = edited(name)
+    seen = counted(editor)
+    before = state_of(editor.model)
+    with editor.family.working(), Lessons(editor.family, ASKED) as taught:
+        assert seen == [3, 3 * 13]  # what all begin with, and the rest of each
+        for value in (values_of(editor, 3), values_of(editor, 3) + 1):
+            seen.clear()
+            taught.target_logits(value)
+        assert editor.family.goes_on is True
+        assert seen == [3 * 3]  # three last tokens, each with room for two of a target
+    assert same(state_of(editor.model), before)
+
+
+def test_short_prompts_are_not_begun(edited):
+    editor = edited("gpt2")
+    seen = counted(editor)
+    with editor.family.working(), Lessons(editor.family, ASKED) as taught:
+        assert seen == []
+        taught.target_logits(values_of(editor, 3))
+    assert editor.family.goes_on is None
+
+
+def test_a_model_whose_last_tokens_depend_on_something_else_runs_whole(edited, monkeypatch):
+    monkeypatch.setattr(lessons, "_WORTH", 10)
+    editor = edited("gpt2")
+    prompts, targets = [p for p, _ in ASKED], [y for _, y in ASKED]
+
+    def by_length(module, args, output):
+        return output * output.shape[1]
+
+    editor.model.transformer.h[2].mlp.register_forward_hook(by_length)
+    with editor.family.working():
+        values = values_of(editor, 3)
+        whole, _ = editor.family.target_logits(prompts, targets, values)
+        with Lessons(editor.family, ASKED) as taught:
+            assert torch.equal(taught.target_logits(values)[0], whole)
+        assert editor.family.goes_on is False
+        with Lessons(editor.family, ASKED) as taught:
+            assert torch.equal(taught.target_logits(values)[0], whole)
+
+
+@pytest.mark.parametrize("replace", ["prompt", "all"])
+def test_where_more_than_the_last_token_is_answered_nothing_is_begun(edited, replace):
+    editor = edited("gpt2", replace=replace)
+    with editor.family.working():
+        assert editor.family.begin([p for p, _ in ASKED]) is None
+
+
+def test_beside_another_layer_nothing_is_begun(edited):
+    editor = edited("gpt2")
+    editor.add_layer("transformer.h.2.mlp")
+    with editor.family.working():
+        assert editor.family.begin([p for p, _ in ASKED]) is None
+
+
+@pytest.mark.parametrize("name", ["t5", "bert", "bert-mlm"])
+def test_other_families_begin_nothing(edited, name):
+    editor = edited(name)
+    prompts = [[*run_of(10, 3), MASK, 4]] if name == "bert-mlm" else [run_of(10, 5)]
+    with editor.family.working():
+        assert editor.family.begin(prompts) is None
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_an_edit_is_the_same_but_for_rounding(edited, name, monkeypatch):
+    found = []
+    for worth in (10**9, 1):
+        monkeypatch.setattr(lessons, "_WORTH", worth)
+        editor = edited(name)
+        result = editor.edit(run_of(10, 6), run_of(30, 3))
+        assert result.success
+        assert editor.family.goes_on is (True if worth == 1 else None)
+        found.append((editor.codebook.values[0].clone(), result))
+    (whole, first), (begun, second) = found
+    assert (first.case, first.steps) == (second.case, second.steps)
+    assert torch.allclose(whole, begun, rtol=1e-3, atol=1e-3)
+
+
+def test_an_attached_editor_tries_again(edited):
+    editor = edited("gpt2")
+    editor.family.goes_on = False
+    adaptor = editor.adaptor
+    editor.detach()
+    editor.family.attach(LAYERS["gpt2"], adaptor)
+    assert editor.family.goes_on is None
