@@ -1,10 +1,10 @@
 """What an edit of a real language model costs: whole, cut, by the published recipe, in a batch.
 
-CPU seconds of one process, kinds in turn on the same edits. `whole` runs every forward as a whole
-and steps by `lr` alone, as an editor that knows nothing of the layer would; `cut` is the default.
+CPU seconds of one process, kinds in turn on the same edits. `whole` is the editor as it was before
+any of this: every forward whole, cross entropy, Adam as usual by `lr` alone; `cut` is the default.
 Then the codebook alone, without a model: what an edit and a delete cost beside many others.
 
-    python -m benchmarks.edit_cost MODEL RECORDS OUT.json [--layer model.layers.24.mlp]
+    python -m benchmarks.edit_cost MODEL RECORDS OUT.json [--query text]
 
 MODEL is a folder of a causal language model, RECORDS a file of CounterFact records (JSON Lines).
 """
@@ -48,6 +48,11 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - start, result
 
 
+def _cross_entropy(odds: torch.Tensor, margin: float) -> torch.Tensor:
+    """Return the mean cross entropy of tokens with these log odds, whatever the margin."""
+    return torch.nn.functional.softplus(-odds).mean()
+
+
 class Kind:
     """One way of making the same edits, on a model of its own."""
 
@@ -64,9 +69,13 @@ class Kind:
             if self.whole:
                 family = self.editor.family
                 family.cuts, family.prefills = False, (family.adaptor, False)
+                family.goes_on = False
                 module = "grace_edit.families.base.can_stop"
                 changed.enter_context(mock.patch(module, return_value=False))
                 changed.enter_context(mock.patch("grace_edit.editing.making._FIRST_MOVE", 0.0))
+                training = "grace_edit.editing.training."
+                changed.enter_context(mock.patch(training + "_shortfall", _cross_entropy))
+                changed.enter_context(mock.patch(training + "_QUICK", (0.9, 0.999)))
             seconds, result = timed(lambda: self.editor.edit(*pair))
         if counts:
             self.seconds.append(seconds)
@@ -85,13 +94,19 @@ class Kind:
 
 
 def one_by_one(
-    load: Callable[[], tuple[Any, Any]], layer: str, pairs: Sequence[Pair], paper: int
+    load: Callable[[], tuple[Any, Any]],
+    layer: str,
+    query: str | None,
+    pairs: Sequence[Pair],
+    paper: int,
 ) -> dict[str, Any]:
     """Make edits in each way in turn."""
     kinds = {
-        "whole": Kind(load, layer, whole=True),
-        "cut": Kind(load, layer),
-        "published recipe": Kind(load, layer, whole=True, recipe="paper", replace="last"),
+        "whole": Kind(load, layer, whole=True, query=query),
+        "cut": Kind(load, layer, query=query),
+        "published recipe": Kind(
+            load, layer, whole=True, query=query, recipe="paper", replace="last"
+        ),
     }
     for kind in kinds.values():
         if kind.editor.config.recipe != "paper":
@@ -114,10 +129,10 @@ def _spread(ratios: Sequence[float]) -> dict[str, float]:
 
 
 def together(
-    load: Callable[[], tuple[Any, Any]], layer: str, pairs: Sequence[Pair]
+    load: Callable[[], tuple[Any, Any]], layer: str, query: str | None, pairs: Sequence[Pair]
 ) -> dict[str, Any]:
     """Make the same edits in one batch and, on another model, one by one."""
-    alone, batch = Kind(load, layer), Kind(load, layer)
+    alone, batch = (Kind(load, layer, query=query) for _ in range(2))
     for kind in (alone, batch):
         kind.edit(pairs[0], counts=False)
     rest = pairs[1:]
@@ -182,6 +197,7 @@ def main() -> None:
     parser.add_argument("records", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--layer", default="model.layers.24.mlp")
+    parser.add_argument("--query", help="as in GraceConfig; text: each edit in four contexts too")
     parser.add_argument("--edits", type=int, default=12)
     parser.add_argument("--paper", type=int, default=3, help="edits by the published recipe")
     parser.add_argument("--parts", default="edit,batch,codebook")
@@ -194,16 +210,16 @@ def main() -> None:
 
     told: dict[str, Any] = {
         "layer": arguments.layer,
+        "query": arguments.query,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         "threads": torch.get_num_threads(),
         "load_average_before": os.getloadavg()[0],
     }
+    how = (arguments.layer, arguments.query)
     pairs = pairs_of(arguments.records, max(arguments.edits, _BATCH) + 1)
     steps = {
-        "edit": lambda: one_by_one(
-            load, arguments.layer, pairs[: arguments.edits + 1], arguments.paper
-        ),
-        "batch": lambda: together(load, arguments.layer, pairs[: _BATCH + 1]),
+        "edit": lambda: one_by_one(load, *how, pairs[: arguments.edits + 1], arguments.paper),
+        "batch": lambda: together(load, *how, pairs[: _BATCH + 1]),
         "codebook": lambda: [without_a_model(n, 768) for n in (1_000, 10_000)],
     }
     for name in arguments.parts.split(","):

@@ -147,9 +147,9 @@ def test_as_many_prompts_are_run_ahead_as_may_be_kept(edited, monkeypatch):
     read = making.EditMaker.read
     monkeypatch.setattr(batching, "_MOST_KEPT", 11)
 
-    def reads(maker, wanted):
+    def reads(maker, wanted, prefills):
         ahead.append((len(wanted.prompt), batch.codebook.edits))
-        return read(maker, wanted)
+        return read(maker, wanted, prefills)
 
     monkeypatch.setattr(making.EditMaker, "read", reads)
     results = batch.edit_batch(edits)

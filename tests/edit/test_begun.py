@@ -153,3 +153,21 @@ def test_an_attached_editor_tries_again(edited):
     editor.detach()
     editor.family.attach(LAYERS["gpt2"], adaptor)
     assert editor.family.goes_on is None
+
+
+def test_what_some_prompts_begin_with_runs_once_for_these(edited):
+    editor = edited("gpt2")
+    one, two = run_of(20, 6), run_of(40, 4)
+    asked = [[*one, 3, 5], [*two, 7, 9, 11], [*one, 8, 1, 2, 5], [*two, 4, 6], [50, 51]]
+    seen = counted(editor)
+    with editor.family.working():
+        begun = editor.family.begin(asked)
+        # The two beginnings, padded to one length; of each row three tokens at most are left.
+        assert seen == [2 * 6, 5 * 3]
+        values = values_of(editor, 5)
+        targets = [[9], [8, 7], [6], [5], [4]]
+        whole, _ = editor.family.target_logits(asked, targets, values)
+        found, _ = begun.target_logits(editor.family, targets, values)
+        assert (found - whole).abs().max() <= 1e-4 * whole.abs().max()
+        some, _ = begun.only([1, 4]).target_logits(editor.family, [[8, 7], [4]], values[[1, 4]])
+        assert (some - whole[[1, 2, 5]]).abs().max() <= 1e-4 * whole.abs().max()

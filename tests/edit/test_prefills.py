@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
+from grace_edit.editing.prefills import Prefills
 from test_cutting import counted, first_block
 from tiny_models import CAUSAL, run_of, same, state_of
 
@@ -86,3 +89,73 @@ def test_settings_that_change_the_first_forward_leave_edits_as_they_are(edited, 
     for name, value in setting.items():
         setattr(editor.model.generation_config, name, value)
     assert editor.edit([*A, *A[:2]], X).success
+
+
+ALIKE = [run_of(start, 5) for start in (10, 20, 30, 40, 50)]
+
+
+def exact_rows(editor):
+    """Let products give a row the same bits among others as alone, as many processors do."""
+    linear = torch.nn.functional.linear
+
+    def by_row(x, weight, bias=None):
+        rows = [linear(row[None], weight, bias) for row in x.reshape(-1, x.shape[-1])]
+        return torch.cat(rows).reshape(*x.shape[:-1], -1)
+
+    return mock.patch("torch.nn.functional.linear", by_row)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_prompts_of_a_length_are_run_together_and_seen_as_alone(edited, name):
+    editor = edited(name)
+    with editor.family.working(), exact_rows(editor):
+        alone, ahead = Prefills(editor.family), Prefills(editor.family)
+        below = counted(first_block(editor))
+        ahead.read_ahead([*ALIKE, C, ALIKE[0]])
+        # All five at once, the first and the last of them; the one of another length not yet.
+        assert len(below) == 3
+        for prompt in ALIKE:
+            seen, own = ahead.capture(prompt), alone.capture(prompt)
+            assert torch.equal(seen.queries, own.queries)
+            assert torch.equal(seen.outputs, own.outputs)
+        assert len(below) == 3 + len(ALIKE)
+        value = torch.zeros_like(seen.outputs[0])
+        assert ahead.produces(ALIKE[2], [1], value) == alone.produces(ALIKE[2], [1], value)
+        below.clear()
+        ahead.produces(ALIKE[3], [1], value)
+        assert below == []  # what was kept of it among the others serves its proof
+
+
+def test_where_a_row_has_other_bits_among_others_each_runs_alone(edited):
+    editor = edited("llama")
+
+    def by_size(module, args, output):
+        return output * (1 + 1e-6 * len(output))
+
+    first_block(editor).mlp.register_forward_hook(by_size)
+    with editor.family.working(), exact_rows(editor):
+        ahead = Prefills(editor.family)
+        ahead.read_ahead(ALIKE)
+        below = counted(first_block(editor))
+        seen = ahead.capture(ALIKE[1])
+        assert len(below) == 1
+        assert torch.equal(seen.queries, editor.family.capture([ALIKE[1]]).queries)
+
+
+def test_what_is_kept_of_a_prompt_among_others_counts_too(edited):
+    # The layer sees the same, but a cache that a proof would go on from would not hold it.
+    editor = edited("llama")
+    attention = first_block(editor).self_attn
+    forward = attention.k_proj.forward
+
+    def by_size(x):
+        return forward(x) * (1 + 1e-6 * (len(x) - 1))
+
+    editor.model.get_submodule("model.layers.2").self_attn.k_proj.forward = by_size
+    attention.k_proj.forward = by_size
+    with editor.family.working(), exact_rows(editor):
+        ahead = Prefills(editor.family)
+        ahead.read_ahead(ALIKE)
+        below = counted(first_block(editor))
+        ahead.capture(ALIKE[1])
+        assert len(below) == 1

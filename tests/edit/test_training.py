@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from grace_edit import GraceConfig, GraceEditor
+from grace_edit.editing import training
 from grace_edit.editing.training import fit_value
 from tiny_models import LAYERS, run_of, same, state_of
 
@@ -198,3 +199,32 @@ def test_a_loss_that_is_not_finite_is_raised_and_nothing_is_changed(edited):
     with pytest.raises(FloatingPointError, match="the loss must be finite, got nan at step 0"):
         fit(editor, start=torch.full_like(editor.codebook.values[0], float("nan")))
     assert same(state_of(editor.model), before)
+
+
+def test_a_token_that_lacks_little_is_not_left_behind_by_those_that_lack_nothing(edited):
+    # By cross entropy a likely token hardly moves; here the margin is reached by all of them.
+    editor = edited("gpt2", layer="transformer.h.0.mlp")
+    found = fit(editor, margin=4.0, max_steps=60, move=8.0)
+    assert found.reached
+    assert float(log_odds(editor, found.value).min()) >= 4.0
+    assert found.steps <= 20
+
+
+def test_a_value_far_from_its_target_starts_over_with_slower_steps(edited, monkeypatch):
+    starts = []
+    adam = torch.optim.Adam
+
+    def watch(values, **kwargs):
+        starts.append((kwargs["lr"], kwargs["betas"], values[0].detach().clone()))
+        return adam(values, **kwargs)
+
+    monkeypatch.setattr(torch.optim, "Adam", watch)
+    monkeypatch.setattr(training, "_log_odds", lambda logits, y: logits[:, 0] * 0 - 9.0)
+    editor = edited("gpt2")
+    start = editor.family.capture([PROMPT]).outputs[0]
+    assert not fit(editor, max_steps=30, move=5.0).reached
+    assert [(lr, betas) for lr, betas, _ in starts] == [(0.3, (0.5, 0.99)), (0.3, (0.9, 0.999))]
+    assert torch.equal(starts[1][2], start)
+    starts.clear()
+    fit(editor, max_steps=30, early_stop=False)  # the published recipe never does
+    assert [betas for _, betas, _ in starts] == [(0.9, 0.999)]

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..codebook.records import EditResult
 from .asked import Wanted, distance
 from .making import EditMaker, Read
+from .prefills import Prefills
 from .training import Fit, Task
 
 _WINDOW = 64
@@ -63,7 +64,10 @@ class Together:
 
     def _train(self, numbers: Sequence[int]) -> None:
         maker = self._maker
-        self._read = {number: maker.read(self._wanted[number]) for number in numbers}
+        prefills = Prefills(maker.family)
+        every = [self._wanted[number] for number in numbers]
+        prefills.read_ahead([prompt for one in every for prompt in (one.prompt, *one.paraphrases)])
+        self._read = {number: maker.read(self._wanted[number], prefills) for number in numbers}
         tasks = {n: maker.task(self._read[n]) for n in numbers if self._needs_a_value(n)}
         for group in _groups(tasks):
             if len(group) > 1:

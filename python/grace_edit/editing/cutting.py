@@ -43,6 +43,28 @@ class Kept:
     caches: bool = False
     partly: bool = False
 
+    def row(self, number: int, rows: int) -> Kept:
+        """Return what would be kept of one of the sequences that ran, of so many."""
+
+        def own(tensor: Tensor) -> Tensor:
+            return tensor[number : number + 1] if tensor.shape[:1] == (rows,) else tensor
+
+        calls = []
+        for module, shape, output, places in self.calls:
+            shape = (1, *shape[1:]) if shape is not None and shape[0] == rows else shape
+            filled = [(at, own(keys), own(values)) for at, keys, values in places]
+            calls.append((module, shape, _mapped(output, own), filled))
+        return Kept(calls, self.caches, self.partly)
+
+    def equals(self, other: Kept) -> bool:
+        """Say whether the same is kept there, to the bit."""
+        if (self.caches, self.partly) != (other.caches, other.partly):
+            return False
+        return len(self.calls) == len(other.calls) and all(
+            own[0] is its[0] and own[1] == its[1] and _alike(own[2:], its[2:])
+            for own, its in zip(self.calls, other.calls, strict=True)
+        )
+
 
 class Twin:
     """A twin of a model, in which what runs before a layer's answer can be handed out again.
@@ -251,6 +273,14 @@ def _beside(model: nn.Module, layer: str) -> list[nn.Module]:
 def _leaf(tensor: Tensor) -> Tensor:
     # Whether it requires grad stays: kernels are chosen by it.
     return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Say whether two things that modules gave hold the same tensors, to the bit."""
+    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for thing, tensors in zip((one, other), found, strict=True):
+        _mapped(thing, lambda tensor, own=tensors: own.append(tensor) or tensor)  # type: ignore[misc]
+    return len(found[0]) == len(found[1]) and all(map(torch.equal, *found))
 
 
 def _mapped(output: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -56,6 +56,14 @@ class Lessons:
         self._begun = None
         self._cut.__exit__(*error)
 
+    def only(self, rows: Sequence[int]) -> None:
+        """Go on with some of the prompts."""
+        self._prompts = [self._prompts[b] for b in rows]
+        self._targets = [self._targets[b] for b in rows]
+        self._begun = None if self._begun is None else self._begun.only(rows)
+        self._cut.__exit__()
+        self._cut.__enter__()
+
     def target_logits(self, values: Tensor) -> Logits:
         """Return what `Family.target_logits` does, of all prompts answered by `values [B, V]`."""
         begun = self._begun
@@ -79,8 +87,16 @@ class Lessons:
 
     @torch.no_grad()
     def _goes_on(self, begun: Begun, values: Tensor) -> bool:
-        """Say whether what was begun leads to about the numbers of whole forwards."""
-        whole, _ = self._family.target_logits(self._prompts, self._targets, values)
-        found, _ = begun.target_logits(self._family, self._targets, values)
+        """Say whether what was begun leads to about the numbers of whole forwards.
+
+        Seen at the shortest and the longest prompts, of which the first have the most padding.
+        """
+        by_length = sorted(range(len(values)), key=lambda b: len(self._prompts[b]))
+        rows = sorted({*by_length[:2], *by_length[-2:]})
+        prompts, targets = [self._prompts[b] for b in rows], [self._targets[b] for b in rows]
+        whole, _ = self._family.target_logits(prompts, targets, values[rows])
+        every, _ = begun.target_logits(self._family, self._targets, values)
+        each = every.split([len(target) for target in self._targets])
+        found = torch.cat([each[b] for b in rows])
         near = _NEAR if values.dtype in (torch.float32, torch.float64) else _NEAR_IN_HALF
         return float((found - whole).abs().max()) <= near * float(whole.abs().max())

@@ -100,15 +100,19 @@ class EditMaker:
         """
         return self.finish(self.read(wanted), value)
 
-    def read(self, wanted: Wanted) -> Read:
-        """Run the prompts of an edit; the first step of `make`, whose arguments it checks."""
+    def read(self, wanted: Wanted, prefills: Prefills | None = None) -> Read:
+        """Run the prompts of an edit; the first step of `make`, whose arguments it checks.
+
+        Args:
+            prefills: runs them; None: its own.
+        """
         paper = self.config.policy == "paper"
         if paper and (wanted.paraphrases or wanted.negatives):
             raise ValueError(
                 'paraphrases and negatives must be left out with policy="paper", whose edits have '
                 f"one key, got {len(wanted.paraphrases)} and {len(wanted.negatives)}"
             )
-        prefills = Prefills(self.family)
+        prefills = prefills or Prefills(self.family)
         keys, output = find_keys(self.family, self.takes, wanted, prefills)
         return Read(wanted, keys, output, prefills)
 

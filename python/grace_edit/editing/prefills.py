@@ -9,6 +9,7 @@ the logits of the prompt and of a token after it, and otherwise left alone.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +18,12 @@ from torch import Tensor
 from ..adaptor.state import Captured
 from ..adaptor.torch_private import is_compiled
 from ..families import Family
+from ..families.base import in_pieces
 from ..families.projection import output_projection
 from .cutting import Kept, Twin
+
+_TOGETHER = 4
+"""Prompts of a length that are worth it to be run together, as two of them run alone as well."""
 
 
 class Prefills:
@@ -32,21 +37,61 @@ class Prefills:
         self._family = family
         self._twin: Twin | None = None
         self._kept: dict[tuple[int, ...], Kept] = {}
+        self._ahead: dict[tuple[int, ...], Captured] = {}
+
+    def read_ahead(self, prompts: Sequence[list[int]]) -> None:
+        """Run prompts of the same length together, and hand out by `capture` what was seen.
+
+        As long as the first and the last of them gave the bits that they give alone, in what the
+        layer sees and in all that is kept of them; else each runs alone, when it is asked for.
+        """
+        by_length: dict[int, list[list[int]]] = {}
+        for prompt in dict.fromkeys(map(tuple, prompts)):
+            by_length.setdefault(len(prompt), []).append(list(prompt))
+        for alike in by_length.values():
+            for piece in in_pieces([len(prompt) for prompt in alike]):
+                if len(alike[piece]) >= _TOGETHER and not self._read(alike[piece]):
+                    return
+
+    def _read(self, prompts: list[list[int]]) -> bool:
+        seen, kept = self._run(prompts)
+        rows = len(prompts)
+        each = [Captured(seen.queries[b : b + 1], seen.outputs[b : b + 1]) for b in range(rows)]
+        theirs = [kept.row(b, rows) for b in range(rows)]
+        for b in (0, rows - 1):
+            alone, own = self._run([prompts[b]])
+            same = torch.equal(alone.queries, each[b].queries)
+            same = same and torch.equal(alone.outputs, each[b].outputs)
+            if not (same and own.equals(theirs[b])):
+                return False
+        for b, prompt in enumerate(prompts):
+            self._ahead[tuple(prompt)] = each[b]
+            self._keep(prompt, theirs[b])
+        return True
 
     def capture(self, prompt: list[int]) -> Captured:
         """Return what the layer sees of a prompt, as `Family.capture` does, and keep the rest."""
+        seen = self._ahead.get(tuple(prompt))
+        if seen is None:
+            seen, kept = self._run([prompt])
+            self._keep(prompt, kept)
+        return seen
+
+    def _run(self, prompts: list[list[int]]) -> tuple[Captured, Kept]:
         family = self._family
         whole = not family.generates or is_compiled(family.model)
         # A generation has to pass the layers below that may answer too, and keep what they say.
         if whole or family.adaptor.others or _tried(family) is False:
-            return family.capture([prompt])
+            return family.capture(prompts), Kept()
         if self._twin is None:
             self._twin = Twin(family)
-        seen, kept = self._twin.record(lambda twin: twin.capture([prompt]))
+        found = self._twin.record(lambda twin: twin.capture(prompts))
         family.runs_once = True
+        return found
+
+    def _keep(self, prompt: list[int], kept: Kept) -> None:
         if kept.caches and not kept.partly:
             self._kept[tuple(prompt)] = kept
-        return seen
 
     def produces(self, prompt: list[int], target: list[int], value: Tensor) -> bool:
         """Say whether the model produces a target by itself, answered by `value [V]`."""

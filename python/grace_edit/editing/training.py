@@ -131,12 +131,14 @@ def fit_values(
     settings = _Settings(dtype, max_steps, margin, move, early_stop)
     everything = [_Training(family, task, settings) for task in tasks]
     running = everything
-    while running:
-        together = running
-        asked = [pair for training in together for pair in training.asked]
-        with Lessons(family, asked) as lessons:
-            while 2 * len(running) > len(together):
-                running = _step(lessons, together)
+    together: list[_Training] = everything
+    with Lessons(family, [pair for training in everything for pair in training.asked]) as lessons:
+        while running:
+            if 2 * len(running) <= len(together):
+                stays = [training in running for training in together for _ in training.asked]
+                lessons.only([row for row, stay in enumerate(stays) if stay])
+                together = running
+            running = _step(lessons, together)
     return [training.fit for training in everything]
 
 

@@ -77,6 +77,10 @@ class Begun(ABC):
     """Prompts of which what comes before their answers was run, see `Family.begin`."""
 
     @abstractmethod
+    def only(self, rows: Sequence[int]) -> Begun:
+        """Return some of these prompts."""
+
+    @abstractmethod
     def target_logits(
         self, family: Any, targets: Sequence[list[int]], values: Tensor
     ) -> tuple[Tensor, Tensor]:

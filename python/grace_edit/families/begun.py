@@ -1,17 +1,19 @@
 """Prompts that a causal model has run up to their last token, and forwards that go on from there.
 
 What comes before the last token of a prompt does not depend on what answers it under
-`replace="last"`. So its keys and values are computed once, what all prompts begin with once for all
-of them, and each forward of a training computes the last token and the target alone. Its numbers
-are those of a whole forward but for the order of sums, as those of `generate` with a cache are.
+`replace="last"`. So its keys and values are computed once, and what several prompts begin with once
+for all of them. Each forward of a training then computes the last token and the target alone. Its
+numbers are those of a whole forward but for the order of sums, as those of `generate` with a cache.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -41,6 +43,14 @@ class BegunPrompts(Begun):
     last: Tensor
     mask: Tensor
     cache: Any
+
+    def only(self, rows: Sequence[int]) -> BegunPrompts:
+        """Return some of these prompts."""
+        chosen = torch.tensor(rows, device=self.last.device)
+        cache = _copied(self.cache)
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[chosen], layer.values[chosen]
+        return BegunPrompts(self.last[chosen], self.mask[chosen], cache)
 
     def target_logits(
         self, family: Family, targets: Sequence[list[int]], values: Tensor
@@ -83,23 +93,29 @@ def begin(
     if any(name not in accepted for name in _KEEPS):
         return None
     rows = [list(prompt[:-1]) for prompt in prompts]
-    shared = _shared(rows) if len(rows) > 1 else []
+    shared = _shared(rows)
     cache: Any = None
-    if shared:
-        alone = torch.tensor([shared], device=device)
-        cache = _cache_of(_forward(model, alone, torch.ones_like(alone).bool(), None, narrow=True))
+    before = torch.zeros((len(rows), 0), dtype=torch.bool, device=device)
+    if any(shared):
+        starts = [list(start) for start in dict.fromkeys(map(tuple, shared)) if start]
+        # A row that shares nothing takes any of them, masked.
+        of_row = [starts.index(start) if start else 0 for start in shared]
+        ids, own = _padded(starts, pad_id, left=True)
+        ids, own = ids.to(device), own.to(device)
+        cache = _cache_of(_forward(model, ids, own, None, narrow=True))
         if cache is None:
             return None
         if any(type(layer).__name__ != _PLAIN for layer in cache.layers):
             # A window counts columns: no padding may lie between the tokens in it.
-            shared, cache = [], None
+            shared, cache = [[] for _ in rows], None
         else:
+            before = own[of_row] & torch.tensor([[bool(start)] for start in shared], device=device)
             for layer in cache.layers:
-                layer.keys = layer.keys.expand(len(rows), -1, -1, -1)
-                layer.values = layer.values.expand(len(rows), -1, -1, -1)
-    ids, own = _padded([row[len(shared) :] for row in rows], pad_id, left=True)
+                layer.keys, layer.values = layer.keys[of_row], layer.values[of_row]
+    pairs = zip(rows, shared, strict=True)
+    ids, own = _padded([row[len(start) :] for row, start in pairs], pad_id, left=True)
     ids, own = ids.to(device), own.to(device)
-    mask = torch.cat([own.new_ones((len(rows), len(shared))), own], dim=1)
+    mask = torch.cat([before, own], dim=1)
     if ids.shape[1]:
         cache = _cache_of(_forward(model, ids, mask, cache, narrow=True))
     if cache is None:
@@ -107,11 +123,40 @@ def begin(
     return BegunPrompts(torch.tensor([p[-1] for p in prompts], device=device), mask, cache)
 
 
-def _shared(rows: Sequence[list[int]]) -> list[int]:
-    """Return what all rows begin with."""
-    columns = zip(*rows, strict=False)
-    length = next((n for n, column in enumerate(columns) if len(set(column)) > 1), None)
-    return rows[0][: min(map(len, rows)) if length is None else length]
+def _shared(rows: Sequence[list[int]]) -> list[list[int]]:
+    """Return the part of each row, from its first token on, that is run once for several of them.
+
+    Rows that begin alike are put together so that the fewest tokens run.
+    """
+    order = sorted(range(len(rows)), key=lambda row: rows[row])
+    alike = [_common(rows[a], rows[b]) for a, b in pairwise(order)]
+    # Of the first `end` rows in order: tokens saved, and where the last group of them starts.
+    saved, start = [0] * (len(rows) + 1), [0] * (len(rows) + 1)
+    for end in range(1, len(rows) + 1):
+        saved[end], start[end] = saved[end - 1], end - 1
+        length = sys.maxsize
+        for first in range(end - 2, -1, -1):
+            length = min(length, alike[first])
+            if not length:
+                break
+            gain = saved[first] + (end - first - 1) * length
+            if gain > saved[end]:
+                saved[end], start[end] = gain, first
+    found: list[list[int]] = [[] for _ in rows]
+    end = len(rows)
+    while end:
+        first = start[end]
+        length = min(alike[first : end - 1], default=0)
+        for row in order[first:end]:
+            found[row] = rows[row][:length]
+        end = first
+    return found
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many tokens two rows begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _padded(
