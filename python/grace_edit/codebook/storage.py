@@ -30,7 +30,7 @@ class Absent:
     """What the journal notes for a record that was not there; the class itself survives a copy."""
 
 
-_NUMBERS = ("live_edits", "purged")
+_NUMBERS = ("live_edits", "purged", "taken", "version")
 
 
 class Storage(Lookups):
