@@ -102,7 +102,7 @@ class GraceEditor:
         with self.codebook.changing() as storage:
             if "paper" in (config.policy, self.config.policy):
                 raise ValueError('policy must be "default" where several layers are edited')
-            if storage.watcher is not None:
+            if storage.watcher is not None and len(self.layers) == 1:
                 raise ValueError("editor must not be published where several layers are edited")
             family = self.family.beside()
             _attach(family, config, further=True)
@@ -297,9 +297,8 @@ class GraceEditor:
                 query has become that of another one.
         """
         layers = [(editor.family, editor.config) for editor in self.layers.values()]
-        with self.codebook.changing():
+        with self.layers.anew():
             results = rekeying.rekey(layers, progress)
-            self.layers.settled()
         return results[list(self.layers).index(self.layer)]
 
     def explain(self, prompt: Any) -> Explanation:

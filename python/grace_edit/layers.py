@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .adaptor.text_queries import decide
 from .codebook.codebook import Codebook
+from .codebook.guard import Guard
 from .codebook.policy import fp32
 from .codebook.records import Edit, EditResult, Label, UndoError
 from .editing.asked import find_keys, wanted_of
@@ -72,20 +73,31 @@ class _Step:
     reached: set[Label]
 
 
+def _guard() -> Guard:
+    return Guard(
+        "codebook must be changed by its editor where several layers are edited, got a change by "
+        "itself, which edits of the other layers might not survive: call edit, edit_batch, delete, "
+        "expire or undo of the editor, editor.layers[NAME]",
+        of_history=True,
+    )
+
+
 @dataclass(eq=False)
 class Layers(Mapping[str, E], Generic[E]):
     """The editors of a model by the full names of their layers, the lower layers first.
 
-    Changes go through `change`, `edit` and `undo`, which see to the other layers. Of a model with
-    one layer these are no more than its codebook's own.
+    Changes go through `change`, `edit` and `undo`, which see to the other layers; others that would
+    change an answer are refused. Of a model with one layer these are no more than its codebook's
+    own, and nothing is refused.
     """
 
     _editors: dict[str, E] = field(default_factory=dict)
     _queries: dict[str, dict[Label, Tensor]] = field(default_factory=dict, repr=False)
     _steps: list[_Step] = field(default_factory=list, repr=False)
-    _versions: list[int] = field(default_factory=list, repr=False)
+    _made: list[int] = field(default_factory=list, repr=False)  # steps of undo, by each codebook
     _reached: set[Label] = field(default_factory=set, repr=False)
     _depth: int = 0
+    _guard: Guard = field(default_factory=_guard, repr=False)
 
     def __getitem__(self, layer: str) -> E:
         return self._editors[layer]
@@ -109,7 +121,9 @@ class Layers(Mapping[str, E], Generic[E]):
             places = _places(editor.family.model)
             self._editors = dict(sorted(self._editors.items(), key=lambda item: places[item[0]]))
             self._queries[editor.family.layer] = {}
-            self._versions = [book.version for book in self._books]
+            self._made = [book.storage.journal.made for book in self._books]
+            for book in self._books if len(self) > 1 else ():
+                book.storage.watcher = self._guard
 
     @property
     def _families(self) -> list[Family]:
@@ -127,9 +141,9 @@ class Layers(Mapping[str, E], Generic[E]):
             with books[0].transaction():
                 yield
             return
-        with books[0].changing():
+        with books[0].changing(), self._guard.open():
             if not self._depth:
-                self._check_versions()
+                self._check_steps()
                 if any(book.storage.journal.is_open for book in books):
                     raise ValueError(
                         "cannot change a layer inside a transaction of one codebook where several "
@@ -149,7 +163,7 @@ class Layers(Mapping[str, E], Generic[E]):
                 self._depth -= 1
                 if not self._depth:
                     reached, self._reached = self._reached, set()
-                    self._versions = [book.version for book in books]
+                    self._made = [book.storage.journal.made for book in books]
             if self._depth:
                 return
             pairs = zip(books, made, strict=True)
@@ -212,8 +226,8 @@ class Layers(Mapping[str, E], Generic[E]):
         if len(books) == 1:
             books[0].undo()
             return
-        with books[0].changing():
-            self._check_versions()
+        with books[0].changing(), self._guard.open():
+            self._check_steps()
             if not self._steps:
                 for book in books:
                     if not book.storage.journal.steps:
@@ -226,19 +240,29 @@ class Layers(Mapping[str, E], Generic[E]):
                 book.undo()
             self._steps.pop()
             self._forget(step.reached)
-            self._versions = [book.version for book in books]
+            self._made = [book.storage.journal.made for book in books]
 
-    def settled(self) -> None:
-        """Be told that all edits were made anew: nothing that was known of them is true."""
+    @contextmanager
+    def anew(self) -> Iterator[None]:
+        """Let all edits be made anew inside: nothing that was known of them is true then."""
+        with self._books[0].changing(), self._guard.open():
+            before = [book.version for book in self._books]
+            try:
+                yield
+            finally:
+                if before != [book.version for book in self._books]:
+                    self._settle()
+
+    def _settle(self) -> None:
         self._steps.clear()
         for known in self._queries.values():
             known.clear()
-        self._versions = [book.version for book in self._books]
+        self._made = [book.storage.journal.made for book in self._books]
 
-    def _check_versions(self) -> None:
-        """Forget what is known if somebody has changed a codebook by itself."""
-        if self._versions != [book.version for book in self._books]:
-            self.settled()
+    def _check_steps(self) -> None:
+        """Forget what is known if somebody has changed the history of a codebook by itself."""
+        if self._made != [book.storage.journal.made for book in self._books]:
+            self._settle()
 
     def _answers(self) -> list[_Answers]:
         """Return what each layer answers the stored prompts of all."""
