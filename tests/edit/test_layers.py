@@ -327,7 +327,7 @@ def test_an_interruption_leaves_all_layers_as_they_were(pair, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("grace_edit.layers.find_unproven", interrupted)
+    monkeypatch.setattr("grace_edit.reach.find_unproven", interrupted)
     with pytest.raises(KeyboardInterrupt):
         lower.edit(ONE, TO_ONE)
     assert unchanged(lower, before)
@@ -574,7 +574,7 @@ def test_after_every_change_all_edits_hold_and_what_is_known_of_queries_is_true(
                     prompt = list(edit.prompt)
                     assert one.family.produces([prompt], [list(edit.label)], None) == [True]
                     assert torch.equal(one.codebook.query_of(edit.id), one.queries([prompt])[0])
-                for prompt, query in lower.layers._queries[one.layer].items():
+                for prompt, query in lower.layers._reach._queries.get(one.layer, {}).items():
                     assert torch.equal(query, one.queries([list(prompt)])[0])
     assert refused
 
