@@ -104,6 +104,10 @@ class Follower:
     def wait(self, version: int, timeout: float = 10.0) -> None:
         """Wait until the model serves this version of the writer, or a later one.
 
+        Args:
+            version: as `Publisher.version`, or a reply of `grace serve`, has it.
+            timeout: seconds to wait.
+
         Raises:
             TimeoutError: it does not yet; the message says why, if that is known.
         """

@@ -101,7 +101,7 @@ class EditMaker:
         return self.finish(self.read(wanted), value)
 
     def read(self, wanted: Wanted) -> Read:
-        """Run the prompts of an edit; the first step of `make`, whose arguments it checks."""
+        """Run the prompts of an edit; the first step of `make`, whose ValueErrors it raises."""
         paper = self.config.policy == "paper"
         if paper and (wanted.paraphrases or wanted.negatives):
             raise ValueError(
