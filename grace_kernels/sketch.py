@@ -125,6 +125,10 @@ class Sketch:
         """Follow the keys as they are now, in the tensors that are there; see `fit`.
 
         An interruption leaves a sketch that covers the slots done so far.
+
+        Raises:
+            ValueError: there are more keys than this sketch has memory for, or they or the radii
+                are of another width, dtype or device.
         """
         self._check(keys, radii)
         if len(keys) > self.capacity:
@@ -175,6 +179,9 @@ class Sketch:
 
     def update_radii_(self, radii: Tensor, first: int, last: int) -> None:
         """Take note of the radii of slots `first..last-1`, those without codes included.
+
+        Args:
+            radii: `[C]` float32, those of all slots.
 
         Raises:
             ValueError: a slot is out of range, or radii are not those of this sketch's device.

@@ -177,6 +177,9 @@ class ShardedCodebook:
 
         Collective. Each rank copies its own rows, so tensors that are mapped from a file are read
         in part. See `from_rows` for options and errors.
+
+        Raises:
+            ValueError: values or radii have another number of rows than keys.
         """
         for name, tensor in (("values", values), ("radii", radii)):
             if len(tensor) != len(keys):

@@ -48,11 +48,11 @@ class Shard:
         self._reach = -math.inf
 
     def nearest(self, query: Tensor) -> Tensor:
-        """Return the row of each query's nearest live key, -1 where there is none."""
+        """Return the row `[B]` of the live key nearest to each of `[B, D]`, -1: there is none."""
         return nearest(query, self.keys, self.radii, self.count)[0]
 
     def nearest_within_reach(self, query: Tensor) -> Tensor:
-        """Return that row where it can matter to a lookup; -1 or that row where it cannot.
+        """Return for `[B, D]` that row where it can matter to a lookup; else -1 or that row.
 
         A hit lies within its own radius, and so does whatever is nearer: both within the largest
         radius there is on any rank. Not within their own radii, as `lookup` would have it: an entry
@@ -65,7 +65,10 @@ class Shard:
     def write(
         self, rows: list[int], keys: Tensor | None, values: Tensor | None, radii: Tensor | None
     ) -> None:
-        """Write what is given into some rows; an interruption leaves the sketch out of use."""
+        """Write `[n, D]`, `[n, V]`, `[n]` into n rows; None: those stay as they are.
+
+        An interruption leaves the sketch out of use.
+        """
         at = torch.tensor(rows, dtype=torch.int64, device=self.keys.device)
         with self._sketch_out_of_use() as sketch:
             for held, given in ((self.keys, keys), (self.values, values), (self.radii, radii)):

@@ -25,24 +25,31 @@ class Draw:
         self.generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
 
     def normal(self, *shape: int) -> Tensor:
+        """Return float32 of this shape, of the normal distribution."""
         return torch.randn(*shape, generator=self.generator)
 
     def below(self, n: int) -> int:
+        """Return a whole number of at least 0, below `n`."""
         return int(torch.randint(n, (), generator=self.generator))
 
     def one_of(self, choices: Any) -> Any:
+        """Return one of a sequence."""
         return choices[self.below(len(choices))]
 
     def chance(self, probability: float) -> bool:
+        """Return True with this probability."""
         return float(torch.rand((), generator=self.generator)) < probability
 
     def where(self, n: int, probability: float) -> Tensor:
+        """Return `[n]` bool, each True with this probability."""
         return torch.rand(n, generator=self.generator) < probability
 
     def rows(self, n: int, size: int) -> Tensor:
+        """Return `[size]` int64 of at least 0, below `n`."""
         return torch.randint(n, (size,), generator=self.generator)
 
     def range(self, n: int) -> tuple[int, int]:
+        """Return `first` and `last` of a part of `0..n-1`, `last` not included; it may be empty."""
         first = self.below(n + 1)
         return first, first + self.below(n - first + 1)
 

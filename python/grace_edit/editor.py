@@ -18,12 +18,12 @@ from . import rekeying, serving
 from .adaptor import attach as attaching
 from .adaptor.adaptor import GraceAdaptor
 from .adaptor.positions import Latched, QueryPlan
-from .adaptor.text_queries import TextQueries
 from .adaptor.told import PromptEnds
 from .codebook.codebook import Codebook
 from .codebook.records import Edit, EditResult
 from .config import GraceConfig
 from .editing.asked import read_wanted
+from .editing.attaching import attach_new
 from .editing.batching import Together
 from .editing.explanation import Explanation, explain
 from .editing.making import EditMaker
@@ -31,8 +31,6 @@ from .editing.scoring import Score, score
 from .editing.verification import Misfire, find_misfires
 from .families import Family, family_of
 from .families.ids import is_chat, token_ids
-from .keys.choice import text_keys
-from .keys.prompts import PromptReader
 from .layers import Layers
 from .progress import bar
 
@@ -61,7 +59,7 @@ class GraceEditor:
 
     def __init__(self, model: nn.Module, tokenizer: Any, config: GraceConfig) -> None:
         family = family_of(attaching.core_of(model), tokenizer)
-        _attach(family, config)
+        attach_new(family, config)
         self.model, self.family, self.config = model, family, config
         self.layers: Layers[GraceEditor] = Layers()
         self.layers.add(self)
@@ -102,10 +100,10 @@ class GraceEditor:
         with self.codebook.changing() as storage:
             if "paper" in (config.policy, self.config.policy):
                 raise ValueError('policy must be "default" where several layers are edited')
-            if storage.watcher is not None:
+            if storage.watcher is not None and len(self.layers) == 1:
                 raise ValueError("editor must not be published where several layers are edited")
             family = self.family.beside()
-            _attach(family, config, further=True)
+            attach_new(family, config, further=True)
             return self._of(self.model, family, config, self.layers)
 
     @property
@@ -297,9 +295,8 @@ class GraceEditor:
                 query has become that of another one.
         """
         layers = [(editor.family, editor.config) for editor in self.layers.values()]
-        with self.codebook.changing():
+        with self.layers.anew():
             results = rekeying.rekey(layers, progress)
-            self.layers.settled()
         return results[list(self.layers).index(self.layer)]
 
     def explain(self, prompt: Any) -> Explanation:
@@ -309,7 +306,13 @@ class GraceEditor:
             return explain(self.family, ids)
 
     def answer(self, prompt: Any, max_new_tokens: int = 8) -> str:
-        """Return the edited model's answer to `prompt` as text (greedy, KV cache) or class name."""
+        """Return the edited model's answer to `prompt` as text (greedy, KV cache) or class name.
+
+        Args:
+            prompt: as in `edit`.
+            max_new_tokens: of a model that generates, after which an answer without an end token
+                ends.
+        """
         ids = self.family.encode(prompt)
         with self.family.working():
             return self.family.show(self.family.answer(ids, max_new_tokens))
@@ -330,7 +333,11 @@ class GraceEditor:
         return self.score_batch([(prompt, continuation)])[0]
 
     def score_batch(self, pairs: Sequence[Sequence[Any]]) -> list[Score]:
-        """Return the `score` of each `(prompt, continuation)`, run in padded batches."""
+        """Return the `score` of each `(prompt, continuation)`, run in padded batches.
+
+        Raises:
+            ValueError: a pair is bad or too long; the message names it.
+        """
         encoded = []
         for number, pair in enumerate(pairs):
             try:
@@ -370,7 +377,11 @@ class GraceEditor:
         return self.adaptor.using_all(ends=PromptEnds(counts, encoded))
 
     def queries(self, prompts: Sequence[Any]) -> Tensor:
-        """Return the queries of prompts as `[B, D]`, run in padded batches."""
+        """Return the queries of prompts as `[B, D]`, run in padded batches.
+
+        Raises:
+            ValueError: a prompt is bad or too long; the message names it.
+        """
         encoded = self._encode_each(prompts)
         with self.family.working():
             return self.family.queries(encoded)
@@ -428,6 +439,9 @@ class GraceEditor:
 
         Paraphrases are prompts too.
 
+        Args:
+            progress: show a progress bar on stderr.
+
         Returns:
             One `Misfire` per edit and mode in which no entry with the edit's label answers.
         """
@@ -451,7 +465,9 @@ class GraceEditor:
         return self.adaptor.disabled(thread_only=thread_only)
 
     def plan(self, plan: QueryPlan) -> AbstractContextManager[None]:
-        """Name the rows that ask yourself inside a `with` block (packed batches, past tokens).
+        """Name the rows that ask yourself, by a `QueryPlan`, inside a `with` block.
+
+        For what no forward tells by itself: packed batches, past tokens.
 
         Another layer takes the same rows, unless a block round this one has named its own.
         """
@@ -532,39 +548,3 @@ class GraceEditor:
         layers: Layers[GraceEditor] = Layers()
         editors = [cls._of(model, family, config, layers) for family, config in attached]
         return editors[0]
-
-
-def _attach(family: Family, config: GraceConfig, *, further: bool = False) -> None:
-    """Attach an adaptor with an empty codebook as a configuration says.
-
-    Args:
-        further: other layers of the model carry adaptors.
-    """
-    tokenizer = family.tokenizer
-    default_query, default_replace = family.asks_by(config.layer)
-    replace = config.replace or default_replace
-    if config.recipe == "paper" and config.replace in (None, "prompt"):
-        replace = "before"
-    query = config.query or default_query
-    text = None
-    if query == "text":
-        if tokenizer is None:
-            raise ValueError('tokenizer must be given for query="text", got None')
-        keys = text_keys(family.model, tokenizer, config.encoder, config.text_map)
-        text = TextQueries(keys, PromptReader(tokenizer))
-    asks_at_mask = query == "last" or (query == "text" and replace == "last")
-    adaptor = GraceAdaptor(
-        Codebook(1, 1),  # until the layer has shown its widths
-        query=query,
-        replace=replace,
-        special_ids=family.special_ids if query == "mean" else (),
-        mask_token_id=family.mask_token_id if asks_at_mask else None,
-        text=text,
-    )
-    family.attach(config.layer, adaptor, further=further)
-    try:
-        with family.working():
-            adaptor.codebook = EditMaker(family, config).new_codebook(config.capacity)
-    except BaseException:
-        family.detach(alone=True)
-        raise

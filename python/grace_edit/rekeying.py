@@ -31,6 +31,9 @@ def rekey(layers: Sequence[tuple[Family, GraceConfig]], progress: bool) -> list[
 
     Returns:
         The results for each layer.
+
+    Raises:
+        ValueError, RuntimeError: as `GraceEditor.rekey`; the codebooks are then as they were.
     """
     books = [family.adaptor.codebook for family, _ in layers]
     with books[0].changing():

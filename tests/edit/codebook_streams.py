@@ -37,7 +37,7 @@ def state(book: Codebook) -> dict[str, Any]:
         "ids": book.ids,
         "labels": book.labels,
         "members": [book.members(slot) for slot in range(int(book.count))],
-        "records": (storage.entry_records.copy(), storage.edit_records.copy()),
+        "records": (dict(storage.entry_records), dict(storage.edit_records)),
         "free": (slots.free, book.edits),
         "index": (storage.by_prompt.copy(), storage.by_query.copy()),
         "retired": {id: bits(value) for id, value in storage.retired_values.items()},

@@ -1,17 +1,25 @@
-"""A snapshot that a served codebook comes to hold; its readers wait for copies alone."""
+"""A snapshot that a served codebook comes to hold; its readers wait for copies alone.
+
+Whatever interrupts it, the codebook holds what it held, or all of the new.
+"""
 
 from __future__ import annotations
 
+import copy
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from codebook_streams import bits
-from grace_edit.codebook import adopting, snapshot
+from codebook_streams import bits, state
+from grace_edit.codebook import adopting, redo, snapshot
 from grace_edit.codebook.codebook import Codebook
 from grace_edit.codebook.records import CapacityError
 from sketched_books import agree, make_small_ones_worth_a_sketch, since_fit
+
+from grace_kernels import Sketch
 
 WIDTH = 8
 
@@ -129,3 +137,134 @@ def test_a_frozen_codebook_keeps_its_memory_and_refuses_more_than_it_holds() -> 
     served.check()
     with pytest.raises(CapacityError, match="frozen and has 64"):
         adopting.adopt(served.storage, book(3, capacity=65).storage)
+
+
+class Interrupted(BaseException):
+    """Raised between two lines, as a signal is."""
+
+
+_LET_BE = ("transactions", "tables")  # what ends a transaction, and counts
+
+
+class InterruptingLock:
+    """A lock under which the `at`-th line of the codebook's code is not run: it raises instead."""
+
+    def __init__(self, lock: Any, at: int) -> None:
+        self.lock, self.left, self.depth = lock, at, 0
+
+    def __enter__(self) -> None:
+        self.lock.__enter__()
+        self.depth += 1
+        if self.depth == 1 and self.left > 0:
+            frame: Any = sys._getframe(1)
+            while frame is not None:
+                frame.f_trace = self._traced(frame)
+                frame = frame.f_back
+            sys.settrace(lambda frame, event, argument: self._traced(frame))
+
+    def __exit__(self, *given: Any) -> None:
+        sys.settrace(None)
+        self.depth -= 1
+        self.lock.__exit__(*given)
+
+    def _traced(self, frame: Any) -> Any:
+        file, code = Path(frame.f_code.co_filename), frame.f_code
+        ours = file.parent == Path(adopting.__file__).parent and file.stem not in _LET_BE
+        ours = (ours and code.co_name != "end") or code is Sketch.copy_.__code__
+        return self._line if ours else None
+
+    def _line(self, frame: Any, event: str, argument: Any) -> Any:
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                sys.settrace(None)
+                raise Interrupted
+        return self._line
+
+
+def interrupted_everywhere(
+    old: Codebook, change: Callable[[Codebook], Any], *, stride: int = 1
+) -> int:
+    """Interrupt a change of a codebook at each line in turn; return how many there were."""
+    whole = copy.deepcopy(old)
+    change(whole)
+    before, after = state(old), state(whole)
+    assert before != after
+    at = 1
+    while True:
+        served = copy.deepcopy(old)
+        places = [tensor.data_ptr() for tensor in (served.keys, served.values, served.radii)]
+        lock, outer = served.storage.lock, sys.gettrace()
+        served.storage.lock = InterruptingLock(lock, at)  # type: ignore[assignment]
+        try:
+            change(served)
+            return at - 1
+        except Interrupted:
+            pass
+        finally:
+            served.storage.lock = lock
+            sys.settrace(outer)
+        now = state(served)
+        changed = now == after
+        assert changed or now == before, at
+        if since_fit(served).slots:
+            agree(served)
+        assert (served.version > old.version) == changed, at
+        # An undo that is lost misleads nobody; one that leads to what is no more would.
+        steps = served.storage.journal.steps
+        assert steps == 0 or (steps == old.storage.journal.steps and not changed), at
+        if not changed:
+            assert [t.data_ptr() for t in (served.keys, served.values, served.radii)] == places
+            change(served)
+            assert state(served) == after
+        served.check()
+        at += stride
+
+
+def served_book() -> Codebook:
+    served = book(50, capacity=90)
+    served.storage.slots.maintain_sketch()
+    served.insert(torch.full((WIDTH,), 30.0), [5], torch.ones(3))
+    return served
+
+
+@pytest.mark.parametrize(
+    ("seed", "capacity"),
+    [(0, 90), (1, 200)],
+    ids=["the same memory", "other memory"],
+)
+def test_an_interruption_at_any_line_leaves_the_old_codebook_or_the_new_one(
+    seed: int, capacity: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_small_ones_worth_a_sketch(monkeypatch)
+    new = changed(book(60, seed=seed, capacity=capacity))
+    new.storage.slots.maintain_sketch()
+    if not seed:
+        scales = since_fit(new).slots, since_fit(served_book()).slots
+        assert scales[0] > scales[1] > 0  # fitted to other keys than those of the one served
+
+    def change(served: Codebook) -> None:
+        adopting.adopt(served.storage, copy.deepcopy(new).storage)
+
+    assert interrupted_everywhere(served_book(), change) > 30
+
+
+def test_an_interruption_of_a_change_that_is_followed_leaves_all_of_it_or_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    make_small_ones_worth_a_sketch(monkeypatch)
+    records = []
+
+    class Recorder:
+        def commit(self, storage: Any, places: Any) -> None:
+            records.append(redo.render(storage, places))
+
+        def settled(self, storage: Any, *, anew: bool = False) -> None: ...
+
+    other = served_book()
+    other.storage.watcher = Recorder()  # type: ignore[assignment]
+    other.delete(4)
+    lines = interrupted_everywhere(
+        served_book(), lambda served: redo.apply(served.storage, records[0]), stride=5
+    )
+    assert lines > 100

@@ -258,7 +258,8 @@ def test_a_delete_that_an_edit_above_does_not_survive_raises_and_changes_nothing
     with upper.family.working():
         seen = upper.family.capture([ONE])
     # It answers with what the layer gives by itself below an edit: without that, for nothing.
-    upper.codebook.insert(seen.queries[0], TO_ONE, seen.outputs[0], ONE)
+    with lower.layers.changing():
+        upper.codebook.insert(seen.queries[0], TO_ONE, seen.outputs[0], ONE)
     before = kept(lower)
     with pytest.raises(LayersError, match=f"edit 0 of layer {upper.layer} would no longer"):
         lower.delete(0)
@@ -280,10 +281,36 @@ def test_a_batch_is_one_step_of_undo_and_a_refused_edit_in_it_stops_no_other(pai
     assert unchanged(lower, before)
 
 
-def test_a_codebook_that_was_changed_by_itself_ends_the_undo_and_not_the_editing(answering):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda book, query: book.delete(0),
+        lambda book, query: book.delete_all([0]),
+        lambda book, query: book.undo(),
+        lambda book, query: book.insert(query, TO_TWO, torch.ones(book.values.shape[1])),
+        lambda book, query: book.requery({0: (query, None)}),
+        lambda book, query: book.take_over(Codebook(1, 1), "a test"),
+    ],
+    ids=["delete", "delete_all", "undo", "insert", "requery", "take_over"],
+)
+def test_a_change_of_a_codebook_by_itself_is_refused_with_the_remedy(answering, change):
     lower, upper = answering
-    upper.codebook.delete(0)
-    with pytest.raises(UndoError, match="changed by itself"):
+    before = kept(lower)
+    for editor in (lower, upper):
+        with pytest.raises(ValueError, match=r"by its editor .* call edit, .* delete, expire"):
+            change(editor.codebook, editor.codebook.keys[0] + 0.1)
+    assert unchanged(lower, before)
+    assert generated(lower.model, [ONE, TWO], 3) == [TO_ONE, TO_TWO]
+    lower.undo()
+    lower.undo()
+    assert (lower.codebook.ids, upper.codebook.ids) == ([], [])
+
+
+def test_a_codebook_may_forget_by_itself_which_ends_the_undo_and_not_the_editing(answering):
+    lower, upper = answering
+    upper.delete(0)
+    assert upper.codebook.compact() == 1
+    with pytest.raises(UndoError, match="compacted"):
         lower.undo()
     assert lower.edit(TWO, TO_TWO).success
     lower.undo()
@@ -300,7 +327,7 @@ def test_an_interruption_leaves_all_layers_as_they_were(pair, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("grace_edit.layers.find_unproven", interrupted)
+    monkeypatch.setattr("grace_edit.reach.find_unproven", interrupted)
     with pytest.raises(KeyboardInterrupt):
         lower.edit(ONE, TO_ONE)
     assert unchanged(lower, before)
@@ -505,7 +532,7 @@ def test_editors_of_one_model_change_one_after_the_other(answering):
 
     def delete():
         try:
-            lower.codebook.delete(0)
+            lower.delete(0)
             done.append(lower.codebook.ids)
         except Exception as error:
             errors.append(error)
@@ -547,7 +574,7 @@ def test_after_every_change_all_edits_hold_and_what_is_known_of_queries_is_true(
                     prompt = list(edit.prompt)
                     assert one.family.produces([prompt], [list(edit.label)], None) == [True]
                     assert torch.equal(one.codebook.query_of(edit.id), one.queries([prompt])[0])
-                for prompt, query in lower.layers._queries[one.layer].items():
+                for prompt, query in lower.layers._reach._queries.get(one.layer, {}).items():
                     assert torch.equal(query, one.queries([list(prompt)])[0])
     assert refused
 

@@ -95,7 +95,7 @@ def test_a_finished_run_is_not_done_again_and_takes_further_baselines(
     options: Options, pair: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run(options, pair("gpt2"))
-    monkeypatch.setattr("grace_edit.evaluation.command.environment", lambda: {"python": "4"})
+    monkeypatch.setattr("grace_edit.evaluation.identity.environment", lambda: {"python": "4"})
     log = (options.out / "grace" / "journal.jsonl").read_bytes()
     more = with_(options, baselines=("rag",), baseline_settings={"rag": {"threshold": 0.9}})
     second = run(more, pair("gpt2"))

@@ -9,11 +9,7 @@ attached one's class is a plain one.
 
 from __future__ import annotations
 
-import difflib
 import functools
-import inspect
-import re
-import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -23,48 +19,27 @@ from torch import Tensor, nn
 
 from .adaptor import GraceAdaptor
 from .continuous import PLAN, check_served, follow
+from .finding import core_of, find_layer
 from .forwards import plan_forward, plan_step, prompt_length, warn_later_turn, whole_prefill
 from .packed import PackedPlan
 from .place import newcomer, place_of
 from .state import Generation
+from .swapping import InstanceForward, beneath, rebuild, swap, swap_back, wrapped
 from .torch_private import next_node_number
+
+__all__ = ["attach", "core_of", "detach", "find_layer", "is_attached", "shadowed"]
 
 _FURTHER = "grace_further"
 """Where a seam keeps the adaptors of the layers that were attached after the first."""
-
-_WRAPPERS = re.compile(r"(^|\.)(base_model\.model|_orig_mod|module)(?=\.)")
-
-
-def find_layer(model: nn.Module, name: str) -> tuple[str, nn.Module]:
-    """Return the full name and the module that `name` means.
-
-    Args:
-        model: the model.
-        name: dots or brackets (`h[3].mlp`), `.weight` and `.bias` ignored, a unique suffix is
-            enough; wrappers' prefixes (PEFT, `torch.compile`) do not matter.
-
-    Raises:
-        ValueError: no module or more than one has this name; the near matches are listed.
-    """
-    wanted = re.sub(r"\[(\w+)\]", r".\1", name.strip())
-    wanted = re.sub(r"\.(weight|bias)$", "", wanted).strip(".")
-    modules = {n: m for n, m in model.named_modules() if n}
-    plain = {n: _WRAPPERS.sub("", "." + n).strip(".") for n in modules}
-    wanted = _WRAPPERS.sub("", "." + wanted).strip(".")
-    exact = [n for n, p in plain.items() if p == wanted]
-    found = exact or [n for n, p in plain.items() if p.endswith("." + wanted)]
-    if len(found) == 1:
-        return found[0], modules[found[0]]
-    near = found or difflib.get_close_matches(wanted, list(modules), n=5, cutoff=0.3)
-    problem = "is ambiguous" if found else "is not in the model"
-    raise ValueError(f"layer must name one module, got {name!r}, which {problem}; near: {near[:5]}")
 
 
 class GraceLayer:
     """Mixin of the wrapped layer."""
 
+    grace_prefix = "Grace"  # it shows in print(model)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return _wrapped(self, _adapt_output, args, kwargs)
+        return wrapped(self, _adapt_output, args, kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Follow the model to its device; an empty probe says where fn moves things. Its dtype is
@@ -72,58 +47,60 @@ class GraceLayer:
         adaptor: GraceAdaptor | None = self.__dict__.get("grace")
         if adaptor is not None:
             adaptor.move(fn(torch.empty(0, device=adaptor.codebook.keys.device)).device)
-        return _beneath(self, "_apply")(fn, recurse)
+        return beneath(self, "_apply")(fn, recurse)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (GraceLayer, type(self).grace_base), self.__dict__  # type: ignore[attr-defined]
+        return rebuild, (GraceLayer, type(self).grace_base), self.__dict__  # type: ignore[attr-defined]
 
 
 class GraceSeam:
     """Mixin of the module whose forward sees the mask: plans each forward before it runs."""
 
+    grace_prefix = ""  # transformers writes the name of a model's class into configurations
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return _wrapped(self, _planned_forward, args, kwargs)
+        return wrapped(self, _planned_forward, args, kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         mixin = GraceGenerator if isinstance(self, GraceGenerator) else GraceSeam
-        return _rebuild, (mixin, type(self).grace_base), self.__dict__  # type: ignore[attr-defined]
+        return rebuild, (mixin, type(self).grace_base), self.__dict__  # type: ignore[attr-defined]
 
 
 class GraceGenerator(GraceSeam):
     """Mixin of a model that generates: one lookup at the prompt's end, latched for what follows."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        return _by_each(self, _generate, _beneath(self, "generate"), args, kwargs)
+        return _by_each(self, _generate, beneath(self, "generate"), args, kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         adaptor: GraceAdaptor | None = self.__dict__.get("grace")
         if adaptor is not None and adaptor.active:
             check_served(adaptor)
-        manager = _beneath(self, "init_continuous_batching")(*args, **kwargs)
+        manager = beneath(self, "init_continuous_batching")(*args, **kwargs)
         if adaptor is not None:
             follow(manager, self)
         return manager
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
-        own = _beneath(self, "prepare_inputs_for_generation")
+        own = beneath(self, "prepare_inputs_for_generation")
         return _by_each(self, _planned_inputs, own, args, kwargs)
 
 
-def _by_each(module: Any, wrap: Callable[..., Any], beneath: Any, args: Any, kwargs: Any) -> Any:
+def _by_each(module: Any, wrap: Callable[..., Any], own: Any, args: Any, kwargs: Any) -> Any:
     """Call a method of a seam with `wrap` round it, once for each adaptor that it plans for."""
     for adaptor in module.__dict__.get(_FURTHER, ()):
-        beneath = _round(module, wrap, adaptor, beneath)
+        own = _round(module, wrap, adaptor, own)
     adaptor = module.__dict__.get("grace")
     if adaptor is None:
-        return beneath(*args, **kwargs)
-    return wrap(module, adaptor, beneath, args, kwargs)
+        return own(*args, **kwargs)
+    return wrap(module, adaptor, own, args, kwargs)
 
 
-def _round(module: Any, wrap: Callable[..., Any], adaptor: GraceAdaptor, beneath: Any) -> Any:
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        return wrap(module, adaptor, beneath, args, kwargs)
+def _round(module: Any, wrap: Callable[..., Any], adaptor: GraceAdaptor, own: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return wrap(module, adaptor, own, args, kwargs)
 
-    return wrapped
+    return run
 
 
 def _generate(
@@ -192,75 +169,6 @@ def _follow_preparing(model: Any) -> None:
         model.__dict__["prepare_inputs_for_generation"] = _InstancePrepare(model, own)
 
 
-def _wrapped(module: Any, wrap: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    forward = _beneath(module, "forward")
-    # A forward of the instance may end here: a bound one that somebody has from an earlier attach.
-    if isinstance(module.__dict__.get("forward"), InstanceForward):
-        return forward(*args, **kwargs)
-    return wrap(module, forward, args, kwargs)
-
-
-def _beneath(module: Any, name: str) -> Any:
-    """Return a method as the module's own class has it, without ours.
-
-    Not by `super()`: a bound forward that somebody holds may be called after `detach`.
-    """
-    own = type(module)
-    return functools.partial(getattr(getattr(own, "grace_base", own), name), module)
-
-
-@functools.cache
-def _swapped(mixin: type, base: type) -> type:
-    # The model keeps its class name (transformers writes it into configurations); a wrapped layer
-    # shows in print(model).
-    name = f"Grace{base.__name__}" if mixin is GraceLayer else base.__name__
-    members: dict[str, Any] = {"grace_base": base, "__module__": base.__module__}
-    members["grace_arguments"] = tuple(inspect.signature(base.forward).parameters)[1:]  # type: ignore[attr-defined]
-    methods = ("forward", "generate", "prepare_inputs_for_generation", "init_continuous_batching")
-    for method in methods:
-        if hasattr(mixin, method) and hasattr(base, method):
-            members[method] = _with_signature(getattr(mixin, method), getattr(base, method))
-    members.update(
-        (own, vars(mixin)[own]) for own in ("_apply", "__reduce_ex__") if own in vars(mixin)
-    )
-    # The module's own class first: Python gives an object another class only if both are laid out
-    # by the same one, which for two bases is the first.
-    made = type(name, (base, mixin), members)
-    made.__doc__ = base.__doc__
-    return made
-
-
-def _with_signature(function: Any, like: Any) -> Any:
-    # transformers reads the signature of forward to decide which inputs a model takes.
-    copy = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, None, function.__closure__
-    )
-    copy.__doc__ = like.__doc__
-    copy.__signature__ = inspect.signature(like)  # type: ignore[attr-defined]
-    return copy
-
-
-def _rebuild(mixin: type, base: type) -> nn.Module:
-    # Unpickling and deepcopy: the swapped class exists only in the process that made it.
-    cls: Any = _swapped(mixin, base)
-    module: nn.Module = cls.__new__(cls)
-    return module
-
-
-def core_of(model: nn.Module) -> nn.Module:
-    """Return the model inside wrappers: those of `torch.compile`, PEFT and parallel training."""
-    while True:
-        compiled = dict(model.named_children()).get("_orig_mod")
-        if compiled is not None:
-            model = compiled
-        elif callable(getattr(model, "get_base_model", None)):
-            model = model.get_base_model()
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        else:
-            return model
-
-
 def is_attached(module: nn.Module) -> bool:
     """Return whether `module` carries an adaptor."""
     return isinstance(module, (GraceLayer, GraceSeam)) and "grace" in module.__dict__
@@ -301,25 +209,10 @@ def attach(
     adaptor.place = place_of(layer, seam)
     if seam.__dict__.get("grace") is not None:
         seam.__dict__[_FURTHER] = (*seam.__dict__.get(_FURTHER, ()), adaptor)
-        _swap(layer, GraceLayer, adaptor)
+        swap(layer, GraceLayer, _adapt_output, adaptor)
         return
-    swaps: list[tuple[nn.Module, type]] = [
-        (layer, GraceLayer),
-        (seam, GraceGenerator if generates else GraceSeam),
-    ]
-    for module, mixin in swaps:
-        _swap(module, mixin, adaptor)
-
-
-def _swap(module: nn.Module, mixin: type, adaptor: GraceAdaptor) -> None:
-    own = module.__dict__.get("forward")
-    module.__dict__["grace"] = adaptor
-    if own is not None:
-        # accelerate and others set forward on the instance, where it would shadow the class.
-        wrap = _adapt_output if mixin is GraceLayer else _planned_forward
-        module.__dict__["forward"] = InstanceForward(wrap, module, own)
-    base: Any = getattr(type(module), "grace_base", type(module))
-    module.__class__ = _swapped(mixin, base)
+    swap(layer, GraceLayer, _adapt_output, adaptor)
+    swap(seam, GraceGenerator if generates else GraceSeam, _planned_forward, adaptor)
 
 
 def _stay_in_place(seam: nn.Module, adaptor: GraceAdaptor) -> None:
@@ -329,7 +222,7 @@ def _stay_in_place(seam: nn.Module, adaptor: GraceAdaptor) -> None:
         others = adaptor.others
         detach(module)  # what it holds of the old one, or a copy
         adaptor.others = others
-        _swap(module, GraceLayer, adaptor)
+        swap(module, GraceLayer, _adapt_output, adaptor)
 
 
 def _is_within(module: nn.Module, outer: nn.Module) -> bool:
@@ -362,11 +255,7 @@ def detach(model: nn.Module, adaptor: GraceAdaptor | None = None) -> None:
             if left[1:]:
                 module.__dict__[_FURTHER] = tuple(left[1:])
             continue
-        module.__class__ = type(module).grace_base
-        del module.__dict__["grace"]
-        own = module.__dict__.get("forward")
-        if isinstance(own, InstanceForward):
-            module.__dict__["forward"] = own.forward
+        swap_back(module)
         own = module.__dict__.get("prepare_inputs_for_generation")
         if isinstance(own, _InstancePrepare):
             module.__dict__["prepare_inputs_for_generation"] = own.prepare
@@ -387,17 +276,6 @@ def shadowed(model: nn.Module) -> list[str]:
         if "generate" in own and isinstance(module, GraceGenerator):
             found.append(f"{name}.generate" if name else "generate")
     return found
-
-
-class InstanceForward:
-    """An instance-level forward with the adaptor round it."""
-
-    def __init__(self, wrap: Callable[..., Any], module: nn.Module, forward: Any) -> None:
-        self.wrap, self.module, self.forward = wrap, module, forward
-        functools.update_wrapper(self, forward)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.wrap(self.module, self.forward, args, kwargs)
 
 
 def _adapt_output(layer: Any, forward: Any, args: Any, kwargs: Any) -> Any:

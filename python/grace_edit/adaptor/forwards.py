@@ -307,7 +307,14 @@ def prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 
 def whole_prefill(adaptor: GraceAdaptor, kwargs: dict[str, Any], default: Any) -> None:
-    # Pieces of the prompt that ran before the query is known could not be replaced or pooled.
+    """See to it that `generate` runs the prompt in one forward where answers need that; warn.
+
+    Pieces of the prompt that ran before the query is known could not be replaced or pooled.
+
+    Args:
+        kwargs: of `generate`, changed in place.
+        default: the model's own generation configuration.
+    """
     sizes = [getattr(kwargs.get("generation_config"), "prefill_chunk_size", None)]
     sizes += [getattr(default, "prefill_chunk_size", None)]
     chunk = next((size for size in sizes if size is not None), None)
@@ -322,6 +329,7 @@ def whole_prefill(adaptor: GraceAdaptor, kwargs: dict[str, Any], default: Any) -
 
 
 def warn_later_turn(adaptor: GraceAdaptor, kwargs: dict[str, Any]) -> None:
+    """Warn where `generate` is given past tokens that answers would have to reach."""
     if adaptor.replace == "last" and adaptor.query != "mean":
         return
     if int(_length(kwargs.get("past_key_values"))) > 0:

@@ -128,6 +128,9 @@ def plan_queries(
     Returns:
         The plan. A sequence whose query column is outside this forward does not ask in it, so a
         prompt that arrives in pieces is looked up once, with the piece that holds its end.
+
+    Raises:
+        ValueError: another `replace`.
     """
     batch, total = mask.shape
     scheduled = total - computed if scheduled is None else scheduled
@@ -173,6 +176,9 @@ def plan_latched(
 
     With a KV cache only `replace="all"` reaches the new tokens. Without one the whole sequence is
     computed anew, so the prompt's rows are replaced again.
+
+    Args:
+        mask: `[B, L]` bool, as for `plan_queries`, which raises what this raises.
     """
     if computed >= prompt_len:
         return LatchedPlan(len(mask)) if replace == "all" else None

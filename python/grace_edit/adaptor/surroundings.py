@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .attach import InstanceForward
+from .swapping import InstanceForward
 from .torch_private import has_paired_hooks, is_compiled
 
 

@@ -12,7 +12,21 @@ from typer.core import TyperGroup
 from ..terminal import screen
 from .codebook_commands import codebook
 from .edit_commands import edit
-from .options import Device, Dtype, Json, Query, Where, check_start, value_of
+from .evaluate_commands import evaluate, tune
+from .options import (
+    Asked,
+    Device,
+    Encoder,
+    Json,
+    Layer,
+    LoadedAs,
+    Map,
+    ModelOfEdits,
+    Radius,
+    Where,
+    check_start,
+    value_of,
+)
 from .output import (
     FAILED,
     INTERRUPTED,
@@ -24,6 +38,7 @@ from .output import (
     print_json,
     quiet,
 )
+from .suggest_commands import suggest
 
 
 class Commands(TyperGroup):
@@ -115,12 +130,7 @@ def explain(
         str, typer.Argument(metavar="PROMPT", help="What to ask.", show_default=False)
     ],
     codebook: Annotated[Path, typer.Option(metavar="DIR", help="Directory of saved edits.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Directory or hub id, or smollm2.", show_default="the one the edits were made on"
-        ),
-    ] = None,
+    model: ModelOfEdits = None,
     device: Where = Device.cpu,
     json: Json = False,
 ) -> None:
@@ -132,49 +142,21 @@ def explain(
 
 @app.command()
 def chat(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Directory or hub id, or smollm2.", show_default="the one the edits were made on"
-        ),
-    ] = None,
+    model: ModelOfEdits = None,
     codebook: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Directory of saved edits, or a new one for /save."),
     ] = None,
-    layer: Annotated[
-        str | None,
-        typer.Option(help="Layer to wrap, without saved edits.", show_default="none; smollm2's"),
-    ] = None,
-    radius: Annotated[
-        float | None, typer.Option(help="Radius of a new entry.", show_default="1.0")
-    ] = None,
-    query: Annotated[
-        Query | None,
-        typer.Option(help="What asks.", show_default="text where a map fits the model, else last"),
-    ] = None,
-    encoder: Annotated[
-        str | None,
-        typer.Option(
-            help="With --query text: directory or hub id of a sentence encoder, or tokens.",
-            show_default="tokens",
-        ),
-    ] = None,
-    text_map: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR",
-            help="With --query text: directory of a map.",
-            show_default="the one that comes with the package",
-        ),
-    ] = None,
+    layer: Layer = None,
+    radius: Radius = None,
+    query: Asked = None,
+    encoder: Encoder = None,
+    text_map: Map = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="Continue each message; no chat template.")
     ] = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 128,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="To load the model in.", show_default="the checkpoint's")
-    ] = None,
+    dtype: LoadedAs = None,
     device: Where = Device.cpu,
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per event on stdout.")
@@ -205,23 +187,10 @@ def serve(
             metavar="DIR", help="Directory of saved edits; one that is not there yet is made."
         ),
     ],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Directory or hub id, or smollm2.", show_default="the one the edits were made on"
-        ),
-    ] = None,
-    layer: Annotated[
-        str | None,
-        typer.Option(help="Layer to wrap, without saved edits.", show_default="none; smollm2's"),
-    ] = None,
-    radius: Annotated[
-        float | None, typer.Option(help="Radius of a new entry.", show_default="1.0")
-    ] = None,
-    query: Annotated[
-        Query | None,
-        typer.Option(help="What asks.", show_default="text where a map fits the model, else last"),
-    ] = None,
+    model: ModelOfEdits = None,
+    layer: Layer = None,
+    radius: Radius = None,
+    query: Asked = None,
     follow: Annotated[
         bool,
         typer.Option("--follow", help="Serve edits that another process makes in DIR; none here."),
@@ -248,9 +217,7 @@ def serve(
         str | None,
         typer.Option(help="What clients call the model.", show_default="the model's own"),
     ] = None,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="To load the model in.", show_default="the checkpoint's")
-    ] = None,
+    dtype: LoadedAs = None,
     device: Where = Device.cpu,
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object on stdout once it listens.")
@@ -281,224 +248,9 @@ def serve(
 app.add_typer(codebook, name="codebook")
 
 
-@app.command("eval")
-def evaluate(
-    data: Annotated[
-        str,
-        typer.Argument(
-            metavar="DATA",
-            help="Edits and the questions that measure them: a JSON or JSONL file in the form of "
-            "CounterFact, zsRE, KnowEdit, SCOTUS or the hallucination data, or the name of one in "
-            "the package datasets. A directory of such files under their published names is "
-            "studied as a whole.",
-            show_default=False,
-        ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(metavar="DIR", help="For what is written; a run begun there is gone on with."),
-    ],
-    model: Annotated[
-        str | None,
-        typer.Option(help="Directory or hub id, or smollm2.", show_default="the setting's"),
-    ] = None,
-    setting: Annotated[
-        str | None,
-        typer.Option(
-            help="Values for what is not given here: zsre, scotus, hallucination (the paper's) or "
-            "smollm2-counterfact."
-        ),
-    ] = None,
-    layer: Annotated[str | None, typer.Option(help="Layer to wrap.")] = None,
-    query: Annotated[Query | None, typer.Option(help="What asks.")] = None,
-    encoder: Annotated[
-        str | None,
-        typer.Option(help="Dense part of text queries: tokens, or a sentence encoder's directory."),
-    ] = None,
-    text_map: Annotated[
-        Path | None,
-        typer.Option("--map", "--text-map", metavar="DIR", help="Text map, from grace tune."),
-    ] = None,
-    radius: Annotated[
-        float | None, typer.Option(help="Radius of a new entry.", show_default="1.0")
-    ] = None,
-    edits: Annotated[
-        int | None, typer.Option(help="The first so many records.", show_default="all")
-    ] = None,
-    every: Annotated[
-        int | None,
-        typer.Option(help="Measure past edits every so many.", show_default="at the end"),
-    ] = None,
-    baselines: Annotated[
-        str, typer.Option(help="Comma-separated: paper, ft, ewc, replay, defer, memory, rag.")
-    ] = "",
-    upstream: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="Questions for TRR.", show_default="unrelated ones of DATA"
-        ),
-    ] = None,
-    parts: Annotated[
-        str,
-        typer.Option(
-            help="Of a study, comma-separated: edits, scope, paper, baselines, hallucination.",
-            show_default="all",
-        ),
-    ] = "",
-    beside: Annotated[
-        list[str] | None,
-        typer.Option(help="Of a study: a sentence encoder whose scope is measured too."),
-    ] = None,
-    kind: Annotated[
-        str,
-        typer.Option(
-            help="Form of DATA: counterfact, zsre, hallucination, knowedit or scotus; auto: as its "
-            "fields tell."
-        ),
-    ] = "auto",
-    split: Annotated[str, typer.Option(help="Of a named data set.")] = "test",
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="To load the model in.", show_default="the checkpoint's")
-    ] = None,
-    device: Where = Device.cpu,
-    json: Json = False,
-) -> None:
-    """Make a stream of edits and measure it as the field does. Killed, it goes on when called
-    again."""
-    from . import evaluate as evaluation
-
-    given = {"encoder": encoder, "text_map": None if text_map is None else str(text_map)}
-    options = evaluation.Options(
-        data=data,
-        out=out,
-        model=model,
-        setting=setting,
-        kind=kind,
-        split=split,
-        edits=edits,
-        every=every,
-        layer=layer,
-        radius=radius,
-        query=value_of(query),
-        config={name: value for name, value in given.items() if value is not None},
-        baselines=tuple(name.strip() for name in baselines.split(",") if name.strip()),
-        upstream=upstream,
-        seed=seed,
-        progress=evaluation.progress_wanted(),
-        command=" ".join(["grace", *map(_named, sys.argv[1:])]),
-    )
-    done = evaluation.evaluate(
-        options,
-        parts=parts,
-        beside=beside or [],
-        dtype=value_of(dtype),
-        device=device.value,
-        as_json=json,
-    )
-    raise typer.Exit(done)
-
-
-@app.command()
-def tune(
-    data: Annotated[
-        Path,
-        typer.Argument(
-            metavar="DATA",
-            help="Records with rewordings and neighbours, in a form that grace eval reads: a file, "
-            "or a directory of files.",
-            show_default=False,
-        ),
-    ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="New directory for the map.")],
-    model: Annotated[
-        str | None,
-        typer.Option(help="Directory or hub id of the model, or smollm2, for its own tokens."),
-    ] = None,
-    encoder: Annotated[
-        str, typer.Option(help="Dense part: tokens, or a sentence encoder's directory or id.")
-    ] = "tokens",
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="To load the model in.", show_default="the checkpoint's")
-    ] = None,
-    device: Where = Device.cpu,
-    json: Json = False,
-) -> None:
-    """Learn from records which prompts ask the same: a text map, for query="text"."""
-    from . import evaluate as evaluation
-
-    done = evaluation.tune(
-        data,
-        out,
-        model=model,
-        encoder=encoder,
-        dtype=value_of(dtype),
-        device=device.value,
-        as_json=json,
-    )
-    raise typer.Exit(done)
-
-
-suggest = typer.Typer(help="Which layer to wrap and which radius to give, by measurement.")
+app.command("eval")(evaluate)
+app.command()(tune)
 app.add_typer(suggest, name="suggest")
-Records = Annotated[
-    str,
-    typer.Argument(
-        metavar="DATA", help="Records, in a form that grace eval reads.", show_default=False
-    ),
-]
-Picture = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Draw what was measured, as PNG or SVG.")
-]
-
-
-@suggest.command("layer")
-def suggest_layer(
-    data: Records,
-    model: Annotated[str, typer.Option(help="Directory or hub id of the model, or smollm2.")],
-    count: Annotated[int, typer.Option(help="Records to try, the first with rewordings.")] = 8,
-    layers: Annotated[
-        str, typer.Option(help="Comma-separated.", show_default="six, the middle to the end")
-    ] = "",
-    picture: Picture = None,
-    json: Json = False,
-) -> None:
-    """Train the edits of a few records at several layers and ask their other wordings."""
-    from . import suggest as suggesting
-
-    done = suggesting.layer(
-        data, model=model, count=count, layers=layers, picture=picture, as_json=json
-    )
-    raise typer.Exit(done)
-
-
-@suggest.command("radius")
-def suggest_radius(
-    data: Records,
-    codebook: Annotated[Path, typer.Option(metavar="DIR", help="Saved edits of these records.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Directory or hub id, or smollm2.", show_default="the one the edits were made on"
-        ),
-    ] = None,
-    neighbours: Annotated[
-        float, typer.Option(help="Share of prompts about other subjects that may fire.")
-    ] = 0.01,
-    same_subject: Annotated[
-        float, typer.Option(help="Share of other questions about the subject that may fire.")
-    ] = 0.05,
-    picture: Picture = None,
-    json: Json = False,
-) -> None:
-    """Ask what records ask of saved edits: the largest radius that keeps false fires rare."""
-    from . import suggest as suggesting
-
-    bounds = {"neighbours": neighbours, "same subject": same_subject}
-    done = suggesting.radius(
-        data, codebook, model=model, bounds=bounds, picture=picture, as_json=json
-    )
-    raise typer.Exit(done)
 
 
 @app.command()
@@ -507,8 +259,3 @@ def doctor(json: Json = False) -> None:
     from . import doctor as examination
 
     raise typer.Exit(examination.run(as_json=json))
-
-
-def _named(argument: str) -> str:
-    """Return an argument without the folders of this machine: results are shown to others."""
-    return Path(argument).name if Path(argument).is_absolute() else argument

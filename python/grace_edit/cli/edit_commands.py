@@ -10,9 +10,11 @@ import typer
 from .options import (
     TASKS,
     Device,
-    Dtype,
     Json,
+    LoadedAs,
+    Map,
     Query,
+    Radius,
     Replace,
     Rules,
     Saved,
@@ -59,9 +61,7 @@ def add(
         str | None,
         typer.Option(help="Layer to wrap, as in model.named_modules(); a unique suffix will do."),
     ] = None,
-    radius: Annotated[
-        float | None, typer.Option(help="Radius of a new entry.", show_default="1.0")
-    ] = None,
+    radius: Radius = None,
     query: Annotated[
         Query | None,
         typer.Option(
@@ -77,14 +77,7 @@ def add(
             show_default="tokens",
         ),
     ] = None,
-    text_map: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR",
-            help="With --query text: directory of a map.",
-            show_default="the one that comes with the package",
-        ),
-    ] = None,
+    text_map: Map = None,
     replace: Annotated[
         Replace | None,
         typer.Option(help="What is replaced.", show_default="last for causal, all for encoders"),
@@ -95,9 +88,7 @@ def add(
     recipe: Annotated[
         Rules | None, typer.Option(help="How values are trained.", show_default="default")
     ] = None,
-    dtype: Annotated[
-        Dtype | None, typer.Option(help="To load the model in.", show_default="the checkpoint's")
-    ] = None,
+    dtype: LoadedAs = None,
     device: Where = Device.cpu,
     task: Annotated[
         str,

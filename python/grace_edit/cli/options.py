@@ -96,6 +96,39 @@ def value_of(choice: Enum | None) -> str | None:
     return None if choice is None else str(choice.value)
 
 
+ModelOfEdits = Annotated[
+    str | None,
+    typer.Option(
+        help="Directory or hub id, or smollm2.", show_default="the one the edits were made on"
+    ),
+]
+Layer = Annotated[
+    str | None,
+    typer.Option(help="Layer to wrap, without saved edits.", show_default="none; smollm2's"),
+]
+Radius = Annotated[float | None, typer.Option(help="Radius of a new entry.", show_default="1.0")]
+Asked = Annotated[
+    Query | None,
+    typer.Option(help="What asks.", show_default="text where a map fits the model, else last"),
+]
+Encoder = Annotated[
+    str | None,
+    typer.Option(
+        help="With --query text: directory or hub id of a sentence encoder, or tokens.",
+        show_default="tokens",
+    ),
+]
+Map = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DIR",
+        help="With --query text: directory of a map.",
+        show_default="the one that comes with the package",
+    ),
+]
+LoadedAs = Annotated[
+    Dtype | None, typer.Option(help="To load the model in.", show_default="the checkpoint's")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Where = Annotated[Device, typer.Option(help="Where the model runs.")]
 Saved = Annotated[Path, typer.Option("--codebook", metavar="DIR", help="Directory of saved edits.")]

@@ -17,8 +17,9 @@ def adopt(storage: Storage, new: Storage) -> set[int]:
     """Let `storage` hold what `new` does, which is not to be used any more.
 
     A single step to lookups, which wait while rows are copied: which ones differ is found before,
-    and a sketch fitted if need be. Within the capacity the tensors stay where they are; another
-    capacity brings its own. What was done before cannot be undone. `version` goes up.
+    and a sketch fitted if need be. Any exception leaves `storage` as it was. Within the capacity
+    the tensors stay where they are; another capacity brings its own. What was done before cannot
+    be undone. `version` goes up.
 
     Returns:
         The slots of which a key, a value or a radius may be another one.
@@ -51,17 +52,17 @@ def adopt(storage: Storage, new: Storage) -> set[int]:
             different = _different(slots, theirs)
             written = {slot for name in _ROWS for slot in different[name][0].tolist()}
         theirs.maintain_sketch()
-        with storage.lock:
+        with storage.exchange({name: at for name, (at, _) in different.items()}):
             storage.gather_hits()
+            storage.take_records(new)
             if moves:
                 slots.take_memory(theirs)
             else:
                 slots.overwrite(different, theirs)
-            storage.take_records(new)
+            slots.maintain_sketch()
             storage.version = max(storage.version + 1, new.version)
             storage.taken = new.taken
-            storage.journal.forget("a snapshot was followed")
-            slots.maintain_sketch()
+            storage.journal.forget("a snapshot was followed")  # last: it cannot be taken back
     return written
 
 

@@ -17,7 +17,10 @@ from .touched import touched
 
 
 def delete(storage: Storage, ids: Sequence[int], purge: bool) -> None:
-    """Delete edits; see `Codebook.delete_all`. Lookups wait for what is written alone."""
+    """Delete edits; see `Codebook.delete_all`, its errors too.
+
+    Lookups wait for what is written alone.
+    """
     ids = list(dict.fromkeys(ids))
     for id in ids:
         edit = storage.edit(id)

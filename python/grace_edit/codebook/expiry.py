@@ -29,7 +29,7 @@ def _used(storage: Storage, id: int) -> int | None:
 def expire(
     storage: Storage, unused_for: float, keep: Collection[int] = (), *, dry_run: bool = False
 ) -> list[int]:
-    """Delete the edits that answered nobody for long; see `Codebook.expire`."""
+    """Delete the edits that answered nobody for long; see `Codebook.expire`, its errors too."""
     if not unused_for >= 0:
         raise ValueError(f"unused_for must be at least 0 seconds, got {unused_for!r}")
     with storage.changing:

@@ -148,14 +148,17 @@ def _read_from(path: Path, offset: int) -> bytes | None:
 
 
 def render(described: dict[str, Any]) -> bytes:
+    """Return a configuration as it stands in its file; what is not finite raises ValueError."""
     return (json.dumps(described, indent=2, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def sha256(content: bytes) -> str:
+    """Return the SHA-256 of bytes, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
 
 
 def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, read a piece at a time; raises OSError."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while piece := file.read(_PIECE):
@@ -164,10 +167,15 @@ def sha256_of(path: Path) -> str:
 
 
 def checksum_of(described: dict[str, Any]) -> str:
+    """Return the checksum of a configuration, and with it of the files that it vouches for."""
     return sha256(render({k: v for k, v in described.items() if k != "checksum"}))
 
 
 def rename(directory: Path, described: dict[str, Any]) -> None:
+    """Put the new files of a save in the place of the old ones, the configuration last.
+
+    Once more after an interruption, it does the rest. Raises OSError as the file system says.
+    """
     for name in (*described["files"], CONFIG):
         if (directory / (name + NEW)).exists():
             os.replace(directory / (name + NEW), directory / name)
@@ -196,7 +204,16 @@ _Content = tuple[dict[str, Any], dict[str, Any], list[bytes], End]
 
 
 def read_saved(directory: Path, writer: bool) -> _Content:
-    """Return the configuration, the contents it vouches for, and the log behind them."""
+    """Return the configuration, the contents it vouches for, and the log behind them.
+
+    What a save changes meanwhile is read again.
+
+    Args:
+        writer: this process holds the lock, and no other one can be writing.
+
+    Raises:
+        StoreError: a file is missing, damaged or of a newer format.
+    """
     unchanged = 0
     for _ in range(_READINGS):
         before = _places(directory)

@@ -45,7 +45,12 @@ def fill(
     """Make row i of the tensors slot and edit i of an empty codebook; nothing is decided.
 
     Args:
+        keys, values, radii, labels: as `check_shapes` lets pass.
         adopt: keys and values become its memory, whatever its capacity was.
+
+    Raises:
+        ValueError: a number is not finite, a label empty, or, but for the policy "paper", a radius
+            negative or two keys equal.
     """
     for name, tensor in (("keys", keys), ("values", values)):
         if not _all_finite(tensor):

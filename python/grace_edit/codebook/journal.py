@@ -159,8 +159,8 @@ class Journal:
         Args:
             event: what the error says then, after "nothing has changed since".
         """
-        self._steps.clear()
         self._beginning, self._dropped = event, False
+        self._steps.clear()
 
 
 def _holds(place: tuple[Part, str, Any], old: Any) -> bool:

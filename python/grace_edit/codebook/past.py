@@ -47,7 +47,6 @@ def compact(storage: Storage, keep: int) -> int:
 
 def pack(storage: Storage) -> None:
     """Move what is stored together; no place is what it was, so nothing may be undone."""
-    storage.journal.forget("the codebook was compacted")
     held = {entry.value_id for entry in storage.entry_records.values() if entry is not None}
     held |= {*range(len(storage.imported.labels)), *storage.retired_values}
     records: dict[int, Edit | None] = {}
@@ -66,5 +65,7 @@ def pack(storage: Storage) -> None:
     queries = storage.queries
     slots, distances = queries.slots[at].tolist(), queries.distances[at]
     vectors = resized(queries.vectors[at], len(at), 0)
-    queries.fill(vectors, [edit.id for edit in asked], slots, distances)
-    storage.edit_records = Table(records)
+    packed, owners = Table(records), [edit.id for edit in asked]
+    storage.journal.forget("the codebook was compacted")
+    queries.fill(vectors, owners, slots, distances)
+    storage.edit_records = packed

@@ -98,11 +98,14 @@ class Queries:
 
     def fill(self, vectors: Tensor, owners: list[int], slots: list[int], distances: Tensor) -> None:
         """Let there be these alone, without a note in the journal."""
-        self.count = len(owners)
-        self._free = set()
-        self.vectors, self.distances = vectors.clone(), distances.clone()
-        self.owners = torch.tensor(owners, dtype=torch.int64)
-        self.slots = torch.tensor(slots, dtype=torch.int64)
+        tensors = {
+            "vectors": vectors.clone(),
+            "owners": torch.tensor(owners, dtype=torch.int64),
+            "slots": torch.tensor(slots, dtype=torch.int64),
+            "distances": distances.clone(),
+        }
+        # All made before the first is replaced.
+        vars(self).update(tensors, count=len(owners), _free=set())
 
     def write(self, index: int, query: Tensor) -> None:
         """Store another query `[D]`, of any device, in the place of one."""

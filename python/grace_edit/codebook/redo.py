@@ -179,16 +179,15 @@ def apply(storage: Storage, record: bytes) -> bool:
         storage.slots.warn_of_new_memory(said["capacity"])
     changes = _changes(said)
     with storage.change():
-        storage.next_id, storage.next_value_id = said["next_id"], said["next_stamp"]
         _apply_slots(storage, said, tensors)
         _apply_records(storage, said, tensors)
-        storage.taken = said["taken"]
-        if said["version"] > storage.version:
-            storage.version = said["version"]
-        elif changes:  # the writer's number has gone back
-            storage.version += 1
         storage.drop_labels()
         storage.slots.maintain_sketch()
+        # The writer's number, or the next one where that has gone back.
+        version = max(said["version"], storage.version + changes)
+        for name, number in (("taken", said["taken"]), ("version", version)):
+            storage.journal.write(storage, name, None, number)
+        storage.next_id, storage.next_value_id = said["next_id"], said["next_stamp"]
     storage.journal.forget("a change was followed")
     return changes
 

@@ -81,11 +81,12 @@ class Replica:
             return self._reload()
         before = self.version
         for record in found[0]:
+            rows, version = redo.rows_of(record), redo.version_of(record)
+            end = self.end.after(record)
             with self._changing():
                 redo.apply(self._book.storage, record)
-            self._rows |= redo.rows_of(record)
-            self.end = self.end.after(record)
-            self.version = redo.version_of(record)
+                self._rows |= rows
+                self.end, self.version = end, version
         return self.version != before  # a writer that comes or goes notes it
 
     def _reload(self) -> bool:

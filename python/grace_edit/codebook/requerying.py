@@ -17,7 +17,7 @@ from .storage import Storage
 
 
 def requery(storage: Storage, queries: Mapping[int, tuple[Tensor, float | None]]) -> None:
-    """Give edits other queries and radii; see `Codebook.requery`."""
+    """Give edits other queries and radii; see `Codebook.requery`, its errors too."""
     checked = {
         id: (planning.check_query(query, storage.slots.keys), planning.check_radius(radius))
         for id, (query, radius) in queries.items()

@@ -117,6 +117,7 @@ class SketchUpkeep:
         if own is None or theirs is None or own.capacity != theirs.capacity:
             return False
         own.active = False
+        self.since_fit = SinceFit()  # an interruption leaves it to be fitted anew
         own.copy_(theirs)
         self.since_fit, self._fresh = replace(other.since_fit), set()
         self._untold = {"keys": set(), "radii": set()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -242,6 +242,25 @@ class Slots:
     def fills(self) -> dict[str, float]:
         """What free slots hold, by the name of each tensor with a row per slot."""
         return dict(_FILLS)
+
+    def keep(self, rows: Mapping[str, Tensor]) -> Callable[[], None]:
+        """Return what puts back all that `overwrite` or `take_memory` will have replaced.
+
+        Args:
+            rows: by name of a tensor, the slots `[n]` that will be overwritten.
+        """
+        own = dict(vars(self))
+        kept = {name: (at, getattr(self, name)[at]) for name, at in rows.items()}
+
+        def put_back() -> None:
+            vars(self).update(own)
+            for name, (at, old) in kept.items():
+                self.sketch_upkeep.touch_all(name, at.tolist())
+                getattr(self, name)[at] = old
+            self._set_in_use(own["in_use"])
+            self.tell_sketch()
+
+        return put_back
 
     def overwrite(self, rows: dict[str, tuple[Tensor, Tensor]], other: Slots) -> None:
         """Hold what `other` does, in the tensors that are here, without a note in the journal.

@@ -258,6 +258,9 @@ def load_saved(
         writer: this process holds the lock, and no other one can be writing.
         mapped: see `load_all`.
         several: the caller takes the codebooks of several layers too.
+
+    Raises:
+        StoreError: as `load_all`; or there are several layers, and `several` is False.
     """
     directory = Path(directory)
     described, files, records, end = read_saved(directory, writer)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
+
+from torch import Tensor
 
 from .journal import Journal, Place
 from .slots import Slots
@@ -119,6 +121,25 @@ class Transactions(ABC):
             self.purged = self._changed = False
         if told and self.watcher is not None:
             self.watcher.settled(self)
+
+    @contextmanager
+    def exchange(self, rows: Mapping[str, Tensor]) -> Iterator[None]:
+        """Make what is done inside a single step to lookups, all of it or nothing.
+
+        For what is too much to be noted place by place: inside, attributes of the storage and of
+        its slots are replaced by others, and only these rows are written. `changing` is held.
+
+        Args:
+            rows: by the name of a tensor of `slots`, the slots `[n]` written there.
+        """
+        own, put_back = dict(vars(self)), self.slots.keep(rows)
+        with self.lock:
+            try:
+                yield
+            except BaseException:
+                vars(self).update(own)
+                put_back()
+                raise
 
     def _tell_watcher(self) -> bool:
         """Tell the watcher of the end of the outermost transaction, if it changed anything."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,8 @@ from torch import nn
 from .. import serving
 from ..codebook import files, store
 from ..codebook.files import StoreError
-from ..codebook.journal import Place
+from ..codebook.guard import Guard
 from ..codebook.replica import Replica
-from ..codebook.storage import Storage
 from ..families import Family
 
 log = logging.getLogger("grace_edit")
@@ -43,7 +42,7 @@ class Follower:
         self._one = threading.Lock()  # poll at a time
         self._news = threading.Condition()
         self._closed = threading.Event()
-        self._guard = _Guard()
+        self._guard = Guard("codebook must be changed by its writer, got a change of a follower")
         self._replica = Replica(self._book, directory, saved, self._check, self._guard.open)
         self._book.storage.watcher = self._guard
         self._thread: threading.Thread | None = None
@@ -105,6 +104,10 @@ class Follower:
     def wait(self, version: int, timeout: float = 10.0) -> None:
         """Wait until the model serves this version of the writer, or a later one.
 
+        Args:
+            version: as `Publisher.version`, or a reply of `grace serve`, has it.
+            timeout: seconds to wait.
+
         Raises:
             TimeoutError: it does not yet; the message says why, if that is known.
         """
@@ -134,38 +137,6 @@ class Follower:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
-
-
-class _Guard:
-    """Refuses changes of a codebook that follows, but for those that it follows."""
-
-    def __init__(self) -> None:
-        self._opened: int | None = None  # by which thread
-
-    def open(self) -> _Guard:
-        return self
-
-    def __enter__(self) -> None:
-        self._opened = threading.get_ident()
-
-    def __exit__(self, *_: Any) -> None:
-        self._opened = None
-
-    def commit(self, storage: Storage, changed: Sequence[Place]) -> None:
-        if self._opened != threading.get_ident():
-            raise ValueError("codebook must be changed by its writer, got a change of a follower")
-
-    def keeps(self, directory: Path) -> bool:
-        return False
-
-    def settled(self, storage: Storage, *, anew: bool = False) -> None:
-        pass
-
-    def taken_back(self, storage: Storage) -> None:
-        pass
-
-    def replace(self, storage: Storage) -> None:
-        self.commit(storage, ())
 
 
 def follow(

@@ -171,6 +171,14 @@ def radius_outside(
     It then ends half way between the nearest negative and the farthest of the edit's own prompts
     that is nearer than that: how far its wordings lie from each other is all that is known of those
     nobody has given.
+
+    Args:
+        query: `[D]`, the key.
+        own: `[D]` or `[N, D]` each, the queries of the edit's own prompts, this one among them.
+        negatives: `[D]` or `[N, D]` each, the queries that the edit must not answer.
+
+    Raises:
+        ValueError: a negative is at distance 0.
     """
     away = [distance(query, rows) for rows in negatives]
     least = min(away)

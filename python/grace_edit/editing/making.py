@@ -101,7 +101,7 @@ class EditMaker:
         return self.finish(self.read(wanted), value)
 
     def read(self, wanted: Wanted, prefills: Prefills | None = None) -> Read:
-        """Run the prompts of an edit; the first step of `make`, whose arguments it checks.
+        """Run the prompts of an edit; the first step of `make`, whose ValueErrors it raises.
 
         Args:
             prefills: runs them; None: its own.

@@ -4,7 +4,8 @@
 `run.run_stream` runs a method on it, `results` turns what was measured into figures.
 """
 
-from .command import BASELINES, EvaluationError, Options, OtherRunError, run
+from .command import BASELINES, Options, run
+from .identity import EvaluationError, OtherRunError
 from .loading import DataError, Loaded, NoDataError, load, load_questions
 from .methods import Grace, Look, Made, Method
 from .model import AskedModel

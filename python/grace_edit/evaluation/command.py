@@ -9,23 +9,19 @@ out/<method>/                 log and state, from which a killed run goes on
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import platform
 import random
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..config import GraceConfig
 from . import metrics, pictures
 from .baselines import Defer, Memory, Retrieval
 from .finetuning import ElasticFineTuning, FineTuning, ReplayFineTuning
+from .identity import EvaluationError, digest, digest_of, environments, same_run
 from .journal import write_whole
 from .loading import Loaded, load, load_questions
 from .methods import Grace, KeyMap, Method, read_map
@@ -48,15 +44,6 @@ from .settings import SETTINGS, Setting
 
 GRACE = "grace"
 BASELINES = ("paper", "ft", "ewc", "replay", "defer", "memory", "rag")
-_IDENTITY, _ENVIRONMENTS = "identity.json", "environments.json"
-
-
-class EvaluationError(ValueError):
-    """The options cannot be run; the message says which and why."""
-
-
-class OtherRunError(EvaluationError):
-    """The directory holds a run with other options."""
 
 
 @dataclass(frozen=True)
@@ -201,8 +188,8 @@ class _Evaluation:
             "text map": digest_of(config.text_map),
             "seed": self.options.seed,
             "protocol": self.protocol.to_dict(),
-            "records": _digest([asdict(replace(record, source="")) for record in records]),
-            "upstream": _digest([asdict(question) for question in self.upstream]),
+            "records": digest([asdict(replace(record, source="")) for record in records]),
+            "upstream": digest([asdict(question) for question in self.upstream]),
         }
         same_run(directory, identity)
         make: Callable[[], Method] = lambda: self._method(name, config, settings)  # noqa: E731
@@ -281,34 +268,6 @@ class _Evaluation:
         }
 
 
-def environment() -> dict[str, Any]:
-    """Return what figures may depend on: versions, processor, threads, and the date."""
-    import transformers
-
-    return {
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def environments(out: Path) -> list[dict[str, Any]]:
-    """Return every environment that this run was at work in, the present one last."""
-    path = out / _ENVIRONMENTS
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    now = environment()
-    if now not in found:
-        found.append(now)
-        out.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(found, indent=1) + "\n")
-    return found
-
-
 def _first(*options: Any) -> bool:
     return bool(next((one for one in options if one is not None), False))
 
@@ -362,10 +321,6 @@ def _upstream(data: Loaded, options: Options) -> list[Question]:
     return found[: options.upstream_questions]
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def _told(config: GraceConfig) -> dict[str, Any]:
     """Return the configuration as results hold it: without paths of this machine."""
     fields = config.to_dict()
@@ -373,38 +328,3 @@ def _told(config: GraceConfig) -> dict[str, Any]:
         if fields[name] is not None and os.path.isdir(fields[name]):
             fields[name] = Path(fields[name]).name
     return fields
-
-
-def digest_of(directory: Any) -> str | None:
-    """Return a hash of the files in a directory; None for what is no directory."""
-    if directory is None or not Path(str(directory)).is_dir():
-        return None
-    files = sorted(path for path in Path(str(directory)).iterdir() if path.is_file())
-    hashes = [(path.name, hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
-    return _digest(hashes)
-
-
-def same_run(directory: Path, identity: dict[str, Any]) -> None:
-    """Refuse to go on with a run of something else.
-
-    Args:
-        directory: of the run, made if it is not there.
-        identity: what the run is of, as JSON can hold it.
-
-    Raises:
-        OtherRunError: the directory holds a run of something else.
-    """
-    path = directory / _IDENTITY
-    if not path.exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(identity, indent=1) + "\n")
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    other = [
-        name for name in identity if before.get(name) != json.loads(json.dumps(identity[name]))
-    ]
-    if other:
-        raise OtherRunError(
-            f"{directory}: holds a run with another {' and '.join(other)}; name another directory "
-            "or remove it"
-        )

@@ -54,7 +54,7 @@ class Fields:
         return self.raw.get(field) is not None
 
     def text(self, field: str) -> str:
-        """Return a string, as it is."""
+        """Return a string, as it is; anything else raises FieldError."""
         found = self._get(field)
         if not isinstance(found, str):
             raise FieldError(f"{self.name(field)} must be a string, got {_shown(found)}")
@@ -76,7 +76,7 @@ class Fields:
         return found
 
     def texts(self, field: str) -> tuple[str, ...]:
-        """Return a list of strings; none where there is no field."""
+        """Return a list of strings; none without a field; anything else raises FieldError."""
         found = self.raw.get(field, [])
         if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
             raise FieldError(f"{self.name(field)} must be a list of strings, got {_shown(found)}")

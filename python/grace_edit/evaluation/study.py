@@ -22,7 +22,8 @@ from typing import Any
 from ..keys.choice import text_keys
 from ..keys.text_map import SETTINGS as MAP_FILE
 from ..keys.text_map import TextMap
-from .command import EvaluationError, Options, digest_of, environments, run, same_run
+from .command import Options, run
+from .identity import EvaluationError, digest_of, environments, same_run
 from .journal import read_units, write_whole
 from .loading import load, load_questions
 from .mapping import learn_map

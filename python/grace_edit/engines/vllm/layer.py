@@ -97,7 +97,11 @@ class EditedLayer:
             self._values[n:] = self._values[0]
 
     def write(self, changed: Changed) -> None:
-        """Let entries be as a message says."""
+        """Let entries be as a message says.
+
+        Raises:
+            RuntimeError: there are more than captured graphs have memory for.
+        """
         needed = max([changed.count, *(changed.slots + 1).tolist()])
         if needed > len(self._radii):
             if not self.may_grow:
@@ -120,6 +124,9 @@ class EditedLayer:
         Args:
             hidden: `[..., V]`, written in place.
             source: the layer's input `[..., D]`.
+
+        Raises:
+            RuntimeError: the layer is of another width than was said.
         """
         self.calls += 1
         if hidden.shape[-1] != self.width or source.shape[-1] != self.width:
