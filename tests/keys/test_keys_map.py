@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +61,60 @@ def test_another_dtype_of_the_same_embeddings_gives_the_same_bits(dtype: torch.d
     text_map, other = made_map(), table(embeddings().to(dtype))
     assert _digest(TextKeys(text_map, other)) == _digest(TextKeys(text_map, table()))
     assert TextKeys(text_map, other).fingerprint() == TextKeys(text_map, table()).fingerprint()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_embeddings_are_rounded_as_torch_rounds_to_bfloat16(dtype: torch.dtype) -> None:
+    """Halves, numbers that round up to the next power of two, the least and the largest ones."""
+    steps = torch.arange(Trigrams.rows * WIDTH, dtype=torch.float64).reshape(-1, WIDTH)
+    weight = (1 + steps / steps.numel()) * torch.where(steps % 2 > 0, -1.0, 1.0)
+    weight[::5] = (1 + (2 * (steps[::5] % 128) + 1) / 256).copysign(weight[::5])
+    weight[0] = torch.tensor([0.0, -0.0, 2.0**-24, 65504.0] * (WIDTH // 4))
+    weight[1] = 1 + 255 / 256
+    weight = weight.to(dtype)
+    centre = np.zeros(WIDTH, dtype=np.int64)
+    rounded = table_of(weight.to(torch.bfloat16), centre)
+    assert (weight != weight.to(torch.bfloat16).to(dtype)).any()
+    asked = [f"Word{i}" for i in range(300)] + ["", "a"]
+    assert np.array_equal(table_of(weight, centre).words(asked), rounded.words(asked))
+    assert table_of(weight, centre).fingerprint() == rounded.fingerprint()
+
+
+def table_of(weight: torch.Tensor, centre: np.ndarray) -> TokenTable:
+    """In steps so small that none but bfloat16 rounds."""
+    return TokenTable(weight, Trigrams(), centre, 2.0**-12)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts the threads of Linux")
+def test_no_thread_of_torch_wakes_for_a_key() -> None:
+    """In a thread that is new to it torch makes its helpers anew, as soon as it wants any."""
+    wide = 1024
+    weight = torch.ones(Trigrams.rows, wide)
+    centre = np.zeros(wide, dtype=np.int64)
+    matrix = np.ones((16, wide), dtype=np.int16)
+    dense = TokenTable(weight, Trigrams(), centre, 1.0)
+    reference = replace(made_map().dense, width=wide)
+    keys = TextKeys(
+        replace(made_map(), matrix=matrix, centre=centre.astype(np.int32), dense=reference), dense
+    )
+
+    def threads() -> set[str]:
+        return {thread.name for thread in Path("/proc/self/task").iterdir()}
+
+    def woken(work: Callable[[], object]) -> set[str]:
+        before = threads()
+        work()
+        return threads() - before
+
+    prompt = " ".join(f"Word{i}" for i in range(64))
+    had = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(woken, lambda: keys.keys(prompt)).result() == set()
+            assert pool.submit(woken, lambda: weight.sum()).result(), "it would be seen"
+    finally:
+        torch.set_num_threads(had)
 
 
 def test_what_was_asked_before_and_in_which_order_changes_no_bit() -> None:

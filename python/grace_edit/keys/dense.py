@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 ONE = 1 << 12
 """Length of a vector of integers that stands for a vector of length 1."""
 _ROW_LIMIT = 1 << 14
 _TOKENS_PER_WORD = 32
+_AS_NUMPY = (torch.float32, torch.float16, torch.float64)
 
 
 class TokenTable:
@@ -61,16 +61,14 @@ class TokenTable:
             return np.zeros((0, self.width))
         ids = [row[:_TOKENS_PER_WORD] for row in self.ids(texts)]
         counts = np.array([len(row) for row in ids])
-        flat = torch.tensor([one for row in ids for one in row], dtype=torch.long)
-        rows = _on_grid(self._weight[flat.to(self._weight.device)], self.unit)
-        # Sums of integers below 2^20: exact as float32, in any order.
-        sums = functional.embedding_bag(
-            torch.arange(len(rows)),
-            torch.from_numpy(rows),
-            torch.from_numpy(counts.cumsum() - counts),
-            mode="sum",
-        )
-        return _unit_length(sums.double().numpy() - counts[:, None] * self.centre)
+        there = counts > 0
+        sums = np.zeros((len(ids), self.width))
+        if there.any():
+            rows = _on_grid(self._weight, [one for row in ids for one in row], self.unit)
+            starts = (counts.cumsum() - counts)[there]
+            # Sums of integers below 2^20: exact as float32, in any order.
+            sums[there] = np.add.reduceat(rows, starts, axis=0)
+        return _unit_length(sums - counts[:, None] * self.centre)
 
     def word(self, text: str) -> np.ndarray:
         """Return `[E]`, the row of one word."""
@@ -100,7 +98,7 @@ class TokenTable:
     def fingerprint(self) -> str:
         """Return a hash of the shape and of up to 1024 rows, the same for every dtype."""
         rows = torch.linspace(0, len(self._weight) - 1, min(1024, len(self._weight))).long()
-        numbers = _on_grid(self._weight[rows.to(self._weight.device)], self.unit)
+        numbers = _on_grid(self._weight, rows.tolist(), self.unit)
         return _digest(list(self._weight.shape), self.unit, numbers.astype("<i4").tobytes())
 
 
@@ -115,8 +113,9 @@ def centre_of(weight: Tensor) -> tuple[np.ndarray, float]:
     rms = float(weight.float().square().mean().sqrt())
     unit = 2.0 ** int(np.floor(np.log2(rms / 256)))
     total = np.zeros(weight.shape[1])
-    for rows in weight.split(1 << 14):
-        total += _on_grid(rows, unit).sum(axis=0, dtype=np.float64)
+    for first in range(0, len(weight), 1 << 14):
+        rows = range(first, min(first + (1 << 14), len(weight)))
+        total += _on_grid(weight, rows, unit).sum(axis=0, dtype=np.float64)
     return np.rint(total / len(weight)).astype(np.int64), unit
 
 
@@ -230,13 +229,32 @@ def _direct_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]] | None:
     return [backend.encode(text, add_special_tokens=False).ids for text in texts]
 
 
-def _on_grid(rows: Tensor, unit: float) -> np.ndarray:
-    """Return float32 integers."""
+def _on_grid(weight: Tensor, ids: Sequence[int], unit: float) -> np.ndarray:
+    """Return rows of the embeddings, `[len(ids), E]` float32 integers."""
+    numbers = _rounded(weight.detach(), np.asarray(ids))
     # The unit is a power of two, so nothing but `rint` rounds.
-    rounded = rows.detach().to(torch.bfloat16).cpu().float().numpy()
-    rounded *= 1 / unit
-    np.rint(rounded, out=rounded)
-    return rounded.clip(-_ROW_LIMIT, _ROW_LIMIT, out=rounded)
+    numbers *= 1 / unit
+    np.rint(numbers, out=numbers)
+    return numbers.clip(-_ROW_LIMIT, _ROW_LIMIT, out=numbers)
+
+
+def _rounded(weight: Tensor, ids: np.ndarray) -> np.ndarray:
+    """Return rows of `[V, E]` as bfloat16 holds them, float32.
+
+    By numpy: for the tokens of a few words torch would wake threads, which cost more than the work,
+    and then wait in a loop for more of it on a core that the lookup wants.
+    """
+    if weight.device.type == "cpu" and weight.dtype in _AS_NUMPY:
+        bits = weight.numpy()[ids].astype(np.float32, copy=False).view(np.uint32)
+        bits += ((bits >> 16) & 1) + np.uint32(0x7FFF)  # to the nearest, of two to the even one
+        bits &= np.uint32(0xFFFF0000)
+        return bits.view(np.float32)
+    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
+        halves = weight.view(torch.int16).numpy()[ids]
+    else:
+        rows = weight[torch.from_numpy(ids).to(weight.device)].to(torch.bfloat16)
+        halves = rows.view(torch.int16).cpu().numpy()
+    return (halves.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
 def _unit_length(rows: np.ndarray) -> np.ndarray:

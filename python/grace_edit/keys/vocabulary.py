@@ -16,6 +16,9 @@ from .words import folded, signs
 
 _MOST = 1 << 15
 """Words that are kept; whoever needs room for more begins with an empty vocabulary."""
+_PRODUCTS = 1 << 18
+"""Numbers multiplied in one call of BLAS at most: for more OpenBLAS wakes threads, which then wait
+in a loop for more work on a core that the lookup wants."""
 
 
 class Vocabulary:
@@ -38,6 +41,7 @@ class Vocabulary:
         self._map = text_map
         self._dense = dense if isinstance(dense, TokenTable) else None
         self._matrix = text_map.matrix.astype(np.float64).T
+        self._piece = max(1, _PRODUCTS // self._matrix.size)
         self._rows: dict[str, int] = {}
         self._lock = Lock()
         width = text_map.lexical_width + (len(text_map.matrix) if self._dense else 0)
@@ -73,8 +77,11 @@ class Vocabulary:
         width = self._map.lexical_width
         numbers[:, -width:] = signs(new, width)
         if self._dense is not None:
-            share = self._dense.words(new) @ self._matrix
-            np.rint(share / (1 << W_BITS), out=numbers[:, :-width])
+            vectors = self._dense.words(new)
+            for start in range(0, len(new), self._piece):
+                piece = slice(start, start + self._piece)
+                share = vectors[piece] @ self._matrix
+                np.rint(share / (1 << W_BITS), out=numbers[piece, :-width])
         self.texts += new
         self.folded += [folded(text) for text in new]
         # Last: from now on others find them.
