@@ -18,6 +18,7 @@ from .touched import touched
 
 def delete(storage: Storage, ids: Sequence[int], purge: bool) -> None:
     """Delete edits; see `Codebook.delete_all`. Lookups wait for what is written alone."""
+    ids = [storage.edit(id).id for id in ids]  # raises
     ids = list(dict.fromkeys(ids))
     for id in ids:
         edit = storage.edit(id)
