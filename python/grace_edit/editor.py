@@ -29,8 +29,8 @@ from .editing.explanation import Explanation, explain
 from .editing.making import EditMaker
 from .editing.scoring import Score, score
 from .editing.verification import Misfire, find_misfires
-from .families import Family, family_of
-from .families.ids import is_chat, token_ids
+from .families import Family, bare, family_of
+from .families.ids import is_chat, token_ids, whole_number
 from .layers import Layers
 from .progress import bar
 
@@ -58,7 +58,9 @@ class GraceEditor:
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any, config: GraceConfig) -> None:
-        family = family_of(attaching.core_of(model), tokenizer)
+        family = family_of(bare(model), tokenizer)
+        if not isinstance(config, GraceConfig):
+            raise ValueError(f"config must be a GraceConfig, got {config!r}")
         attach_new(family, config)
         self.model, self.family, self.config = model, family, config
         self.layers: Layers[GraceEditor] = Layers()
@@ -105,6 +107,10 @@ class GraceEditor:
             family = self.family.beside()
             attach_new(family, config, further=True)
             return self._of(self.model, family, config, self.layers)
+
+    def __repr__(self) -> str:
+        state = "" if self.family.attached else ", detached"
+        return f"GraceEditor({self.layer!r}, {self.codebook!r}{state})"
 
     @property
     def tokenizer(self) -> Any:
@@ -310,9 +316,16 @@ class GraceEditor:
 
         Args:
             prompt: as in `edit`.
-            max_new_tokens: of a model that generates, after which an answer without an end token
-                ends.
+            max_new_tokens: most tokens of the answer, at least 1, unless an end token comes first;
+                a class takes none.
+
+        Raises:
+            ValueError: bad prompt or length.
         """
+        if (whole_number(max_new_tokens) or 0) < 1:
+            raise ValueError(
+                f"max_new_tokens must be an integer of at least 1, got {max_new_tokens!r}"
+            )
         ids = self.family.encode(prompt)
         with self.family.working():
             return self.family.show(self.family.answer(ids, max_new_tokens))

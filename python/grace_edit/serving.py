@@ -54,7 +54,7 @@ from .codebook.codebook import Codebook
 from .codebook.files import StoreError
 from .config import CALLABLE, GraceConfig
 from .editing.verification import find_unproven
-from .families import Family, family_of
+from .families import Family, bare, family_of
 from .keys.choice import TOKENS, text_keys
 from .keys.prompts import PromptReader
 from .keys.text_map import TextMap
@@ -135,7 +135,7 @@ def attach_saved(
             then as it was.
         ValueError: a tokenizer or an encoder is needed and was not given.
     """
-    model = attaching.core_of(model)
+    model = bare(model)
     read = store.load_saved(directory, several=True) if saved is None else saved
     attached: list[tuple[Family, GraceConfig]] = []
     other = False

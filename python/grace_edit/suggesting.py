@@ -15,12 +15,11 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from .adaptor import attach as attaching
 from .adaptor.adaptor import GraceAdaptor
 from .codebook.codebook import Codebook
 from .config import GraceConfig
 from .editing.making import EditMaker
-from .families import Family, family_of
+from .families import Family, bare, family_of
 from .keys import radii
 from .progress import bar
 
@@ -99,7 +98,7 @@ def suggest_layer(
         ValueError: no edits, an edit without paraphrases, unknown layers, or a model of no
             supported kind or with an editor attached.
     """
-    family = family_of(attaching.core_of(model), tokenizer)
+    family = family_of(bare(model), tokenizer)
     encoded = [
         (*family.encode_edit(prompt, target), [family.encode(other) for other in others])
         for prompt, target, others in edits

@@ -168,6 +168,17 @@ def test_the_answer_may_come_on_a_line_of_its_own(chat: Callable[..., Any]) -> N
     assert next(event for event in found if event["event"] == "edit")["answer"] == "Canberra"
 
 
+def test_a_command_is_no_right_answer_and_is_taken_as_the_command(
+    chat: Callable[..., Any],
+) -> None:
+    result = chat([CAPITAL, "/edit", "/edits", "/edit", "/quit", RIVER], "--json")
+    assert result.exit_code == 1
+    found = events(result)
+    assert [event["event"] for event in found] == ["ready", "answer", "error", "edits", "error"]
+    assert found[2]["message"] == "nothing was corrected: got the command /edits for an answer"
+    assert found[3]["edits"] == []
+
+
 @pytest.mark.parametrize(
     ("lines", "code", "message"),
     [

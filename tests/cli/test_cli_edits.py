@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import threading
 from pathlib import Path
 
@@ -186,7 +187,7 @@ def test_paraphrases_and_negatives_of_another_form_are_refused_by_line(grace, tm
         "edit", "add", "--model", "m", "--layer", "l", "--edits", edits, "--out", tmp_path / "o"
     )
     assert done.exit_code == 2
-    said = f"{name} must be a list of strings that are not empty, got "
+    said = f"{name} must be a list of prompts that are not empty, got "
     assert [said in line for line in done.stderr.splitlines()] == [True] * 4
 
 
@@ -249,9 +250,53 @@ def test_every_bad_line_is_named_before_any_work(grace, gpt2, tmp_path):
     assert [int(re.match(rf"error: {path}:(\d+): ", line)[1]) for line in lines] == [2, 4, 5, 6, 7]
     assert "must be JSON: " in lines[0]
     assert lines[1].endswith("must be a JSON object, got list")
-    assert lines[2].endswith("prompt must be a string that is not empty, got ''")
+    assert lines[2].endswith("prompt must be a string that is not empty or chat messages, got ''")
     assert lines[3].endswith("target must be a string that is not empty or a class id, got True")
     assert "must be UTF-8" in lines[4]
+
+
+def test_of_a_file_of_something_else_a_few_lines_are_named_and_the_rest_counted(grace, tmp_path):
+    path = tmp_path / "edits.csv"
+    path.write_text("prompt,target\n" * 1000)
+    done = grace("edit", "add", "--model", "m", "--layer", "x", "--edits", path, "--out", tmp_path)
+    assert done.exit_code == 2
+    assert done.stderr.splitlines()[-1] == "error: and 980 more lines"
+    assert len(done.stderr.splitlines()) == 21
+
+
+def test_the_history_of_saved_edits_is_no_file_of_edits_to_make(grace, saved, gpt2, tmp_path):
+    path = saved / "edits.jsonl"
+    done = grace(
+        "edit", "add", "--model", gpt2, "--layer", LAYER, "--edits", path, "--out", tmp_path / "out"
+    )
+    assert done.exit_code == 2
+    assert f"grace codebook export {saved} --out FILE" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_prompt_may_be_chat_messages(grace, gpt2, tmp_path):
+    chatty = tmp_path / "chatty"
+    shutil.copytree(gpt2, chatty)
+    tokenizer = AutoTokenizer.from_pretrained(chatty)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }} {% endfor %}"
+        "{% if add_generation_prompt %}is {% endif %}"
+    )
+    tokenizer.save_pretrained(chatty)
+    messages = [{"role": "user", "content": "the capital of france"}]
+    # As ids: a model this small learns to say a word, and not to end its turn as well.
+    line = {"prompt": messages, "target": tokenizer("rome").input_ids}
+    path, out = tmp_path / "chats.jsonl", tmp_path / "out"
+    path.write_text(json.dumps({**line, "negatives": [[{"role": "user", "content": "who wrote"}]]}))
+    given = ("--layer", LAYER, "--edits", path, "--out", out)
+    done = grace("edit", "add", "--model", chatty, *given)
+    assert done.exit_code == 0, done.output
+    assert "chat: the capital of france" in done.stdout
+    editor = GraceEditor.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(chatty).eval(), tokenizer, out
+    )
+    assert editor.explain(messages).hit
+    assert editor.answer(messages, max_new_tokens=1) == "rome"
 
 
 def test_lines_that_the_model_cannot_take_are_named_before_any_edit(
@@ -280,6 +325,8 @@ def test_lines_that_the_model_cannot_take_are_named_before_any_edit(
         ),
         ({"--layer": "mlp"}, 3, r"--layer: .* is ambiguous; near: \[.*h\.0\.mlp"),
         ({"--model": "./absent"}, 3, r"--model \./absent: no such directory of a model"),
+        ({"--model": "absent"}, 3, r"--model absent: no such directory, and from the hub: "),
+        ({"--encoder": "absent"}, 3, r"encoder must be the directory or hub id .* got 'absent': "),
         ({"--edits": "absent.jsonl"}, 3, r"--edits absent\.jsonl: no such file"),
         ({"--resume": "absent"}, 3, r"absent: must be a directory of saved edits"),
         ({"--radius": "-1"}, 2, r"radius must be positive and finite, got -1\.0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import json
 import os
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from typing import Any
 
 import pytest
 from grace_edit import GraceEditor
@@ -21,10 +23,13 @@ from grace_edit.codebook import store
 
 LAYER = "transformer.h.1.mlp"
 HANGS = 300  # seconds without a word after which a process is taken to hang
-COMMANDS = ("demo", "edit", "chat", "explain", "codebook", "eval", "tune", "doctor")
+COMMANDS = (
+    "demo", "edit", "chat", "explain", "serve", "codebook", "eval", "tune", "suggest", "doctor",
+)  # fmt: skip
 UNDER = {
-    "edit": ("add", "ls", "rm", "undo"),
+    "edit": ("add", "ls", "rm", "expire", "undo"),
     "codebook": ("info", "verify", "diff", "merge", "export", "import"),
+    "suggest": ("layer", "radius"),
 }
 
 
@@ -62,6 +67,27 @@ def test_what_is_missing_without_saved_edits_is_said_before_anything_is_loaded(
         done = grace(command, *where, *given)
         assert done.exit_code == 2
         assert f"{missing} must be given without saved edits, got none" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["chat", "serve"])
+def test_who_begins_without_saved_edits_says_how_they_ask(grace, command, tmp_path, monkeypatch):
+    told: list[Any] = []
+    module = importlib.import_module(f"grace_edit.cli.{command}")
+    monkeypatch.setattr(module, "run", lambda *given: told.append(given) or 0)
+    done = grace(
+        command, "--codebook", tmp_path / "new", "--model", "some/model", "--layer", "h.0",
+        "--radius", 2, "--query", "text", "--encoder", "some/encoder", "--text-map", "some-map",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    (options, *rest) = told[0]
+    settings = rest[0] if rest else options.settings
+    assert settings == {
+        "layer": "h.0",
+        "radius": 2.0,
+        "query": "text",
+        "encoder": "some/encoder",
+        "text_map": "some-map",
+    }
 
 
 @pytest.mark.parametrize("group", UNDER)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from dataclasses import replace
 
+import grace_edit
 import pytest
 import torch
 import transformers
@@ -16,7 +18,7 @@ from grace_edit.codebook.codebook import Codebook
 from grace_edit.editing import making
 from grace_edit.editing.training import Fit
 from grace_edit.families import base, family_of
-from tiny_models import book_of, generated, logits_of, run_of, same, state_of
+from tiny_models import LAYERS, book_of, generated, logits_of, run_of, same, state_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -192,6 +194,52 @@ def test_prompts_and_targets_that_make_no_sense_are_named(edited):
     with pytest.raises(ValueError, match=r"edits\[1\]: target must have at least one token"):
         editor.edit_batch([(A, X), (B, [])])
     assert editor.codebook.entries == 0
+
+
+def test_what_is_no_model_no_tokenizer_and_no_configuration_is_refused(trained, tmp_path):
+    model, config = trained("gpt2"), GraceConfig(layer=LAYERS["gpt2"])
+    for given, message in (
+        (("gpt2", None, config), "model must be a model that was loaded, got 'gpt2'"),
+        ((config, None, model), "model must be a model that was loaded, got GraceConfig"),
+        ((model, "gpt2", config), "tokenizer must be the model's own or None, got 'gpt2'"),
+        ((model, None, LAYERS["gpt2"]), "config must be a GraceConfig, got 'transformer"),
+        ((model, None, {"layer": "h.0"}), "config must be a GraceConfig, got {'layer'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            GraceEditor(*given)
+    with pytest.raises(ValueError, match="model must be a model that was loaded, got 'x'"):
+        grace_edit.load("x", tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="model must be a model that was loaded, got 'x'"):
+        grace_edit.suggest_layer("x", None, [])
+
+
+@pytest.mark.parametrize("id", ["0", None, [0], 1.5, 7, -1], ids=repr)
+def test_what_is_no_id_of_an_edit_is_a_key_error_that_shows_it(edited, id):
+    editor = edited("gpt2")
+    made = editor.edit(A, X)
+    message = f"id must be that of an edit in the history, got {re.escape(repr(id))}"
+    for call in (editor.delete, editor.codebook.edit, editor.codebook.parts):
+        with pytest.raises(KeyError, match=message):
+            call(id)
+    assert editor.codebook.ids == [made.id]
+    editor.delete(torch.tensor([made.id])[0].numpy()[()])  # any whole number that is one
+    assert editor.codebook.ids == []
+
+
+@pytest.mark.parametrize("length", [0, -1, 1.5, None, True], ids=repr)
+def test_an_answer_has_at_least_one_token(edited, length):
+    with pytest.raises(ValueError, match=f"max_new_tokens must be an integer of .*, got {length}"):
+        edited("gpt2").answer(A, max_new_tokens=length)
+
+
+def test_an_editor_and_its_codebook_say_what_they_are(edited):
+    editor = edited("gpt2")
+    editor.edit(A, X)
+    book = "Codebook(1 edits, 1 entries, version 1)"
+    assert repr(editor.codebook) == book
+    assert repr(editor) == f"GraceEditor('{LAYERS['gpt2']}', {book})"
+    editor.detach()
+    assert repr(editor).endswith(", detached)")
 
 
 def test_token_ids_beyond_the_vocabulary_are_refused_by_name(edited):

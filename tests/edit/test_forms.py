@@ -286,3 +286,21 @@ def test_the_result_says_that_the_space_is_missing_and_trains_what_was_asked(tra
     # A tokenizer of whole words writes the space by itself.
     words = GraceEditor(trained("gpt2"), Words(), GraceConfig(layer=LAYERS["gpt2"]))
     assert words.family.remark(text_of(PROMPT), text_of(TARGET)) == ""
+
+
+def test_no_edit_teaches_the_unknown_token_by_mistake(trained):
+    words = Words()
+    words.unk_token, words.unk_token_id = "w33", 33  # stands for any word not known
+    editor = GraceEditor(trained("gpt2"), words, GraceConfig(layer=LAYERS["gpt2"]))
+    unknown = "x" * 29  # which this tokenizer reads as 33
+    for call in (
+        lambda: editor.edit(text_of(PROMPT), unknown),
+        lambda: editor.edit_batch([(text_of(PROMPT), unknown)]),
+    ):
+        with pytest.raises(ValueError, match=f"must be words .* knows, got '{unknown}' .w33."):
+            call()
+    assert editor.codebook.version == 0
+    # Who writes it means it, and whoever gives ids.
+    for meant in ("w33", [33]):
+        assert editor.family.encode_edit(text_of(PROMPT), meant)[1] == [33]
+    assert editor.score(text_of(PROMPT), unknown).log_probability < 0  # which teaches nothing

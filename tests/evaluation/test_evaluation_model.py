@@ -55,6 +55,19 @@ def test_a_target_said_freely_is_not_asked_again(
     assert (longer.text, again) == (words(8, 6), forced)
 
 
+def test_a_record_that_is_no_edit_for_this_model_is_refused_with_the_reason(asked: Asked) -> None:
+    model = asked("gpt2")
+    method = Grace(model, GraceConfig(layer=LAYERS["gpt2"], radius=0.5))
+    for record, reason in (
+        (EditRecord("0", words(3, 5), "zanzibar"), "target must be words that the tokenizer knows"),
+        (EditRecord("1", words(3, 5) * 100, words(40, 2)), "prompt must have at most"),
+    ):
+        made = method.edit(record)
+        assert (made.accepted, made.edit) == (False, None)
+        assert made.reason.startswith(reason)
+    assert method.editor.codebook.version == 0
+
+
 @pytest.mark.parametrize("name", ["gpt2", "t5", "bert"])
 def test_an_edit_is_asked_for_freely_and_teacher_forced(name: str, asked: Asked) -> None:
     model = asked(name)

@@ -209,6 +209,21 @@ def serve(
         bool,
         typer.Option("--continuous-batching", help="Generate requests in common batches."),
     ] = False,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            help="With --query text: directory or hub id of a sentence encoder, or tokens.",
+            show_default="tokens",
+        ),
+    ] = None,
+    text_map: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="With --query text: directory of a map.",
+            show_default="the one that comes with the package",
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any that is free.")
@@ -229,6 +244,7 @@ def serve(
     from .serve import Options, run
 
     settings = {"layer": layer, "radius": radius, "query": value_of(query)}
+    settings |= {"encoder": encoder, "text_map": text_map}
     options = Options(
         model=model,
         codebook=codebook,

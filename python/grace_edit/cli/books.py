@@ -141,7 +141,9 @@ def _other_kind(a: SavedEdits, b: SavedEdits) -> list[str]:
     names = sorted({*a.about("serving"), *b.about("serving")})
     found = [n for n in names if a.about("serving").get(n) != b.about("serving").get(n)]
     prints = [saved.about("model").get("fingerprint") for saved in (a, b)]
-    return [*(["model"] if prints[0] != prints[1] else []), *found]
+    # A fingerprint is of what lies below a layer and above it: of two layers it tells nothing.
+    other_model = prints[0] != prints[1] and "layer" not in found
+    return [*(["model"] if other_model else []), *found]
 
 
 def merge(first: Path, second: Path, out: Path, prefer: str, *, as_json: bool) -> int:

@@ -99,7 +99,9 @@ def undo(directory: Path, *, as_json: bool) -> int:
         made = [edit for edit in saved.codebook.history if edit.result.case != "import"]
         there = [edit.id for edit in made if edit.state != "deleted"]
         if not there:
-            raise CommandError(NOT_FOUND, f"{directory}: must hold an edit to take back, got none")
+            imported = "imported ones, which `grace edit rm` takes back"
+            got = imported if saved.codebook.ids else "none"
+            raise CommandError(NOT_FOUND, f"{directory}: must hold an edit to take back, got {got}")
         return _take_back(directory, saved, [max(there)], False, as_json)
 
 

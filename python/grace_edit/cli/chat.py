@@ -91,6 +91,7 @@ class Chat:
     ) -> None:
         self.conversation, self.view, self.lines, self.place = conversation, view, lines, place
         self.code = OK
+        self._instead: str | None = None  # a command, said where an answer was asked for
         self._commands: dict[str, Callable[[str], None]] = {
             "/edit": self._edit,
             "/undo": self._undo,
@@ -117,7 +118,7 @@ class Chat:
             edits=book.edits,
             chat=self.conversation.chat,
         )
-        while (line := self.lines.read("> ")) is not None:
+        while (line := self._next()) is not None:
             if not line:
                 continue
             if not self.lines.terminal:
@@ -127,6 +128,10 @@ class Chat:
             self._take(line)
         self._leave()
         return OK if self.lines.terminal else self.code
+
+    def _next(self) -> str | None:
+        line, self._instead = self._instead, None
+        return self.lines.read("> ") if line is None else line
 
     def _take(self, line: str) -> None:
         name, _, rest = line.partition(" ")
@@ -185,6 +190,9 @@ class Chat:
             raise ValueError("there is no answer yet that could be corrected")
         if not right:
             asked = self.lines.read("right answer: ")
+            if asked and (asked == "/quit" or asked.partition(" ")[0] in self._commands):
+                self._instead = asked
+                raise ValueError(f"nothing was corrected: got the command {asked} for an answer")
             if not asked:
                 raise ValueError("nothing was corrected: there was no right answer")
             right = asked

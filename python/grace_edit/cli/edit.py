@@ -276,7 +276,7 @@ def _cells(request: Request) -> list[Any]:
         outcome = "ok, fragile" if result.fragile else "ok"
     return [
         "–" if result.id is None else result.id,
-        request.prompt,
+        request.asked,
         request.target,
         result.case,
         number(result.distance),

@@ -42,7 +42,8 @@ def add(
         typer.Option(
             metavar="FILE",
             help='Edits, one JSON object per line: {"prompt": "...", "target": "..."}. The target '
-            "of a causal model usually begins with a space; a classifier's is a label or class id.",
+            "of a causal model usually begins with a space, but not after chat messages "
+            '([{"role": "user", "content": "..."}]); a classifier\'s is a label or class id.',
         ),
     ],
     out: Annotated[

@@ -76,7 +76,8 @@ def read_edits_of(directory: Path) -> SavedEdits:
         StoreError: its files are incomplete, altered or of a newer format.
     """
     if not holds_edits(directory):
-        what = "no grace_config.json in it" if directory.is_dir() else "no such directory"
+        what = "got a file" if directory.exists() else "no such directory"
+        what = "no grace_config.json in it" if directory.is_dir() else what
         raise CommandError(NOT_FOUND, f"{directory}: must be a directory of saved edits, {what}")
     saved = store.load_saved(directory)
     book = saved.codebook.to("cpu")
@@ -160,7 +161,10 @@ def load_model(source: str, *, task: str, dtype: str | None, device: str) -> Loa
         try:
             config = AutoConfig.from_pretrained(source)
         except (OSError, ValueError) as error:
-            raise CommandError(NOT_FOUND, f"--model {source}: {_first_line(error)}") from error
+            where = "" if path.is_dir() else "no such directory, and from the hub: "
+            raise CommandError(
+                NOT_FOUND, f"--model {source}: {where}{_first_line(error)}"
+            ) from error
         chosen, why = choose_task(config, task)
         model = _load_weights(source, chosen, dtype)
         try:

@@ -7,13 +7,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..codebook import files
 from ..codebook.records import EditResult
 from ..editing.asked import read_wanted
 from ..families import Family
+from ..families.ids import is_chat
 from .output import NOT_FOUND, USAGE, CommandError
 
-Text = str | list[int]
-"""A text as a file has it: as such, or as token ids."""
+Text = str | list[Any]
+"""A text as a file has it: as such, as token ids, or a prompt as chat messages."""
+
+_MOST_TOLD = 20
+"""Lines that are named when a file is wrong; of more, how many."""
 
 
 @dataclass
@@ -27,6 +32,12 @@ class Request:
     negatives: list[Text] = field(default_factory=list)
     result: EditResult | None = None
     radius: float | None = None
+
+    @property
+    def asked(self) -> Text:
+        """The prompt as a person reads it; of a chat, what was said last."""
+        prompt: Any = self.prompt
+        return f"chat: {prompt[-1]['content']}" if is_chat(prompt) else prompt
 
     @property
     def wanted(self) -> dict[str, Any]:
@@ -47,13 +58,20 @@ def read_requests(path: Path) -> list[Request]:
     """Read a file of edits, one JSON object `{"prompt": str, "target": str | int}` per line.
 
     It may hold `paraphrases` and `negatives` too, lists of prompts; see `GraceEditor.edit`. A text
-    may be a list of token ids. Blank lines are skipped and further keys ignored.
+    may be a list of token ids, and a prompt chat messages. Blank lines are skipped and further keys
+    ignored.
 
     Raises:
-        CommandError: the file is missing or holds no edit, or lines are wrong: all are named.
+        CommandError: the file is missing or holds no edit, or lines are wrong, which are named.
     """
     if not path.is_file():
         raise CommandError(NOT_FOUND, f"--edits {path}: no such file")
+    if path.name == files.EDITS and (path.parent / files.CONFIG).is_file():
+        raise CommandError(
+            USAGE,
+            f"--edits {path}: must be a file of edits to make, got the history of saved ones; "
+            f"grace codebook export {path.parent} --out FILE writes them as such a file",
+        )
     requests, wrong = [], []
     for line, raw in enumerate(path.read_bytes().splitlines(), start=1):
         if not raw.strip():
@@ -62,8 +80,7 @@ def read_requests(path: Path) -> list[Request]:
             requests.append(_parse(line, raw))
         except ValueError as error:
             wrong.append(f"{path}:{line}: {error}")
-    if wrong:
-        raise CommandError(USAGE, *wrong)
+    _refuse(wrong)
     if not requests:
         raise CommandError(USAGE, f"--edits {path}: must hold at least one edit, got none")
     return requests
@@ -73,7 +90,7 @@ def _parse(line: int, raw: bytes) -> Request:
     try:
         found = json.loads(raw.decode("utf-8-sig" if line == 1 else "utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"must be UTF-8, got byte {error.start + 1}") from error
+        raise ValueError(f"must be UTF-8, got other bytes at {error.start + 1}") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"must be JSON: {error.msg} at column {error.colno}") from error
     if not isinstance(found, dict):
@@ -82,8 +99,10 @@ def _parse(line: int, raw: bytes) -> Request:
         if name not in found:
             raise ValueError(f"must have the field {name}, got {', '.join(found) or 'none'}")
     prompt, target = found["prompt"], found["target"]
-    if not _is_text(prompt):
-        raise ValueError(f"prompt must be a string that is not empty, got {prompt!r}")
+    if not _is_prompt(prompt):
+        raise ValueError(
+            f"prompt must be a string that is not empty or chat messages, got {prompt!r}"
+        )
     if not (type(target) is int or _is_text(target)):
         raise ValueError(f"target must be a string that is not empty or a class id, got {target!r}")
     paraphrases, negatives = (_prompts(name, found) for name in ("paraphrases", "negatives"))
@@ -92,13 +111,17 @@ def _parse(line: int, raw: bytes) -> Request:
 
 def _prompts(name: str, record: dict[str, Any]) -> list[Text]:
     found = record.get(name, [])
-    if not isinstance(found, list) or not all(map(_is_text, found)):
-        raise ValueError(f"{name} must be a list of strings that are not empty, got {found!r}")
+    if not isinstance(found, list) or not all(map(_is_prompt, found)):
+        raise ValueError(f"{name} must be a list of prompts that are not empty, got {found!r}")
     return found
 
 
+def _is_prompt(found: Any) -> bool:
+    return is_chat(found) or _is_text(found)
+
+
 def _is_text(found: Any) -> bool:
-    """Say whether this can be a prompt: text, or a list of token ids."""
+    """Say whether this is text, or a list of token ids."""
     if isinstance(found, list):
         return bool(found) and all(type(item) is int for item in found)
     return isinstance(found, str) and bool(found)
@@ -108,25 +131,19 @@ def check_tokens(requests: list[Request], family: Family, path: Path) -> None:
     """Encode every edit once, so that a bad one is known before the first is made.
 
     Raises:
-        CommandError: lines that this model cannot take; all are named.
+        CommandError: lines that this model cannot take, which are named.
     """
     wrong = []
     for request in requests:
         try:
-            _check_known(family, request.target, read_wanted(family, request.wanted).target)
+            read_wanted(family, request.wanted)
         except ValueError as error:
             wrong.append(f"{path}:{request.line}: {error}")
+    _refuse(wrong)
+
+
+def _refuse(wrong: list[str]) -> None:
     if wrong:
-        raise CommandError(USAGE, *wrong)
-
-
-def _check_known(family: Family, target: Text | int, ids: list[int]) -> None:
-    """Refuse words that the tokenizer does not know: the model would be taught to say [UNK]."""
-    tokenizer = family.tokenizer
-    if not isinstance(target, str) or family.name == "classifier" or tokenizer is None:
-        return
-    if tokenizer.unk_token_id not in ids:
-        return
-    if str(tokenizer.unk_token) not in str(target):
-        read = tokenizer.decode(ids)
-        raise ValueError(f"target must be words that the tokenizer knows, got {target!r} ({read})")
+        more = len(wrong) - _MOST_TOLD
+        told = [f"and {more} more lines"] if more > 0 else []
+        raise CommandError(USAGE, *wrong[:_MOST_TOLD], *told)

@@ -136,6 +136,10 @@ class Contents:
         """The radius to which an entry may grow."""
         return self.storage.settings.max_radius
 
+    def __repr__(self) -> str:
+        kind, version = type(self).__name__, f"version {self.storage.version}"
+        return f"{kind}({self.edits} edits, {self.entries} entries, {version})"
+
     @property
     def entries(self) -> int:
         """Number of live entries."""

@@ -21,6 +21,7 @@ def delete(storage: Storage, ids: Sequence[int], purge: bool) -> None:
 
     Lookups wait for what is written alone.
     """
+    ids = [storage.edit(id).id for id in ids]  # raises
     ids = list(dict.fromkeys(ids))
     for id in ids:
         edit = storage.edit(id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection
+from numbers import Real
 
 from . import deletion
 from .hits import now
@@ -30,7 +31,7 @@ def expire(
     storage: Storage, unused_for: float, keep: Collection[int] = (), *, dry_run: bool = False
 ) -> list[int]:
     """Delete the edits that answered nobody for long; see `Codebook.expire`, its errors too."""
-    if not unused_for >= 0:
+    if not (isinstance(unused_for, Real) and unused_for >= 0):
         raise ValueError(f"unused_for must be at least 0 seconds, got {unused_for!r}")
     with storage.changing:
         for id in keep:

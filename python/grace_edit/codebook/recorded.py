@@ -68,11 +68,15 @@ class Recorded(Lookups):
         Raises:
             KeyError: there is none with this id, or it was purged.
         """
-        edit = self.edit_records.get(id)
-        if edit is not None:
-            return edit
-        if id in self.edit_records or not 0 <= id < len(self.imported.labels):
-            raise KeyError(f"id must be that of an edit in the history, got {id}")
+        try:
+            edit = self.edit_records.get(id)
+            if edit is not None:
+                return edit
+            imported = id not in self.edit_records and 0 <= id < len(self.imported.labels)
+        except TypeError:  # no number
+            imported = False
+        if not imported:
+            raise KeyError(f"id must be that of an edit in the history, got {id!r}")
         radius = self.imported.radii[id].item()
         result = EditResult(id, "import", id, -1, math.inf, None, radius, proven=False)
         return Edit(id, self.imported.labels[id], None, -1, id, id, None, result)

@@ -182,7 +182,10 @@ class Grace(Method):
 
     def edit(self, record: EditRecord) -> Made:
         prompt, target = self.asked.for_editor(record.prompt), self.asked.target(record.target)
-        result = self.editor.edit(prompt, target)
+        try:
+            result = self.editor.edit(prompt, target)
+        except ValueError as error:  # no edit for this model: too long, or words it does not know
+            return Made(False, 0, "", str(error), None)
         return Made(result.success, result.steps, result.case or "", result.reason, result.id)
 
     def look(self, prompt: str) -> Look | None:

@@ -6,14 +6,27 @@ from typing import Any
 
 from torch import nn
 
+from ..adaptor.attach import core_of
+
 # Each file makes a subclass of Family. In the order in which --task offers them.
 from . import causal, seq2seq, classifier, masked  # noqa: F401 # isort: skip
 from .base import Family, no_family, target_of
 
-__all__ = ["FAMILIES", "Family", "family_of", "target_of"]
+__all__ = ["FAMILIES", "Family", "bare", "family_of", "target_of"]
 
 FAMILIES: dict[str, type[Family]] = {family.name: family for family in Family.__subclasses__()}
 """By the name that saved edits and `--task` know them by."""
+
+
+def bare(model: Any) -> nn.Module:
+    """Return the model without wrappers.
+
+    Raises:
+        ValueError: it is no model.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a model that was loaded, got {model!r:.100}")
+    return core_of(model)
 
 
 def family_of(model: nn.Module, tokenizer: Any) -> Family:

@@ -126,6 +126,8 @@ class Family(ABC):
     default_replace: ClassVar[str] = "all"
 
     def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+        if tokenizer is not None and not callable(tokenizer):
+            raise ValueError(f"tokenizer must be the model's own or None, got {tokenizer!r}")
         self.model = model
         self.tokenizer = tokenizer
         self.config: Any = getattr(model, "config", None)
@@ -262,8 +264,26 @@ class Family(ABC):
         return self._ids(text, "text", special=True)
 
     def encode_edit(self, prompt: Any, target: Any) -> tuple[list[int], list[int]]:
-        """Return the token ids of an edit's prompt and of its target."""
-        return self.encode_pair(prompt, target)
+        """Return the token ids of an edit's prompt and of its target.
+
+        Raises:
+            ValueError: one of them is bad, or the target holds words that the tokenizer does not
+                know: the model would be taught to say its unknown token.
+        """
+        ids, own = self.encode_pair(prompt, target)
+        self._check_known(target, own)
+        return ids, own
+
+    def _check_known(self, target: Any, own: list[int]) -> None:
+        tokenizer = self.tokenizer
+        unknown = getattr(tokenizer, "unk_token_id", None)
+        if not isinstance(target, str) or unknown is None or unknown not in own:
+            return
+        if str(tokenizer.unk_token) not in target:
+            read = tokenizer.decode(own)
+            raise ValueError(
+                f"target must be words that the tokenizer knows, got {target!r} ({read})"
+            )
 
     def remark(self, prompt: Any, target: Any) -> str:
         """Return what looks like a mistake in an edit that can be made as it is, or nothing."""

@@ -56,6 +56,9 @@ class ClassifierFamily(Family):
                 return ids
         raise ValueError(f"target must be a class id below {count}, got {described(target)}")
 
+    def _check_known(self, target: Any, own: list[int]) -> None:
+        return None  # a class is no word
+
     @classmethod
     def text_of(cls, target: Sequence[int], tokenizer: Any, config: Any) -> str:
         names = getattr(config, "id2label", None) or {}

@@ -33,13 +33,20 @@ def text_keys(
 
     Raises:
         ValueError: no map that comes with the package fits, or the given one does not.
-        FileNotFoundError: there is no map in that directory.
+        FileNotFoundError: there is no map in that directory, or no encoder by that name.
     """
     maps = shipped_maps() if text_map is None else [_loaded(text_map)]
     if encoder == TOKENS:
         return _first_that_fits(maps, _of_tokens(model, tokenizer), text_map)
     if isinstance(encoder, str | Path):
-        dense = load_encoder(str(encoder))
+        try:
+            dense = load_encoder(str(encoder))
+        except (OSError, ValueError) as error:
+            said = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise FileNotFoundError(
+                f"encoder must be the directory or hub id of a sentence encoder, got {encoder!r}: "
+                f"{said}"
+            ) from error
     else:
         dense = SentenceEncoder(encoder)
     return _first_that_fits(maps, lambda _: dense, text_map)
