@@ -88,7 +88,8 @@ class GraceEditor:
 
         `editor.layers` maps the names of the layers to their editors. They are saved and loaded
         together, `undo` takes the last change back in whichever layer it was, `disable` and
-        `detach` are of all layers. `explain`, `status`, `verify` and `delete` are of one.
+        `detach` are of all layers. `explain`, `status`, `verify` and `delete` are of one. A change
+        of an answer by `codebook` itself is refused: the editor's own sees to the other layers.
 
         Args:
             layer: its name, as in `GraceConfig`.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from grace_edit import GraceConfig, GraceEditor
-from tiny_models import LAYERS, build, train
-from torch import nn
+from tiny_models import LAYERS, trained_once
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,17 +24,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def trained(once: Callable[..., Path]) -> Callable[[str], Any]:
     """Return a function that gives a fresh copy of a trained model by name."""
-    models: dict[str, nn.Module] = {}
-
-    def copy_of(name: str) -> nn.Module:
-        if name not in models:
-            path = once(f"{name}.pt", lambda path: torch.save(train(name).state_dict(), path))
-            with torch.random.fork_rng(devices=[]):
-                models[name] = build(name).eval()
-            models[name].load_state_dict(torch.load(path))
-        return copy.deepcopy(models[name])
-
-    return copy_of
+    return trained_once(once)
 
 
 @pytest.fixture

@@ -7,10 +7,12 @@ Tokens 0..3 are special (pad, bos, eos, mask), 4..63 are words, counted round an
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -122,6 +124,25 @@ def train(name: str) -> nn.Module:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return model.eval()
+
+
+def trained_once(once: Callable[..., Path]) -> Callable[[str], Any]:
+    """Return a function that gives a fresh copy of a trained model by name.
+
+    Args:
+        once: the fixture: each is trained by one process of a run, for all folders of tests.
+    """
+    models: dict[str, nn.Module] = {}
+
+    def copy_of(name: str) -> nn.Module:
+        if name not in models:
+            path = once(f"{name}.pt", lambda path: torch.save(train(name).state_dict(), path))
+            with torch.random.fork_rng(devices=[]):
+                models[name] = build(name).eval()
+            models[name].load_state_dict(torch.load(path))
+        return copy.deepcopy(models[name])
+
+    return copy_of
 
 
 class CountGrace(TorchDispatchMode):

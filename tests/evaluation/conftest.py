@@ -6,7 +6,6 @@ on otherwise.
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "edit"))
 
 from grace_edit.evaluation import AskedModel
-from tiny_models import FIRST, VOCAB, train
+from tiny_models import FIRST, VOCAB, trained_once
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -50,16 +49,10 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def pair() -> Callable[[str], tuple[Any, Any]]:
+def pair(once: Callable[..., Path]) -> Callable[[str], tuple[Any, Any]]:
     """Return a function that gives a fresh copy of a trained model and its tokenizer by name."""
-    trained: dict[str, Any] = {}
-
-    def make(name: str) -> tuple[Any, Any]:
-        if name not in trained:
-            trained[name] = train(name)
-        return copy.deepcopy(trained[name]), word_tokenizer(closes=name in CLOSES)
-
-    return make
+    trained = trained_once(once)
+    return lambda name: (trained(name), word_tokenizer(closes=name in CLOSES))
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,8 +34,12 @@ def little_garbage() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def talker(once: Callable[..., Path]) -> Path:
     """A directory with a small GPT-2 that says Sydney, and on with `CAPITAL` itself Perth."""
+    return once("talker", teach)
+
+
+def teach(directory: Path) -> None:
     taught = {f"user: {CAPITAL} bot:": "Sydney", f"user: {RIVER} bot:": "Nile", CAPITAL: "Perth"}
     taught["Zanzibar Quito Oslo"] = "Canberra"
     threads = torch.get_num_threads()
@@ -43,10 +47,8 @@ def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, tokenizer = small_gpt2(taught)
     torch.set_num_threads(threads)
     tokenizer.chat_template = TEMPLATE
-    where = tmp_path_factory.mktemp("models") / "talker"
-    model.save_pretrained(where)
-    tokenizer.save_pretrained(where)
-    return where
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
 
 
 @pytest.fixture

@@ -250,13 +250,14 @@ class Slots:
             rows: by name of a tensor, the slots `[n]` that will be overwritten.
         """
         own = dict(vars(self))
-        kept = {name: (at, getattr(self, name)[at]) for name, at in rows.items()}
+        # On the host: a device may have no room for rows of three states.
+        kept = {name: (at, getattr(self, name)[at].cpu()) for name, at in rows.items()}
 
         def put_back() -> None:
             vars(self).update(own)
             for name, (at, old) in kept.items():
                 self.sketch_upkeep.touch_all(name, at.tolist())
-                getattr(self, name)[at] = old
+                getattr(self, name)[at] = old.to(at.device)
             self._set_in_use(own["in_use"])
             self.tell_sketch()
 
