@@ -127,7 +127,7 @@ def compact(directory: Path, keep: int, *, as_json: bool) -> int:
     if as_json:
         print_json(data)
     else:
-        kept = data["history"] - book.edits
+        kept = len(book.history) - book.edits
         screen().print(
             f"forgot {forgotten} deleted and superseded edits, kept {kept}; live edits "
             f"{book.edits}; {before / 1e6:.2f} MB before, {after / 1e6:.2f} MB now"
