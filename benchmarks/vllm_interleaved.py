@@ -128,7 +128,7 @@ class Writer:
         self._fill(entries)
         self.book.history_limit, self.book.undo_limit = 200, 20
         self.publisher = publish(self.editor, at)
-        self.publisher.compact()
+        self.publisher.fold()
         self._queries: dict[tuple[int, ...], torch.Tensor] = {}
         self._answers: dict[tuple[tuple[int, ...], Key], list[int]] = {}
 
@@ -167,7 +167,7 @@ class Writer:
             book.undo()
             return "undone"
         if which < 0.36:
-            self.publisher.compact()
+            self.publisher.fold()
             return "folded into a snapshot"
         made = dict(chance.choice(chance.choice(self.trained)))
         result = book.insert(made.pop("query"), made.pop("label"), made.pop("value"), **made)

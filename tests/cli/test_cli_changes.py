@@ -180,6 +180,33 @@ def test_undo_goes_back_edit_by_edit_until_there_is_none(grace, saved, no_model)
     assert "must hold an edit to take back, got none" in done.stderr
 
 
+def test_compact_forgets_what_is_not_live_and_changes_nothing_that_is_served(
+    grace, saved, no_model
+):
+    told(grace, "edit", "rm", 3, "--codebook", saved)
+    before = store.load(saved)[0]
+    kept = told(grace, "codebook", "compact", saved, "--keep", 2)
+    assert (kept["forgotten"], kept["history"]) == (0, 4)
+    done = told(grace, "codebook", "compact", saved)
+    assert (done["forgotten"], done["edits"], done["history"]) == (2, 2, 2)
+    assert done["bytes"] < done["bytes_before"]
+    after = store.load(saved)[0]
+    assert [edit.id for edit in after.history] == before.ids == [1, 4]
+    for name in ("keys", "values", "radii"):
+        assert torch.equal(getattr(before, name), getattr(after, name))
+    told(grace, "codebook", "verify", saved)
+    # Edit 4 had superseded edit 0, which is forgotten.
+    assert told(grace, "edit", "rm", 4, "--codebook", saved)["live_again"] == []
+    assert (
+        "forgot 1 deleted and superseded edits, kept 0"
+        in grace("codebook", "compact", saved).stdout
+    )
+    assert grace("codebook", "compact", saved, "--keep", "-1").exit_code == 2
+    missing = saved.parent / "absent"
+    assert grace("codebook", "compact", missing).exit_code == 3
+    assert not missing.exists()
+
+
 KILLED = """
 import os, signal
 from grace_edit import GraceEditor

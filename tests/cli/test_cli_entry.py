@@ -28,7 +28,7 @@ COMMANDS = (
 )  # fmt: skip
 UNDER = {
     "edit": ("add", "ls", "rm", "expire", "undo"),
-    "codebook": ("info", "verify", "diff", "merge", "export", "import"),
+    "codebook": ("info", "verify", "diff", "merge", "compact", "export", "import"),
     "suggest": ("layer", "radius"),
 }
 

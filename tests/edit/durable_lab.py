@@ -53,7 +53,7 @@ def acts(book: Codebook, publisher: Publisher) -> Iterator[None]:
     yield
     book.undo()
     yield
-    publisher.compact()
+    publisher.fold()
     yield
     with book.transaction():
         book.insert(row(7), [7], row(7, 2))

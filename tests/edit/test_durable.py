@@ -149,11 +149,11 @@ def test_what_is_published_is_on_the_disk_and_followed(
         editor.edit_batch([(OTHER, run_of(5, 2)), (run_of(20, 5), run_of(50, 2))])
         editor.delete(first.id)
         editor.undo()
-        publisher.compact()
+        publisher.fold()
         assert publisher.log_bytes == 0
         assert follower.poll()  # behind: it takes the snapshot
         assert whole(follower.codebook) == whole(editor.codebook)
-        publisher.compact()
+        publisher.fold()
         assert not follower.poll()  # it has everything
         editor.delete(first.id, purge=True)
         assert publisher.log_bytes == 0  # what was purged is nowhere

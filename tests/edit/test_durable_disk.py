@@ -39,7 +39,7 @@ def test_a_call_that_the_disk_refuses_raises_and_changes_nothing(tmp_path: Path)
         try:
             book.insert(row(2), [2], row(2, 2))
             good, version = whole(book), book.version
-            publisher.compact()
+            publisher.fold()
         except OSError as error:
             failed = str(error)
         finally:

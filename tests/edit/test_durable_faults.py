@@ -96,7 +96,7 @@ def goes_on(pipe: Any, directory: Path) -> None:
         if number % 7 == 3:
             book.delete(book.ids[-1])
         if number % 11 == 5:
-            publisher.compact()
+            publisher.fold()
         number += 1
         book.insert(row(number), [number], row(number, 2))
         pipe.send((book.version, book.ids))

@@ -101,7 +101,7 @@ def test_a_follower_that_has_seen_what_was_taken_back_takes_it_back(tmp_path: Pa
             book.insert(row(2), [2], row(2, 2))
         assert follower.codebook.edits == 2
         if refused:
-            publisher.compact()
+            publisher.fold()
         assert follower.poll()
         assert whole(follower.codebook)[:2] == whole(book)[:2]
         publisher.close()

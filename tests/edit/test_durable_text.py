@@ -47,7 +47,7 @@ def test_rewordings_are_answered_where_published_edits_are_followed(
             )
             assert editor.edit(OTHER, TARGET).success
             editor.delete(first.id)
-            publisher.compact()
+            publisher.fold()
             assert follower.poll()  # a snapshot as a whole, its map beside it
             assert [ask(replica, p) for p in (QUESTION, REWORDED)] == before[:2]
             assert ask(replica, OTHER) == SAID

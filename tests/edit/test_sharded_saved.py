@@ -94,12 +94,12 @@ def test_changes_in_a_log_are_refused_with_what_to_do(
     editor: Any = SimpleNamespace(codebook=book, family=None, config=None, layers=[None])
     query = torch.ones(16).bfloat16() * 40
     with publish(editor, directory) as publisher:
-        publisher.compact()  # beside a snapshot of `save` there is no log yet
+        publisher.fold()  # beside a snapshot of `save` there is no log yet
         assert load_sharded(directory).lookup(query[None])[0].item() == -1
         book.insert(query, [99], torch.ones(5).bfloat16())
-        with pytest.raises(StoreError, match=r"got 1 since the snapshot.*Publisher\.compact\(\)"):
+        with pytest.raises(StoreError, match=r"got 1 since the snapshot.*Publisher\.fold\(\)"):
             load_sharded(directory)
-        publisher.compact()
+        publisher.fold()
         assert load_sharded(directory).lookup(query[None])[0].item() == book.lookup(query[None])[0]
     assert load_sharded(directory).lookup(query[None])[0].item() >= 0
     (directory / (files.CONFIG + ".new")).touch()

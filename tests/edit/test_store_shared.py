@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from grace_edit.codebook import files, locking, store
+from grace_edit.codebook import exchange, files, locking, store
 from grace_edit.codebook.codebook import Codebook
 from grace_edit.codebook.files import CONFIG, EDITS, TENSORS, StoreError
 from grace_edit.codebook.locking import LOCK, writing
@@ -130,6 +130,33 @@ def test_a_made_lock_of_another_machine_is_not_taken_over(
     (tmp_path / (LOCK + ".made")).write_text(json.dumps(owner))
     with pytest.raises(TimeoutError, match="process 1 on elsewhere"), writing(tmp_path, timeout=0):
         pass
+
+
+@LOCKS
+@pytest.mark.usefixtures("locks")
+def test_a_full_disk_is_told_with_the_place_and_leaves_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    where = tmp_path / "edits"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(OSError, match=f"No space left on device: '{where}"), writing(where):
+            pass
+    assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=f"No space left on device: '{where}"):
+            store.save(book_of(1), where, {})
+    assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match=f"No space left on device: '{where}"):
+            exchange.replace_file(where, b"text")
+    assert list(tmp_path.iterdir()) == []
+    store.save(book_of(1), where, {})
 
 
 def test_a_file_system_that_cannot_lock_files_is_written_to_all_the_same(

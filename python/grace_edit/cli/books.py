@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -270,10 +269,8 @@ def _write_lines(saved: SavedEdits, out: Path) -> dict[str, int]:
         for name in ("paraphrases", "negatives"):
             if not line[name]:
                 del line[name]
-    new = out.with_name(out.name + ".new")
     content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    new.write_text(content, encoding="utf-8")
-    os.replace(new, out)
+    exchange.replace_file(out, content.encode())
     return {"edits": len(lines), "as_ids": as_ids, "left_out": left_out}
 
 

@@ -1,4 +1,5 @@
-"""`grace edit ls`, `rm` and `undo`: what is in a directory of edits, taken back without a model."""
+"""What is in a directory of edits, taken back or forgotten without a model: `grace edit ls`, `rm`,
+`expire` and `undo`, and `grace codebook compact`."""
 
 from __future__ import annotations
 
@@ -103,6 +104,39 @@ def undo(directory: Path, *, as_json: bool) -> int:
             got = imported if saved.codebook.ids else "none"
             raise CommandError(NOT_FOUND, f"{directory}: must hold an edit to take back, got {got}")
         return _take_back(directory, saved, [max(there)], False, as_json)
+
+
+def compact(directory: Path, keep: int, *, as_json: bool) -> int:
+    """Forget deleted and superseded edits, and fold the log in."""
+    with writing(_existing(directory)):
+        before = _bytes_of(directory)
+        saved = read_edits_of(directory)
+        book = saved.codebook
+        with progress("compacting"):
+            forgotten = book.compact(keep)
+            store.save(book, directory, saved.described, saved.beside)
+        after = _bytes_of(directory)
+    data = {
+        "directory": str(directory),
+        "forgotten": forgotten,
+        "edits": book.edits,
+        "history": len(book.history),
+        "bytes_before": before,
+        "bytes": after,
+    }
+    if as_json:
+        print_json(data)
+    else:
+        kept = len(book.history) - book.edits
+        screen().print(
+            f"forgot {forgotten} deleted and superseded edits, kept {kept}; live edits "
+            f"{book.edits}; {before / 1e6:.2f} MB before, {after / 1e6:.2f} MB now"
+        )
+    return OK
+
+
+def _bytes_of(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
 
 
 def _existing(directory: Path) -> Path:

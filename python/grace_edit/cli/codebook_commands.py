@@ -87,6 +87,23 @@ def merge(
     raise typer.Exit(books.merge(first, second, out, prefer.value, as_json=json))
 
 
+@codebook.command()
+def compact(
+    directory: Directory,
+    keep: Annotated[
+        int,
+        typer.Option(min=0, help="So many of these edits stay, the latest by id."),
+    ] = 0,
+    json: Json = False,
+) -> None:
+    """Forget deleted and superseded edits for good: smaller files. Needs no model.
+
+    Live edits answer as before. What one of them had superseded does not come back with `rm`."""
+    from . import changing
+
+    raise typer.Exit(changing.compact(directory, keep, as_json=json))
+
+
 @codebook.command("export")
 def export_edits(
     directory: Directory,

@@ -25,7 +25,8 @@ from safetensors.torch import save as render_tensors
 from torch import Tensor
 
 from .codebook import Codebook
-from .files import StoreError
+from .files import NEW, StoreError
+from .locking import naming
 from .records import Label
 
 _ABOUT = "grace"  # the key of the metadata
@@ -68,10 +69,24 @@ def write(
     }
     about = json.dumps({"settings": settings, "described": described}, allow_nan=False)
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    new = path.with_name(path.name + ".new")
-    new.write_bytes(render_tensors(plain, metadata={_ABOUT: about}))
-    os.replace(new, path)
+    replace_file(path, render_tensors(plain, metadata={_ABOUT: about}))
     return len(live)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file as a whole, or leave what was there and nothing else.
+
+    Raises:
+        OSError: as the file system says, with the name of the file.
+    """
+    new = path.with_name(path.name + NEW)
+    try:
+        with naming(path):
+            new.write_bytes(content)
+            os.replace(new, path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def read(

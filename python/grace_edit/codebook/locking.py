@@ -67,13 +67,15 @@ def writing(directory: str | Path, timeout: float = 600.0) -> Iterator[None]:
             _held.depth[directory] -= 1
         return
     made = [path for path in (directory, *directory.parents) if not path.exists()]
-    path, handle = _take(directory, timeout)
-    _held.depth[directory] = 1
     try:
-        yield
+        path, handle = _take(directory, timeout)
+        _held.depth[directory] = 1
+        try:
+            yield
+        finally:
+            del _held.depth[directory]
+            _let_go(path, handle)
     finally:
-        del _held.depth[directory]
-        _let_go(path, handle)
         for path in made:
             with contextlib.suppress(OSError):  # it is not empty
                 path.rmdir()
@@ -89,6 +91,20 @@ def take(directory: Path, timeout: float) -> Callable[[], None]:
     """
     path, handle = _take(directory, timeout, lasting=True)
     return lambda: _let_go(path, handle)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the file system inside a `with` block say where it was, if it does not.
+
+    A full disk names no file.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def is_held(directory: Path) -> bool:
@@ -155,7 +171,11 @@ def _try(directory: Path, lasting: bool) -> tuple[Path, int] | None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # The one before may have removed the file between our two calls.
         if os.path.samestat(os.fstat(handle), os.stat(path)):
-            _sign(handle, lasting)
+            try:
+                _sign(path, handle, lasting)
+            except OSError:
+                path.unlink(missing_ok=True)
+                raise
             return path, handle
     except BlockingIOError:
         pass
@@ -179,11 +199,12 @@ def _let_go(path: Path, handle: int) -> None:
         os.close(handle)
 
 
-def _sign(handle: int, lasting: bool) -> None:
+def _sign(path: Path, handle: int, lasting: bool) -> None:
     owner: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
     owner |= {"since": time.ctime(), **({"lasting": True} if lasting else {})}
-    os.ftruncate(handle, 0)
-    os.write(handle, json.dumps(owner).encode())
+    with naming(path):
+        os.ftruncate(handle, 0)
+        os.write(handle, json.dumps(owner).encode())
 
 
 def _make(directory: Path, lasting: bool) -> tuple[Path, int] | None:
@@ -205,7 +226,11 @@ def _make(directory: Path, lasting: bool) -> tuple[Path, int] | None:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     except FileExistsError:
         return None
-    _sign(handle, lasting)
+    try:
+        _sign(path, handle, lasting)
+    except OSError:  # a lock that names nobody would stay for good
+        _let_go(path, handle)
+        raise
     return path, handle
 
 

@@ -38,7 +38,7 @@ def load_sharded(directory: str | Path, **options: Any) -> ShardedCodebook:
     Args:
         directory: what `store.save` or `GraceEditor.save_pretrained` wrote. Where it is published,
             the changes since the last snapshot lie in a log, which is not read by rank: it must
-            hold none, as after `Publisher.compact()`.
+            hold none, as after `Publisher.fold()`.
         options: `capacity, group, device, block, sketch`, as `ShardedCodebook.from_rows` takes
             them. The capacity is that of the saved codebook unless given.
 
@@ -137,5 +137,5 @@ def _check_alone(directory: Path, checksum: str) -> None:
     if changes:
         raise StoreError(
             f"{log_of(directory, checksum)}: must hold no changes to be read by rank, got "
-            f"{changes} since the snapshot; let its writer make one: Publisher.compact()"
+            f"{changes} since the snapshot; let its writer make one: Publisher.fold()"
         )

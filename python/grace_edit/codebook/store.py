@@ -41,7 +41,7 @@ from .files import (
     sha256,
     sha256_of,
 )
-from .locking import writing
+from .locking import naming, writing
 from .log import End, sync_directory
 from .storage import Storage
 
@@ -128,7 +128,7 @@ def write(
     files: dict[str, bytes] = {}
     layers: list[dict[str, Any]] = []
     try:
-        with storage.changing:
+        with naming(directory), storage.changing:
             for prefix, one, its_config, its in each:
                 # Straight from the codebook's memory: its tensors may be most of what there is.
                 tensors, records = snapshot.content_of(one)

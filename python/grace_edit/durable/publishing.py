@@ -136,8 +136,10 @@ class Publisher:
         """Make a snapshot of what takes over; see `codebook.storage.Watcher`."""
         self._write(storage, follows=False)
 
-    def compact(self) -> None:
-        """Write a snapshot and drop the log, which holds nothing else then.
+    def fold(self) -> None:
+        """Fold the log in: write a snapshot and drop the log, which holds nothing else then.
+
+        The edits and their history stay; `Codebook.compact` forgets of them.
 
         Raises:
             OSError: as the file system says; nothing is lost.

@@ -217,7 +217,7 @@ def test_what_is_published_is_followed_in_the_tensors_of_the_engine(
         return got
 
     with publish(text.editor, text.at) as publisher:
-        publisher.compact()
+        publisher.fold()
         before = same()
         load = store.load_saved
         monkeypatch.setattr(
@@ -228,7 +228,7 @@ def test_what_is_published_is_followed_in_the_tensors_of_the_engine(
         assert [a == b for a, b in zip(before, after, strict=True)] == [True, True, False, False]
         text.editor.delete(added.id)
         assert same() == before
-        publisher.compact()  # of what the engine has read
+        publisher.fold()  # of what the engine has read
         text.editor.delete(0)
         assert same()[0] != before[0]
         text.editor.undo()

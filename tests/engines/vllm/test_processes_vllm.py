@@ -84,7 +84,7 @@ def test_a_compiled_engine_answers_as_an_eager_model_and_follows_without_compili
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True
         ) as process,
     ):
-        publisher.compact()
+        publisher.fold()
         too_long = threading.Timer(500, process.kill)
         too_long.start()
         try:
@@ -274,7 +274,7 @@ def test_a_server_follows_what_is_published_by_another_process(server):
     prompts = [AUSTRALIA, *OTHERS[2:4]]
     plain = [server.ask(prompt, 6) for prompt in prompts]
     with publish(server.editor, server.at) as publisher:
-        publisher.compact()
+        publisher.fold()
         added = [server.editor.edit(OTHERS[2], " Lyon"), server.editor.edit(OTHERS[3], " nine")]
         assert all(one.success for one in added)
         both = [server.answer(prompt, 6) for prompt in prompts]

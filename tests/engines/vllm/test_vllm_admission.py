@@ -123,7 +123,7 @@ def test_a_request_that_comes_after_a_save_is_answered_with_it(served):
 def test_what_is_published_is_followed_in_place_and_never_read_whole(served, monkeypatch, caplog):
     it = served()
     with publish(it.editor, it.at) as publisher:
-        publisher.compact()  # what was saved before has no log
+        publisher.fold()  # what was saved before has no log
         core = Admission(it.engine, Options(it.at, interval=0))
         book, theirs = core._edits.book, it.editor.codebook
         tensors = [t.data_ptr() for t in (book.keys, book.values, book.radii, book.count)]
@@ -134,7 +134,7 @@ def test_what_is_published_is_followed_in_place_and_never_read_whole(served, mon
             core.admit(request("after", IDS[QUESTION]))
             assert snapshot.same(book.storage, theirs.storage)
             assert core.news(step()).version == theirs.version
-            publisher.compact()
+            publisher.fold()
             it.editor.undo()
             it.editor.undo()
             assert publisher.log_bytes > 0
@@ -200,7 +200,7 @@ def test_what_could_not_be_read_once_is_read_at_the_next_look(served, monkeypatc
         core = Admission(it.engine, Options(it.at, interval=0))
         core.news(step())
         edit = it.editor.edit(NEIGHBOUR, TARGET)
-        publisher.compact()  # the log that was read is gone
+        publisher.fold()  # the log that was read is gone
         with monkeypatch.context() as broken:
             broken.setattr(files, "describe", refused)
             core.admit(request("a", IDS[NEIGHBOUR]))
