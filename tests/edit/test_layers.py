@@ -121,7 +121,7 @@ def test_answers_that_replace_more_rows_are_latched_in_each_layer(pair, replace)
 @pytest.mark.parametrize("name", ["t5", "bert"])
 def test_encoders_are_edited_in_several_layers(pair, name):
     lower, upper = pair(name, radius=0.05)
-    wanted = (2, 3) if name == "bert" else ([*run_of(50, 2), 2], [*run_of(7, 2), 2])
+    wanted = (2, 3) if name == "bert" else ([*run_of(50, 2), 2], [*run_of(20, 2), 2])
     assert lower.edit(ONE, wanted[0]).success
     assert upper.edit(TWO, wanted[1]).success
     with lower.family.working():
