@@ -35,12 +35,13 @@ class CausalFamily(Family):
         return can_generate(model) and not has_encoder_and_decoder(model)
 
     def encode_edit(self, prompt: Any, target: Any) -> tuple[list[int], list[int]]:
+        answers = is_chat(prompt) and isinstance(target, str)
+        if answers and not target.strip():
+            raise ValueError(f"target must not be empty, got {target!r}")
         ids, own = super().encode_edit(prompt, target)
-        if is_chat(prompt) and isinstance(target, str):
+        if answers:
             # Whoever answers a message ends his turn, and once.
             self.check_end(own)
-            if not target.strip():
-                raise ValueError(f"target must not be empty, got {target!r}")
             own = answer_ids(self.model, self.tokenizer, prompt, target.strip())
             self._check_room(ids, own)
         self.check_end(own)
