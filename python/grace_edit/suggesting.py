@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from .adaptor.adaptor import GraceAdaptor
+from .adaptor.attach import find_layer
 from .codebook.codebook import Codebook
 from .config import GraceConfig
 from .editing.making import EditMaker
@@ -95,9 +96,10 @@ def suggest_layer(
         progress: show a progress bar on stderr.
 
     Raises:
-        ValueError: no edits, an edit without paraphrases, unknown layers, or a model of no
-            supported kind or with an editor attached.
+        ValueError: no edits, an edit without paraphrases, unknown layers, a picture that cannot be
+            written, or a model of no supported kind or with an editor attached.
     """
+    _check_picture(picture)
     family = family_of(bare(model), tokenizer)
     encoded = [
         (*family.encode_edit(prompt, target), [family.encode(other) for other in others])
@@ -106,6 +108,8 @@ def suggest_layer(
     if not encoded or not all(others for _, _, others in encoded):
         raise ValueError("edits must be at least one, each with paraphrases")
     tried = list(layers) if layers is not None else _late_layers(family.model)
+    for layer in tried:  # before minutes go into those before it
+        find_layer(family.model, layer)
     how = GraceConfig(layer="any", contexts=4) if config is None else config
     work = [(layer, edit) for layer in tried for edit in encoded]
     found: dict[str, list[_Trial]] = {}
@@ -248,9 +252,10 @@ def suggest_radius(
         progress: show a progress bar on stderr.
 
     Raises:
-        ValueError: kinds and bounds differ, an edit is not live, the codebook is empty, or no
-            radius keeps the bounds.
+        ValueError: kinds and bounds differ, an edit is not live, the codebook is empty, a picture
+            cannot be written, or no radius keeps the bounds.
     """
+    _check_picture(picture)
     if not editor.codebook.edits:
         raise ValueError("editor must have edits, got none")
     book, slots = editor.codebook, {}
@@ -273,6 +278,18 @@ def suggest_radius(
     if picture is not None:
         _draw_radius(chosen, near, far, Path(picture))
     return RadiusSuggestion(chosen.radius, chosen.reason, chosen.hit, chosen.fired, chosen.table)
+
+
+def _check_picture(picture: str | Path | None) -> None:
+    """Refuse a picture that could not be written in the end, before anything is measured."""
+    if picture is None:
+        return
+    path = Path(picture)
+    if path.suffix.lower() not in (".png", ".svg"):
+        raise ValueError(f"picture must be a file that ends in .png or .svg, got {path}")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"picture must lie in a directory that is there, got {path}")
+    _axes()  # raises without matplotlib
 
 
 def _axes() -> tuple[Any, Any]:

@@ -84,6 +84,7 @@ def test_suggest_refuses_in_one_line(
         (("layer", tmp_path / "none.jsonl", "--model", gpt2), 3, "no such file"),
         (("layer", data, "--model", gpt2, "--layers", "nowhere"), 2, "nowhere"),
         (("radius", data, "--codebook", tmp_path / "none"), 3, "no such directory"),
+        (("layer", data, "--model", gpt2, "--picture", "x.jpg"), 2, "ends in .png or .svg"),
     ):
         done = grace("suggest", *arguments)
         assert (done.exit_code, done.stdout) == (code, "")

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from grace_edit import GraceConfig, suggest_layer, suggest_radius
+from grace_edit import GraceConfig, suggest_layer, suggest_radius, suggesting
 from tiny_models import run_of, same, state_of
 
 import grace_kernels
@@ -68,6 +68,36 @@ def test_what_cannot_be_measured_is_refused_and_the_model_left_alone(trained, ed
     with pytest.raises(ValueError, match=r"edits must be|layer must name"):
         suggest_layer(model, None, edits, layers=layers)
     assert same(state_of(model), before)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"layers": ["h.0.mlp", "h.9.mlp"]}, r"layer must name one module, got 'h\.9\.mlp'"),
+        ({"picture": "found.jpg"}, r"picture must be a file that ends in .* got found\.jpg"),
+        (
+            {"picture": "no/where/found.png"},
+            "picture must lie in a directory that is there",
+        ),
+    ],
+    ids=["layer", "ending", "directory"],
+)
+def test_nothing_is_measured_for_what_could_not_be_told_in_the_end(
+    trained, edited, monkeypatch, given, message
+):
+    def work(*_, **__):
+        raise AssertionError("something was measured")
+
+    monkeypatch.setattr(suggesting, "bar", work)
+    with pytest.raises(ValueError, match=message):
+        suggest_layer(trained("gpt2"), None, EDITS, **given)
+    if "picture" in given:
+        editor = edited("gpt2")
+        made = editor.edit(X, Y)
+        with pytest.raises(ValueError, match=message):
+            suggest_radius(
+                editor, [(made.id, X)], {"others": [EDITS[1][0]]}, {"others": 0}, **given
+            )
 
 
 def distance(editor, prompt):
