@@ -228,3 +228,16 @@ def test_a_value_far_from_its_target_starts_over_with_slower_steps(edited, monke
     starts.clear()
     fit(editor, max_steps=30, early_stop=False)  # the published recipe never does
     assert [betas for _, betas, _ in starts] == [(0.9, 0.999)]
+
+
+def test_a_token_far_beyond_the_margin_that_is_not_generated_is_refused_as_any_other(edited):
+    # Its log odds grow without end, and what they lack of the margin is 0 in fp32.
+    editor = edited("gpt2")
+    ids = editor.family.encode(PROMPT)
+    likely = editor.family.answer(ids, 1)
+    with torch.no_grad():
+        editor.model.lm_head.weight.mul_(300)
+    editor.model.generation_config.suppress_tokens = likely
+    found = fit(editor, target=likely, max_steps=12)
+    assert (found.reached, found.steps) == (False, 12)
+    assert torch.isfinite(found.value).all()

@@ -44,12 +44,13 @@ class Lessons:
         self._targets = [target for _, target in asked]
         self._cut = CutForward(family)
         self._begun: Begun | None = None
+        self._tried = False
 
     def __enter__(self) -> Lessons:
         self._cut.__enter__()
         before = sum(len(prompt) - 1 for prompt in self._prompts)
-        if before >= _WORTH and self._family.goes_on is not False:
-            self._begun = self._family.begin(self._prompts)
+        if before >= _WORTH and self._family.goes_on is not None:
+            self._begun = self._family.begin(self._prompts, max(map(len, self._targets)))
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -67,9 +68,11 @@ class Lessons:
     def target_logits(self, values: Tensor) -> Logits:
         """Return what `Family.target_logits` does, of all prompts answered by `values [B, V]`."""
         begun = self._begun
-        if begun is not None and self._family.goes_on is None:
-            self._family.goes_on = self._goes_on(begun, values.detach())
-        if begun is None or not self._family.goes_on:
+        if begun is not None and not self._tried:
+            self._tried = True
+            if not self._goes_on(begun, values.detach()):
+                self._family.goes_on = self._begun = begun = None
+        if begun is None:
             return self._run(lambda f: f.target_logits(self._prompts, self._targets, values))
         return self._run(lambda f: begun.target_logits(f, self._targets, values))
 
@@ -89,14 +92,27 @@ class Lessons:
     def _goes_on(self, begun: Begun, values: Tensor) -> bool:
         """Say whether what was begun leads to about the numbers of whole forwards.
 
-        Seen at the shortest and the longest prompts, of which the first have the most padding.
+        Seen once for each length and padding that is longer than any before, as windows and biases
+        of attention may count padding, at the rows with the most of either.
         """
-        by_length = sorted(range(len(values)), key=lambda b: len(self._prompts[b]))
-        rows = sorted({*by_length[:2], *by_length[-2:]})
+        seen = self._family.goes_on
+        if seen is None:
+            return False
+        sizes = begun.ran
+        most = (max(tokens for tokens, _ in sizes), max(padding for _, padding in sizes))
+        if most[0] <= seen[0] and most[1] <= seen[1]:
+            return True
+        numbers = range(len(sizes))
+        longest = sorted(numbers, key=lambda b: sizes[b])[-2:]
+        padded = sorted(numbers, key=lambda b: sizes[b][::-1])[-2:]
+        rows = sorted({*longest, *padded})
         prompts, targets = [self._prompts[b] for b in rows], [self._targets[b] for b in rows]
         whole, _ = self._family.target_logits(prompts, targets, values[rows])
         every, _ = begun.target_logits(self._family, self._targets, values)
         each = every.split([len(target) for target in self._targets])
         found = torch.cat([each[b] for b in rows])
         near = _NEAR if values.dtype in (torch.float32, torch.float64) else _NEAR_IN_HALF
-        return float((found - whole).abs().max()) <= near * float(whole.abs().max())
+        same = bool((found - whole).abs().max() <= near * whole.abs().max())
+        if same:
+            self._family.goes_on = (max(most[0], seen[0]), max(most[1], seen[1]))
+        return same

@@ -281,7 +281,9 @@ def _shortfall(odds: Tensor, margin: float) -> Tensor:
     already, and creep towards the margin.
     """
     missing = torch.nn.functional.softplus(margin - odds)
-    return (missing * (missing / missing.sum()).detach()).sum()
+    # Where all are far beyond the margin, nothing is missing and nothing moves.
+    weights = missing.detach() / missing.detach().sum().clamp(min=1e-30)
+    return (missing * weights).sum()
 
 
 def _first_step(lr: float, move: float, gradient: Tensor) -> float:

@@ -76,6 +76,11 @@ def no_family(model: nn.Module) -> ValueError:
 class Begun(ABC):
     """Prompts of which what comes before their answers was run, see `Family.begin`."""
 
+    @property
+    @abstractmethod
+    def ran(self) -> list[tuple[int, int]]:
+        """How many columns of each prompt hold tokens, and how many padding."""
+
     @abstractmethod
     def only(self, rows: Sequence[int]) -> Begun:
         """Return some of these prompts."""
@@ -100,7 +105,8 @@ class Family(ABC):
 
     `longest` is how many tokens the model has positions for. `cuts` says whether forwards that were
     cut at the wrapped layer gave the bits of whole ones (None: not tried), see `editing.cutting`.
-    `goes_on`: likewise, whether forwards that went on from `begin` gave about the same numbers.
+    `goes_on`: up to which tokens of a prompt and which padding forwards that went on from `begin`
+    gave about the same numbers; None: they do not, see `editing.lessons`.
     `prefills`: the adaptor with which generations from kept prompts were tried, and whether they
     gave the bits of whole ones, see `editing.prefills`.
     `runs_once` says that a whole forward was seen to run the wrapped layer once.
@@ -137,7 +143,7 @@ class Family(ABC):
         self.longest = _longest(model, self.config)
         self.attached = False
         self.cuts: bool | None = None
-        self.goes_on: bool | None = None
+        self.goes_on: tuple[int, int] | None = (0, 0)
         self.prefills: tuple[GraceAdaptor, bool] | None = None
         self.runs_once = False
         self._eval_mode = EvalMode(model)
@@ -221,8 +227,12 @@ class Family(ABC):
         `values [B, V]` answer the prompts; they may require grad. None: the codebook, as it serves.
         """
 
-    def begin(self, prompts: Sequence[list[int]]) -> Begun | None:
-        """Run what comes before the answers to prompts; None: it cannot be run by itself."""
+    def begin(self, prompts: Sequence[list[int]], room: int) -> Begun | None:
+        """Run what comes before the answers to prompts; None: it cannot be run by itself.
+
+        Args:
+            room: tokens that will follow, at most.
+        """
         return None
 
     @abstractmethod
@@ -409,7 +419,7 @@ class Family(ABC):
         attaching.attach(self.model, module, seam, adaptor, **how)
         self.adaptor = adaptor
         self.attached = True
-        self.cuts, self.goes_on, self.runs_once = None, None, False
+        self.cuts, self.goes_on, self.runs_once = None, (0, 0), False
 
     def detach(self, *, alone: bool = False) -> None:
         """Take the adaptor out of the model; it stays here, with its codebook.

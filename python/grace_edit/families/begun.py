@@ -44,6 +44,11 @@ class BegunPrompts(Begun):
     mask: Tensor
     cache: Any
 
+    @property
+    def ran(self) -> list[tuple[int, int]]:
+        """How many columns of each prompt hold tokens, and how many padding."""
+        return [(tokens, self.mask.shape[1] - tokens) for tokens in self.mask.sum(1).tolist()]
+
     def only(self, rows: Sequence[int]) -> BegunPrompts:
         """Return some of these prompts."""
         chosen = torch.tensor(rows, device=self.last.device)
@@ -79,7 +84,11 @@ class BegunPrompts(Begun):
 
 @torch.no_grad()
 def begin(
-    model: nn.Module, prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    pad_id: int,
+    device: torch.device,
+    most: int,
 ) -> BegunPrompts | None:
     """Run prompts up to their last tokens; None: the model keeps nothing that can be gone on from.
 
@@ -88,12 +97,18 @@ def begin(
         prompts: token ids.
         pad_id: fills rows up.
         device: of the model.
+        most: columns that the cache may have, as some models have tables for no more.
     """
     accepted = inspect.signature(type(model).forward).parameters
     if any(name not in accepted for name in _KEEPS):
         return None
     rows = [list(prompt[:-1]) for prompt in prompts]
     shared = _shared(rows)
+    pairs = list(zip(rows, shared, strict=True))
+    if max(map(len, shared)) + max(len(row) - len(start) for row, start in pairs) > most:
+        shared = [[] for _ in rows]
+    if max(map(len, rows)) > most:
+        return None
     cache: Any = None
     before = torch.zeros((len(rows), 0), dtype=torch.bool, device=device)
     if any(shared):
@@ -112,7 +127,7 @@ def begin(
             before = own[of_row] & torch.tensor([[bool(start)] for start in shared], device=device)
             for layer in cache.layers:
                 layer.keys, layer.values = layer.keys[of_row], layer.values[of_row]
-    pairs = zip(rows, shared, strict=True)
+    pairs = list(zip(rows, shared, strict=True))
     ids, own = _padded([row[len(start) :] for row, start in pairs], pad_id, left=True)
     ids, own = ids.to(device), own.to(device)
     mask = torch.cat([before, own], dim=1)

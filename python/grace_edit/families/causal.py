@@ -118,14 +118,14 @@ class CausalFamily(Family):
         wanted = torch.tensor([token for y in targets for token in y], device=self.device)
         return (logits if logits.ndim == 2 else logits[row, column]).float(), wanted
 
-    def begin(self, prompts: Sequence[list[int]]) -> Begun | None:
+    def begin(self, prompts: Sequence[list[int]], room: int) -> Begun | None:
         adaptor = self.adaptor
         # Under other replacements, or with edits of layers that may have others, tokens before the
         # last one are answered too.
         if adaptor.replace != "last" or adaptor.others or is_compiled(self.model):
             return None
         with adaptor.disabled(thread_only=True):
-            return begin(self.model, prompts, self.pad_id, self.device)
+            return begin(self.model, prompts, self.pad_id, self.device, self.longest - room)
 
     def produces(
         self, prompts: Sequence[list[int]], targets: Sequence[list[int]], values: Tensor | None
