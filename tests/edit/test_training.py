@@ -231,12 +231,13 @@ def test_a_value_far_from_its_target_starts_over_with_slower_steps(edited, monke
 
 
 def test_a_token_far_beyond_the_margin_that_is_not_generated_is_refused_as_any_other(edited):
-    # Its log odds grow without end, and what they lack of the margin is 0 in fp32.
-    editor = edited("gpt2")
-    ids = editor.family.encode(PROMPT)
-    likely = editor.family.answer(ids, 1)
+    # What its log odds lack of the margin is 0 in fp32.
+    editor = edited("llama")
     with torch.no_grad():
-        editor.model.lm_head.weight.mul_(300)
+        editor.model.get_output_embeddings().weight.mul_(1000)
+    likely = editor.family.answer(PROMPT, 1)
+    start = editor.family.capture([PROMPT]).outputs[0]
+    assert float(log_odds(editor, start, target=likely).clamp(max=1e4)) > 200
     editor.model.generation_config.suppress_tokens = likely
     found = fit(editor, target=likely, max_steps=12)
     assert (found.reached, found.steps) == (False, 12)
