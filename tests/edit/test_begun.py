@@ -9,6 +9,7 @@ import transformers
 from grace_edit import GraceConfig, GraceEditor
 from grace_edit.editing import lessons
 from grace_edit.editing.lessons import Lessons
+from grace_edit.families import begun as begun_prompts
 from tiny_models import CAUSAL, LAYERS, MASK, run_of, same, state_of
 
 SYSTEM = run_of(60, 3)
@@ -49,7 +50,8 @@ def counted(editor):
 
 @pytest.mark.parametrize("asked", ALONE, ids=["one token", "one prompt", "begin alike"])
 @pytest.mark.parametrize("name", [*CAUSAL, *more.CAUSAL])
-def test_logits_and_slopes_are_those_of_whole_forwards(any_editor, name, asked):
+def test_logits_and_slopes_are_those_of_whole_forwards(any_editor, name, asked, monkeypatch):
+    monkeypatch.setattr(begun_prompts, "_PAYS", 1)
     editor = any_editor(name)
     family = editor.family
     prompts, targets = [p for p, _ in asked], [y for _, y in asked]
@@ -70,6 +72,7 @@ def test_logits_and_slopes_are_those_of_whole_forwards(any_editor, name, asked):
 @pytest.mark.parametrize("name", CAUSAL)
 def test_a_training_runs_the_last_tokens_and_the_targets_alone(edited, name, monkeypatch):
     monkeypatch.setattr(lessons, "_WORTH", 10)
+    monkeypatch.setattr(begun_prompts, "_PAYS", 6)
     editor = edited(name)
     seen = counted(editor)
     before = state_of(editor.model)
@@ -157,7 +160,8 @@ def test_an_attached_editor_tries_again(edited):
     assert editor.family.goes_on == (0, 0)
 
 
-def test_what_some_prompts_begin_with_runs_once_for_these(edited):
+def test_what_some_prompts_begin_with_runs_once_for_these(edited, monkeypatch):
+    monkeypatch.setattr(begun_prompts, "_PAYS", 10)
     editor = edited("gpt2")
     one, two = run_of(20, 6), run_of(40, 4)
     asked = [[*one, 3, 5], [*two, 7, 9, 11], [*one, 8, 1, 2, 5], [*two, 4, 6], [50, 51]]
@@ -193,6 +197,7 @@ def window_of_columns(monkeypatch):
     )
     model = transformers.GPTNeoForCausalLM(config).eval()
     monkeypatch.setattr(lessons, "_WORTH", 1)
+    monkeypatch.setattr(begun_prompts, "_PAYS", 1)
     return GraceEditor(model, None, GraceConfig(layer="transformer.h.1.mlp", radius=1e-3))
 
 
@@ -221,3 +226,20 @@ def test_no_more_columns_are_taken_than_the_model_has(monkeypatch):
         # 30 that two begin with and 40 of the third are more than 64: nothing is shared.
         assert editor.family.begin(asked, 4).mask.shape[1] == 40
         assert editor.family.begin(asked, 25) is None
+
+
+def test_a_cache_of_a_models_own_is_not_gone_on_from(edited):
+    class OwnCache(transformers.DynamicCache):
+        """Holds something beside its layers."""
+
+    editor = edited("gpt2")
+    forward = editor.model.transformer.forward
+
+    def with_own(*args, **kwargs):
+        return forward(*args, **{**kwargs, "past_key_values": OwnCache()})
+
+    with editor.family.working():
+        editor.model.transformer.forward = with_own
+        assert editor.family.begin([p for p, _ in ASKED], 4) is None
+        del editor.model.transformer.forward
+        assert editor.family.begin([p for p, _ in ASKED], 4) is not None

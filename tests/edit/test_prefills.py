@@ -112,13 +112,13 @@ def test_prompts_of_a_length_are_run_together_and_seen_as_alone(edited, name):
         alone, ahead = Prefills(editor.family), Prefills(editor.family)
         below = counted(first_block(editor))
         ahead.read_ahead([*ALIKE, C, ALIKE[0]])
-        # All five at once, the first and the last of them; the one of another length not yet.
-        assert len(below) == 3
+        # All five at once, the first, middle and last of them; the one of another length not yet.
+        assert len(below) == 4
         for prompt in ALIKE:
             seen, own = ahead.capture(prompt), alone.capture(prompt)
             assert torch.equal(seen.queries, own.queries)
             assert torch.equal(seen.outputs, own.outputs)
-        assert len(below) == 3 + len(ALIKE)
+        assert len(below) == 4 + len(ALIKE)
         value = torch.zeros_like(seen.outputs[0])
         assert ahead.produces(ALIKE[2], [1], value) == alone.produces(ALIKE[2], [1], value)
         below.clear()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from grace_edit import GraceConfig, GraceEditor
-from grace_edit.editing import training
+from grace_edit.editing import lessons, training
 from grace_edit.editing.training import fit_value
 from tiny_models import LAYERS, run_of, same, state_of
 
@@ -219,7 +219,7 @@ def test_a_value_far_from_its_target_starts_over_with_slower_steps(edited, monke
         return adam(values, **kwargs)
 
     monkeypatch.setattr(torch.optim, "Adam", watch)
-    monkeypatch.setattr(training, "_log_odds", lambda logits, y: logits[:, 0] * 0 - 9.0)
+    monkeypatch.setattr(training, "_log_odds", lambda logits, y: logits[:, 0] * 1e-6 - 9.0)
     editor = edited("gpt2")
     start = editor.family.capture([PROMPT]).outputs[0]
     assert not fit(editor, max_steps=30, move=5.0).reached
@@ -242,3 +242,30 @@ def test_a_token_far_beyond_the_margin_that_is_not_generated_is_refused_as_any_o
     found = fit(editor, target=likely, max_steps=12)
     assert (found.reached, found.steps) == (False, 12)
     assert torch.isfinite(found.value).all()
+
+
+def test_the_published_recipe_begins_no_prompts(edited, monkeypatch):
+    monkeypatch.setattr(lessons, "_WORTH", 1)
+    editor, begun = edited("gpt2"), []
+    monkeypatch.setattr(editor.family, "begin", lambda *asked: begun.append(asked))
+    fit(editor, early_stop=False, max_steps=2)
+    assert begun == []
+    fit(editor, max_steps=2)
+    assert len(begun) == 1
+
+
+def test_the_first_step_of_a_value_beyond_the_margin_is_no_leap(edited):
+    editor = edited("llama")
+    with torch.no_grad():
+        editor.model.get_output_embeddings().weight.mul_(4)
+    likely = editor.family.answer(PROMPT, 1)
+    start = editor.family.capture([PROMPT]).outputs[0]
+    odds = float(log_odds(editor, start, target=likely))
+    assert odds > 8
+    editor.model.generation_config.suppress_tokens = likely
+
+    def moved(margin):
+        value = fit(editor, target=likely, max_steps=1, lr=1e-6, move=1e-3, margin=margin).value
+        return float((value - start).abs().max())
+
+    assert moved(odds - 7) < 3 * moved(odds + 7)

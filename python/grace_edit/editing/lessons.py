@@ -36,20 +36,23 @@ class Lessons:
     Args:
         family: of the attached model, inside `working`.
         asked: prompts and targets, token ids.
+        begins: long prompts may be run up to their last tokens first.
     """
 
-    def __init__(self, family: Family, asked: Sequence[tuple[list[int], list[int]]]) -> None:
+    def __init__(
+        self, family: Family, asked: Sequence[tuple[list[int], list[int]]], *, begins: bool = True
+    ) -> None:
         self._family = family
         self._prompts = [prompt for prompt, _ in asked]
         self._targets = [target for _, target in asked]
         self._cut = CutForward(family)
         self._begun: Begun | None = None
-        self._tried = False
+        self._begins, self._tried = begins, False
 
     def __enter__(self) -> Lessons:
         self._cut.__enter__()
         before = sum(len(prompt) - 1 for prompt in self._prompts)
-        if before >= _WORTH and self._family.goes_on is not None:
+        if self._begins and before >= _WORTH and self._family.goes_on is not None:
             self._begun = self._family.begin(self._prompts, max(map(len, self._targets)))
         return self
 

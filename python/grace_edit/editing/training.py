@@ -132,7 +132,9 @@ def fit_values(
     everything = [_Training(family, task, settings) for task in tasks]
     running = everything
     together: list[_Training] = everything
-    with Lessons(family, [pair for training in everything for pair in training.asked]) as lessons:
+    asked = [pair for training in everything for pair in training.asked]
+    # The published recipe runs everything, as published.
+    with Lessons(family, asked, begins=early_stop) as lessons:
         while running:
             if 2 * len(running) <= len(together):
                 stays = [training in running for training in together for _ in training.asked]
@@ -246,9 +248,10 @@ class _Training:
         self.value.grad = gradient
         group = self._optimizer.param_groups[0]
         if self._steps == 0:
-            group["lr"] = _first_step(self.task.lr, self.settings.move, gradient)
+            weight = float(torch.sigmoid(self._margin - self._odds).mean())
+            group["lr"] = _first_step(self.task.lr, self.settings.move * weight, gradient)
         hopeless = self._steps == max(_PATIENCE, self.settings.max_steps // 3)
-        if self.settings.early_stop and hopeless and float(self._odds.min()) < _LEAST:
+        if hopeless and group["lr"] > self.task.lr and float(self._odds.min()) < _LEAST:
             with torch.no_grad():
                 self.value.copy_(self.task.start)
             self._optimizer = self._adam(_USUAL)
@@ -289,8 +292,8 @@ def _shortfall(odds: Tensor, margin: float) -> Tensor:
 def _first_step(lr: float, move: float, gradient: Tensor) -> float:
     """Return the step with which Adam first moves the log odds by `move`, and at least `lr`.
 
-    Its first step changes each number of the value by the step's length against its gradient, which
-    is that of the log odds where they are below the margin.
+    Its first step changes each number of the value by the step's length against its gradient. That
+    of a log odds counts the less the farther it is beyond the margin; `move` is given as so much.
     """
     slope = float(gradient.abs().sum())
     return max(lr, move / slope) if slope > 0 else lr

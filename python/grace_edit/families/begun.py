@@ -25,6 +25,9 @@ from .projection import rows_alone
 _KEEPS = ("past_key_values", "use_cache", "attention_mask")
 """Arguments of a forward that can keep what it has computed."""
 
+_PAYS = 32
+"""Tokens that must be saved for one more forward."""
+
 _PLAIN = "DynamicLayer"
 _LAYERS = (_PLAIN, "DynamicSlidingWindowLayer")
 """Layers of a cache that add tokens to a new tensor and leave the one they had."""
@@ -51,11 +54,10 @@ class BegunPrompts(Begun):
 
     def only(self, rows: Sequence[int]) -> BegunPrompts:
         """Return some of these prompts."""
-        chosen = torch.tensor(rows, device=self.last.device)
-        cache = _copied(self.cache)
-        for layer in cache.layers:
-            layer.keys, layer.values = layer.keys[chosen], layer.values[chosen]
-        return BegunPrompts(self.last[chosen], self.mask[chosen], cache)
+        rows, cache = list(rows), _copied(self.cache)
+        for layer in cache.layers:  # a list: they may be on several devices
+            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+        return BegunPrompts(self.last[rows], self.mask[rows], cache)
 
     def target_logits(
         self, family: Family, targets: Sequence[list[int]], values: Tensor
@@ -158,7 +160,7 @@ def _shared(rows: Sequence[list[int]]) -> list[list[int]]:
             if gain > saved[end]:
                 saved[end], start[end] = gain, first
     found: list[list[int]] = [[] for _ in rows]
-    end = len(rows)
+    end = len(rows) if saved[-1] >= _PAYS else 0
     while end:
         first = start[end]
         length = min(alike[first : end - 1], default=0)
@@ -210,8 +212,11 @@ def _forward(
 def _cache_of(output: Any) -> Any:
     """Return the cache that a forward gave back; None: it is not one that can be gone on from."""
     cache = getattr(output, "past_key_values", None)
-    layers = getattr(cache, "layers", ())
-    return cache if layers and all(type(one).__name__ in _LAYERS for one in layers) else None
+    # Caches of a model's own hold more than their layers.
+    if cache is None or type(cache).__name__ != "DynamicCache":
+        return None
+    holds = [type(one).__name__ in _LAYERS and one.keys is not None for one in cache.layers]
+    return cache if holds and all(holds) else None
 
 
 def _copied(cache: Any) -> Any:
