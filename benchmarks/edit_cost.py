@@ -69,7 +69,7 @@ class Kind:
             if self.whole:
                 family = self.editor.family
                 family.cuts, family.prefills = False, (family.adaptor, False)
-                family.goes_on = False
+                family.goes_on = None
                 module = "grace_edit.families.base.can_stop"
                 changed.enter_context(mock.patch(module, return_value=False))
                 changed.enter_context(mock.patch("grace_edit.editing.making._FIRST_MOVE", 0.0))

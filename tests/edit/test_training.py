@@ -230,15 +230,21 @@ def test_a_value_far_from_its_target_starts_over_with_slower_steps(edited, monke
     assert [betas for _, betas, _ in starts] == [(0.9, 0.999)]
 
 
-def test_a_token_far_beyond_the_margin_that_is_not_generated_is_refused_as_any_other(edited):
-    # What its log odds lack of the margin is 0 in fp32.
-    editor = edited("llama")
+def likely_and_suppressed(editor, times):
+    """Return a target whose log odds are large, and are so the larger, and never generated."""
     with torch.no_grad():
-        editor.model.get_output_embeddings().weight.mul_(1000)
+        editor.model.get_output_embeddings().weight.mul_(times)
     likely = editor.family.answer(PROMPT, 1)
     start = editor.family.capture([PROMPT]).outputs[0]
-    assert float(log_odds(editor, start, target=likely).clamp(max=1e4)) > 200
+    odds = float(log_odds(editor, start, target=likely).clamp(max=1e4))
     editor.model.generation_config.suppress_tokens = likely
+    return likely, start, odds
+
+
+def test_a_token_far_beyond_the_margin_that_is_not_generated_is_refused_as_any_other(edited):
+    editor = edited("llama")
+    likely, _, odds = likely_and_suppressed(editor, 1000)
+    assert odds > 200  # what they lack of the margin is 0 in fp32
     found = fit(editor, target=likely, max_steps=12)
     assert (found.reached, found.steps) == (False, 12)
     assert torch.isfinite(found.value).all()
@@ -256,13 +262,8 @@ def test_the_published_recipe_begins_no_prompts(edited, monkeypatch):
 
 def test_the_first_step_of_a_value_beyond_the_margin_is_no_leap(edited):
     editor = edited("llama")
-    with torch.no_grad():
-        editor.model.get_output_embeddings().weight.mul_(4)
-    likely = editor.family.answer(PROMPT, 1)
-    start = editor.family.capture([PROMPT]).outputs[0]
-    odds = float(log_odds(editor, start, target=likely))
+    likely, start, odds = likely_and_suppressed(editor, 4)
     assert odds > 8
-    editor.model.generation_config.suppress_tokens = likely
 
     def moved(margin):
         value = fit(editor, target=likely, max_steps=1, lr=1e-6, move=1e-3, margin=margin).value
