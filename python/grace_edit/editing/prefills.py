@@ -43,8 +43,8 @@ class Prefills:
         """Run prompts of the same length together, and hand out by `capture` what was seen.
 
         As long as the first, the middle and the last of them gave the bits that they give alone, in
-        what the layer sees and in all that is kept of them; else each runs alone, when it is asked
-        for. What others might be off by is less than the drift that radii allow for.
+        what the layer sees and in all that is kept of them; the others are not compared. Else each
+        runs alone, when it is asked for.
         """
         by_length: dict[int, list[list[int]]] = {}
         for prompt in dict.fromkeys(map(tuple, prompts)):

@@ -1,4 +1,4 @@
-"""What every family shares: ids of texts, padded batches, forwards of the attached model.
+"""What every family shares: padded batches, and forwards of the attached model.
 
 A family is a kind of model that can be edited, and its file the only place that knows anything of
 the kind. To add one: a subclass of `Family` in a file of its own, a line in `families/__init__`,
@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -27,8 +25,8 @@ from ..adaptor.positions import QueryPlan
 from ..adaptor.state import Captured, LayerReached
 from ..adaptor.surroundings import can_stop, device_of
 from .eval_mode import EvalMode
-from .ids import is_chat, token_ids
 from .projection import output_projection
+from .texts import Texts
 
 MOST_ROWS = 32
 """Prompts run in one forward at most."""
@@ -92,21 +90,20 @@ class Begun(ABC):
         """Return what `Family.target_logits` does of these prompts, but for the order of sums."""
 
 
-class Family(ABC):
+class Family(Texts, ABC):
     """A model of one kind, and how it is asked; `family_of(model, tokenizer)` chooses.
 
-    Prompts and targets are token ids here (a target may be a class); texts become ids by `encode`
-    and `encode_edit`. `capture`, `target_logits` and `produces` run the model with the adaptor that
-    `attach` has set into it.
+    Prompts and targets are token ids here (a target may be a class), see `Texts`. `capture`,
+    `target_logits` and `produces` run the model with the adaptor that `attach` has set into it.
 
     Args:
         model: the model, without wrappers.
         tokenizer: turns text into ids; None: prompts and targets are token ids already.
 
-    `longest` is how many tokens the model has positions for. `cuts` says whether forwards that were
-    cut at the wrapped layer gave the bits of whole ones (None: not tried), see `editing.cutting`.
-    `goes_on`: up to which tokens of a prompt and which padding forwards that went on from `begin`
-    gave about the same numbers; None: they do not, see `editing.lessons`.
+    `cuts` says whether forwards that were cut at the wrapped layer gave the bits of whole ones
+    (None: not tried), see `editing.cutting`.
+    `goes_on`: up to how many tokens of a prompt, and beside how much padding, forwards that went on
+    from `begin` gave about the same numbers; None: they do not, see `editing.lessons`.
     `prefills`: the adaptor with which generations from kept prompts were tried, and whether they
     gave the bits of whole ones, see `editing.prefills`.
     `runs_once` says that a whole forward was seen to run the wrapped layer once.
@@ -132,15 +129,10 @@ class Family(ABC):
     default_replace: ClassVar[str] = "all"
 
     def __init__(self, model: nn.Module, tokenizer: Any) -> None:
-        if tokenizer is not None and not callable(tokenizer):
-            raise ValueError(f"tokenizer must be the model's own or None, got {tokenizer!r}")
-        self.model = model
-        self.tokenizer = tokenizer
-        self.config: Any = getattr(model, "config", None)
+        super().__init__(model, tokenizer)
         self.pad_id = self._special("pad_token_id") or 0
         accepted = inspect.signature(type(model).forward).parameters
         self.takes_positions = "position_ids" in accepted
-        self.longest = _longest(model, self.config)
         self.attached = False
         self.cuts: bool | None = None
         self.goes_on: tuple[int, int] | None = (0, 0)
@@ -204,20 +196,6 @@ class Family(ABC):
         """Return the label of an edit as the published code compares it."""
         return target
 
-    @classmethod
-    def text_of(cls, target: Sequence[int], tokenizer: Any, config: Any) -> str:
-        """Return a target, or what the model answered, as a person reads it.
-
-        Args:
-            target: token ids, or one class.
-            tokenizer, config: of the model, None where they are not at hand.
-        """
-        if tokenizer is None:
-            return str(list(target))
-        # Generated text ends in an end token and padding; a target may be a special token alone.
-        text = tokenizer.decode(list(target), skip_special_tokens=True)
-        return str(text or tokenizer.decode(list(target)))
-
     @abstractmethod
     def target_logits(
         self, prompts: Sequence[list[int]], targets: Sequence[list[int]], values: Tensor | None
@@ -247,146 +225,6 @@ class Family(ABC):
     @abstractmethod
     def answer(self, prompt: list[int], length: int) -> list[int]:
         """Return what the model answers now: `length` new tokens, or the class."""
-
-    def encode(self, prompt: Any) -> list[int]:
-        """Return the token ids of a prompt.
-
-        Args:
-            prompt: text; chat messages (`[{"role": ..., "content": ...}]`), which the tokenizer's
-                template ends with the beginning of an answer; or ids in any form that `token_ids`
-                reads. Text and messages need the tokenizer.
-
-        Raises:
-            ValueError: it is something else, empty, too long, or not of this vocabulary.
-        """
-        whole = self._text_of(prompt)
-        ids = self._ids(
-            prompt if whole is None else whole[0], "prompt", special=whole is None or whole[1]
-        )
-        if not ids:
-            raise ValueError("prompt must have at least one token, got none")
-        if len(ids) > self.longest:
-            raise ValueError(f"prompt must have at most {self.longest} tokens, got {len(ids)}")
-        return ids
-
-    def tokens(self, text: str) -> list[int]:
-        """Return the token ids of a text of any length, special tokens included."""
-        return self._ids(text, "text", special=True)
-
-    def encode_edit(self, prompt: Any, target: Any) -> tuple[list[int], list[int]]:
-        """Return the token ids of an edit's prompt and of its target.
-
-        Raises:
-            ValueError: one of them is bad, or the target holds words that the tokenizer does not
-                know: the model would be taught to say its unknown token.
-        """
-        ids, own = self.encode_pair(prompt, target)
-        self._check_known(target, own)
-        return ids, own
-
-    def _check_known(self, target: Any, own: list[int]) -> None:
-        tokenizer = self.tokenizer
-        unknown = getattr(tokenizer, "unk_token_id", None)
-        if not isinstance(target, str) or unknown is None or unknown not in own:
-            return
-        if str(tokenizer.unk_token) not in target:
-            read = tokenizer.decode(own)
-            raise ValueError(
-                f"target must be words that the tokenizer knows, got {target!r} ({read})"
-            )
-
-    def remark(self, prompt: Any, target: Any) -> str:
-        """Return what looks like a mistake in an edit that can be made as it is, or nothing."""
-        return ""
-
-    def encode_pair(self, prompt: Any, target: Any) -> tuple[list[int], list[int]]:
-        """Return the token ids of a prompt and of what may follow it."""
-        ids = self.encode(prompt)
-        return ids, self.encode_target(target, ids)
-
-    def _text_of(self, prompt: Any) -> tuple[str, bool] | None:
-        """Return the text of a prompt and whether special tokens go round it; None: it is ids."""
-        if isinstance(prompt, str):
-            return prompt, True
-        if not is_chat(prompt):
-            return None
-        if getattr(self.tokenizer, "chat_template", None) is None:
-            raise ValueError(
-                "prompt must be text or token ids where the tokenizer has no chat template, got "
-                "chat messages"
-            )
-        try:
-            text = self.tokenizer.apply_chat_template(
-                list(prompt), tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # templates raise what they like
-            raise ValueError(f"prompt must suit the tokenizer's chat template: {error}") from error
-        return str(text), False
-
-    def check_end(self, target: list[int]) -> None:
-        """Refuse a target that generation cannot produce, as it would stop before its end.
-
-        Raises:
-            ValueError: an end token stands before the last place; it is named.
-        """
-        generation = getattr(self.model, "generation_config", None)
-        ends = getattr(generation, "eos_token_id", None)
-        ends = getattr(self.config, "eos_token_id", None) if ends is None else ends
-        ends = set(np.atleast_1d(ends).tolist()) if ends is not None else set()
-        for place, token in enumerate(target[:-1]):
-            if token in ends:
-                name = "" if self.tokenizer is None else f" {self.tokenizer.decode([token])!r}"
-                raise ValueError(
-                    f"target must not hold an end token before its last place, as generation stops "
-                    f"there, got token {token}{name} at place {place + 1} of {len(target)}"
-                )
-
-    def encode_target(self, target: Any, prompt: list[int]) -> list[int]:
-        """Return a target's own token ids (a class id for a classifier)."""
-        ids = self._ids(target, "target", special=False)
-        if not ids:
-            raise ValueError("target must have at least one token, got none")
-        return ids
-
-    def show(self, target: Sequence[int]) -> str:
-        """Return a target, or an answer, as a person reads it."""
-        return self.text_of(target, self.tokenizer, self.config)
-
-    @property
-    def special_ids(self) -> tuple[int, ...]:
-        """Token ids that are no part of a prompt's text."""
-        if self.tokenizer is not None:
-            return tuple(sorted(set(self.tokenizer.all_special_ids)))
-        named = ("pad", "bos", "eos", "cls", "sep", "mask")
-        found = {self._special(f"{name}_token_id") for name in named}
-        return tuple(sorted(i for i in found if i is not None))
-
-    def _ids(self, text: Any, name: str, *, special: bool) -> list[int]:
-        if isinstance(text, str):
-            if self.tokenizer is None:
-                raise ValueError(
-                    f"{name} must be a list of token ids when the editor has no tokenizer, "
-                    f"got the string {text!r}"
-                )
-            text = list(self.tokenizer(text, add_special_tokens=special).input_ids)
-        if is_chat(text):
-            raise ValueError(f"{name} must be a string or a list of token ids, got chat messages")
-        try:
-            ids = token_ids(text)
-        except ValueError as error:
-            raise ValueError(
-                f"{name} must be a string or a list of token ids, got {error}"
-            ) from None
-        size = getattr(self.config, "vocab_size", None)
-        for i in ids:
-            if i < 0 or (size is not None and i >= size):
-                raise ValueError(f"{name} must hold token ids below {size}, got {i}")
-        return ids
-
-    def _special(self, name: str) -> int | None:
-        found = getattr(self.tokenizer, name, None)
-        found = getattr(self.config, name, None) if found is None else found
-        return found[0] if isinstance(found, list) else found
 
     def beside(self) -> Family:
         """Return the family of one more layer of the same model, not attached yet."""
@@ -560,17 +398,3 @@ class Family(ABC):
             pad_token_id=self.pad_id,
         )
         return produced
-
-
-def _longest(model: nn.Module, config: Any) -> int:
-    found = getattr(config, "max_position_embeddings", None)
-    if not isinstance(found, int):
-        return sys.maxsize  # as of ALiBi, which has no table of positions
-    for name, module in model.named_modules():
-        # RoBERTa counts positions from the one after the padding's.
-        if (
-            name.endswith("position_embeddings")
-            and getattr(module, "padding_idx", None) is not None
-        ):
-            return found - int(module.padding_idx) - 1
-    return found

@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .base import Begun, Family
 from .projection import rows_alone
@@ -38,12 +38,12 @@ class BegunPrompts(Begun):
     """What a model keeps of prompts without their last tokens.
 
     Args:
-        last: `[B]`, the last token of each prompt.
-        mask: `[B, P]`, True at the tokens that ran, False at padding.
+        last: the last token of each prompt.
+        mask: `[B, P]` int64, 1 at the tokens that ran, 0 at padding.
         cache: holds their keys and values; it is copied before it is used.
     """
 
-    last: Tensor
+    last: list[int]
     mask: Tensor
     cache: Any
 
@@ -57,7 +57,7 @@ class BegunPrompts(Begun):
         rows, cache = list(rows), _copied(self.cache)
         for layer in cache.layers:  # a list: they may be on several devices
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
-        return BegunPrompts(self.last[rows], self.mask[rows], cache)
+        return BegunPrompts([self.last[b] for b in rows], self.mask[rows], cache)
 
     def target_logits(
         self, family: Family, targets: Sequence[list[int]], values: Tensor
@@ -69,81 +69,65 @@ class BegunPrompts(Begun):
             targets: token ids; their last tokens do not run, as nothing follows them.
             values: `[B, V]`, answer the prompts; they may require grad.
         """
-        ids, own = _padded([[0, *target[:-1]] for target in targets], family.pad_id)
-        ids, own = ids.to(self.last.device), own.to(self.last.device)
-        ids[:, 0] = self.last
-        mask = torch.cat([self.mask, own], dim=1)
-        row, column = own.nonzero(as_tuple=True)
-        plain = {"attention_mask": own, "input_ids": ids}
-        with (
-            family.teaching(values, plain, [], torch.ones_like(self.last)),
-            rows_alone(family.model, row, column),
-        ):
-            logits = _forward(family.model, ids, mask, _copied(self.cache)).logits
-        wanted = torch.tensor([token for y in targets for token in y], device=ids.device)
+        rows = [[last, *target[:-1]] for last, target in zip(self.last, targets, strict=True)]
+        batch = family.inputs(rows)
+        row, column = batch["attention_mask"].nonzero(as_tuple=True)
+        one = torch.ones(len(rows), dtype=torch.long, device=self.mask.device)
+        with family.teaching(values, batch, [], one), rows_alone(family.model, row, column):
+            given = _behind(family, batch, self.mask, _copied(self.cache))
+            logits = family.model(**given).logits
+        wanted = torch.tensor([token for y in targets for token in y], device=row.device)
         return (logits if logits.ndim == 2 else logits[row, column]).float(), wanted
 
 
 @torch.no_grad()
-def begin(
-    model: nn.Module,
-    prompts: Sequence[Sequence[int]],
-    pad_id: int,
-    device: torch.device,
-    most: int,
-) -> BegunPrompts | None:
+def begin(family: Family, prompts: Sequence[Sequence[int]], most: int) -> BegunPrompts | None:
     """Run prompts up to their last tokens; None: the model keeps nothing that can be gone on from.
 
     Args:
-        model: a causal one in eval mode, unedited for the time of this call.
+        family: of a causal model, inside `working` and unedited for the time of this call.
         prompts: token ids.
-        pad_id: fills rows up.
-        device: of the model.
         most: columns that the cache may have, as some models have tables for no more.
     """
-    accepted = inspect.signature(type(model).forward).parameters
+    accepted = inspect.signature(type(family.model).forward).parameters
     if any(name not in accepted for name in _KEEPS):
         return None
     rows = [list(prompt[:-1]) for prompt in prompts]
-    shared = _shared(rows)
-    pairs = list(zip(rows, shared, strict=True))
-    if max(map(len, shared)) + max(len(row) - len(start) for row, start in pairs) > most:
-        shared = [[] for _ in rows]
     if max(map(len, rows)) > most:
         return None
-    cache: Any = None
-    before = torch.zeros((len(rows), 0), dtype=torch.bool, device=device)
+    shared, cache = _shared(rows, most), None
+    mask = torch.zeros((len(rows), 0), dtype=torch.long, device=family.device)
     if any(shared):
         starts = [list(start) for start in dict.fromkeys(map(tuple, shared)) if start]
-        # A row that shares nothing takes any of them, masked.
-        of_row = [starts.index(start) if start else 0 for start in shared]
-        ids, own = _padded(starts, pad_id, left=True)
-        ids, own = ids.to(device), own.to(device)
-        cache = _cache_of(_forward(model, ids, own, None, narrow=True))
+        batch = family.inputs(starts, left=True)
+        cache = _cache_of(family.run_prompts(_behind(family, batch, mask[: len(starts)], None)))
         if cache is None:
             return None
         if any(type(layer).__name__ != _PLAIN for layer in cache.layers):
             # A window counts columns: no padding may lie between the tokens in it.
             shared, cache = [[] for _ in rows], None
         else:
-            before = own[of_row] & torch.tensor([[bool(start)] for start in shared], device=device)
+            # A row that shares nothing takes any of them, masked.
+            of_row = [starts.index(start) if start else 0 for start in shared]
+            takes = torch.tensor([[int(bool(start))] for start in shared], device=mask.device)
+            mask = batch["attention_mask"][of_row] * takes
             for layer in cache.layers:
                 layer.keys, layer.values = layer.keys[of_row], layer.values[of_row]
-    pairs = list(zip(rows, shared, strict=True))
-    ids, own = _padded([row[len(start) :] for row, start in pairs], pad_id, left=True)
-    ids, own = ids.to(device), own.to(device)
-    mask = torch.cat([before, own], dim=1)
-    if ids.shape[1]:
-        cache = _cache_of(_forward(model, ids, mask, cache, narrow=True))
+    rest = [row[len(start) :] for row, start in zip(rows, shared, strict=True)]
+    if any(rest):
+        batch = family.inputs(rest, left=True)
+        cache = _cache_of(family.run_prompts(_behind(family, batch, mask, cache)))
+        mask = torch.cat([mask, batch["attention_mask"]], dim=1)
     if cache is None:
         return None
-    return BegunPrompts(torch.tensor([p[-1] for p in prompts], device=device), mask, cache)
+    return BegunPrompts([prompt[-1] for prompt in prompts], mask, cache)
 
 
-def _shared(rows: Sequence[list[int]]) -> list[list[int]]:
+def _shared(rows: Sequence[list[int]], most: int) -> list[list[int]]:
     """Return the part of each row, from its first token on, that is run once for several of them.
 
-    Rows that begin alike are put together so that the fewest tokens run.
+    Rows that begin alike are put together so that the fewest tokens run. Nothing is shared where
+    that saves too little, or where the longest part and the longest rest are more than `most`.
     """
     order = sorted(range(len(rows)), key=lambda row: rows[row])
     alike = [_common(rows[a], rows[b]) for a, b in pairwise(order)]
@@ -160,14 +144,16 @@ def _shared(rows: Sequence[list[int]]) -> list[list[int]]:
             if gain > saved[end]:
                 saved[end], start[end] = gain, first
     found: list[list[int]] = [[] for _ in rows]
-    end = len(rows) if saved[-1] >= _PAYS else 0
+    end = len(rows)
     while end:
         first = start[end]
         length = min(alike[first : end - 1], default=0)
         for row in order[first:end]:
             found[row] = rows[row][:length]
         end = first
-    return found
+    rests = [len(row) - len(start) for row, start in zip(rows, found, strict=True)]
+    fits = max(map(len, found)) + max(rests) <= most
+    return found if saved[-1] >= _PAYS and fits else [[] for _ in rows]
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
@@ -176,37 +162,19 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
     return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
-def _padded(
-    rows: Sequence[Sequence[int]], pad_id: int, *, left: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Return ids `[B, T]` and where they are tokens, bool, of rows of token ids."""
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
-    own = torch.zeros((len(rows), width), dtype=torch.bool)
-    for b, row in enumerate(rows):
-        span = slice(width - len(row), None) if left else slice(0, len(row))
-        ids[b, span] = torch.tensor(list(row), dtype=torch.long)
-        own[b, span] = True
-    return ids, own
-
-
-def _forward(
-    model: nn.Module, ids: Tensor, mask: Tensor, cache: Any, *, narrow: bool = False
-) -> Any:
-    """Run `ids [B, T]` behind what a cache holds.
+def _behind(family: Family, batch: dict[str, Tensor], before: Tensor, cache: Any) -> dict[str, Any]:
+    """Return the arguments of a forward over a batch of `Family.inputs` behind a cache.
 
     Args:
-        mask: `[B, L]` bool, of the cache and of the ids.
-        narrow: logits are wanted of nobody.
+        before: `[B, P]`, the mask of what the cache holds.
+        cache: is added to; None: it holds nothing yet.
     """
-    accepted = inspect.signature(type(model).forward).parameters
-    given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask.long()}
-    if "position_ids" in accepted:
-        positions = (given["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        given["position_ids"] = positions[:, mask.shape[1] - ids.shape[1] :]
-    if narrow and "logits_to_keep" in accepted:
-        given["logits_to_keep"] = 1
-    return model(**given, past_key_values=cache, use_cache=True)
+    mask = torch.cat([before, batch["attention_mask"]], dim=1)
+    given = {**batch, "attention_mask": mask, "past_key_values": cache, "use_cache": True}
+    if family.takes_positions:
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        given["position_ids"] = positions[:, before.shape[1] :]
+    return given
 
 
 def _cache_of(output: Any) -> Any:

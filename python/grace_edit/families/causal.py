@@ -125,7 +125,7 @@ class CausalFamily(Family):
         if adaptor.replace != "last" or adaptor.others or is_compiled(self.model):
             return None
         with adaptor.disabled(thread_only=True):
-            return begin(self.model, prompts, self.pad_id, self.device, self.longest - room)
+            return begin(self, prompts, self.longest - room)
 
     def produces(
         self, prompts: Sequence[list[int]], targets: Sequence[list[int]], values: Tensor | None
