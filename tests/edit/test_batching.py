@@ -88,9 +88,9 @@ def test_one_that_is_done_early_does_not_pay_for_the_steps_of_others(edited, mon
     editor, sizes = edited("gpt2", margin=0.1), []
     step = training._step
 
-    def noted(cut, together):
-        sizes.append(len(together))
-        return step(cut, together)
+    def noted(family, lessons, together):
+        sizes.append(len(together.of))
+        return step(family, lessons, together)
 
     monkeypatch.setattr(training, "_step", noted)
     easy = [(run_of(n, 4), run_of(n + 4, 2)) for n in (5, 15, 25)]  # what the model says anyway

@@ -8,6 +8,7 @@ import pytest
 import torch
 from grace_edit.editing.prefills import Prefills
 from test_cutting import counted, first_block
+from text_models import text_editor
 from tiny_models import CAUSAL, run_of, same, state_of
 
 A, B, C = run_of(10, 5), run_of(11, 4), run_of(40, 6)
@@ -159,3 +160,22 @@ def test_what_is_kept_of_a_prompt_among_others_counts_too(edited):
         below = counted(first_block(editor))
         ahead.capture(ALIKE[1])
         assert len(below) == 1
+
+
+def test_under_text_prompts_of_all_lengths_are_run_together_whatever_their_bits(trained):
+    editor = text_editor(trained("gpt2"), "gpt2")
+    prompts = [run_of(start, 3 + n % 3) for n, start in enumerate((10, 20, 30, 40, 50))]
+
+    def by_size(module, args, output):
+        return output * (1 + 1e-6 * len(output))
+
+    first_block(editor).mlp.register_forward_hook(by_size)
+    with editor.family.working():
+        ahead = Prefills(editor.family)
+        ahead.read_ahead([*prompts, prompts[0]])
+        below = counted(first_block(editor))
+        for prompt in prompts:
+            seen, own = ahead.capture(prompt), editor.family.capture([prompt])
+            assert torch.equal(seen.queries, own.queries)
+            assert torch.allclose(seen.outputs, own.outputs, rtol=1e-3, atol=1e-4)
+        assert len(below) == len(prompts)  # those that were compared with

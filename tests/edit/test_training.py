@@ -212,13 +212,17 @@ def test_a_token_that_lacks_little_is_not_left_behind_by_those_that_lack_nothing
 
 def test_a_value_far_from_its_target_starts_over_with_slower_steps(edited, monkeypatch):
     starts = []
-    adam = torch.optim.Adam
 
-    def watch(values, **kwargs):
-        starts.append((kwargs["lr"], kwargs["betas"], values[0].detach().clone()))
-        return adam(values, **kwargs)
+    class Watched(training.Adam):
+        def __init__(self, values, lr, betas):
+            starts.append((lr[0], betas, values[0].clone()))
+            super().__init__(values, lr, betas)
 
-    monkeypatch.setattr(torch.optim, "Adam", watch)
+        def restart(self, row, value, lr, betas):
+            super().restart(row, value, lr, betas)
+            starts.append((lr, betas, self.values[row].clone()))
+
+    monkeypatch.setattr(training, "Adam", Watched)
     monkeypatch.setattr(training, "_log_odds", lambda logits, y: logits[:, 0] * 1e-6 - 9.0)
     editor = edited("gpt2")
     start = editor.family.capture([PROMPT]).outputs[0]

@@ -8,9 +8,8 @@ the logits of the prompt and of a token after it, and otherwise left alone.
 
 from __future__ import annotations
 
-import threading
+import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from ..adaptor.state import Captured
 from ..adaptor.torch_private import is_compiled
 from ..families import Family
 from ..families.base import in_pieces
-from ..families.projection import output_projection
+from ..families.projection import logits_seen
 from .cutting import Kept, Twin
 
 _TOGETHER = 5
@@ -40,16 +39,23 @@ class Prefills:
         self._ahead: dict[tuple[int, ...], Captured] = {}
 
     def read_ahead(self, prompts: Sequence[list[int]]) -> None:
-        """Run prompts of the same length together, and hand out by `capture` what was seen.
+        """Run prompts together, and hand out by `capture` what was seen.
 
-        As long as the first, the middle and the last of them gave the bits that they give alone, in
-        what the layer sees and in all that is kept of them; the others are not compared. Else each
-        runs alone, when it is asked for.
+        Those of the same length, as long as the first, the middle and the last of them gave the
+        bits that they give alone, in what the layer sees and in all that is kept of them; the
+        others are not compared. Else each runs alone, when it is asked for.
+
+        Under `query="text"` keys need no run, and the layer's output is no more than where a value
+        starts from: there all run padded, nothing is compared, and nothing is kept for proofs.
         """
-        by_length: dict[int, list[list[int]]] = {}
-        for prompt in dict.fromkeys(map(tuple, prompts)):
-            by_length.setdefault(len(prompt), []).append(list(prompt))
-        for alike in by_length.values():
+        unlike = sorted(map(list, dict.fromkeys(map(tuple, prompts))), key=len)
+        if self._family.adaptor.text is not None:
+            for piece in in_pieces([len(prompt) for prompt in unlike]):
+                if len(unlike[piece]) > 1:
+                    self._hand_out(unlike[piece], self._family.capture(unlike[piece]))
+            return
+        for _, group in itertools.groupby(unlike, key=len):
+            alike = list(group)
             for piece in in_pieces([len(prompt) for prompt in alike]):
                 if len(alike[piece]) >= _TOGETHER and not self._read(alike[piece]):
                     return
@@ -57,18 +63,22 @@ class Prefills:
     def _read(self, prompts: list[list[int]]) -> bool:
         seen, kept = self._run(prompts)
         rows = len(prompts)
-        each = [Captured(seen.queries[b : b + 1], seen.outputs[b : b + 1]) for b in range(rows)]
         theirs = [kept.row(b, rows) for b in range(rows)]
         for b in (0, rows // 2, rows - 1):
             alone, own = self._run([prompts[b]])
-            same = torch.equal(alone.queries, each[b].queries)
-            same = same and torch.equal(alone.outputs, each[b].outputs)
+            same = torch.equal(alone.queries, seen.queries[b : b + 1])
+            same = same and torch.equal(alone.outputs, seen.outputs[b : b + 1])
             if not (same and own.equals(theirs[b])):
                 return False
-        for b, prompt in enumerate(prompts):
-            self._ahead[tuple(prompt)] = each[b]
-            self._keep(prompt, theirs[b])
+        self._hand_out(prompts, seen)
+        for prompt, its in zip(prompts, theirs, strict=True):
+            self._keep(prompt, its)
         return True
+
+    def _hand_out(self, prompts: list[list[int]], seen: Captured) -> None:
+        each = zip(seen.queries.split(1), seen.outputs.split(1), strict=True)
+        for prompt, (query, output) in zip(prompts, each, strict=True):
+            self._ahead[tuple(prompt)] = Captured(query, output)
 
     def capture(self, prompt: list[int]) -> Captured:
         """Return what the layer sees of a prompt, as `Family.capture` does, and keep the rest."""
@@ -127,19 +137,6 @@ def _tried(family: Family) -> bool | None:
 
 def _logits(family: Family, prompt: list[int], target: list[int], value: Tensor) -> list[Tensor]:
     """Return what the output projection gives while a target is generated."""
-    found: list[Tensor] = []
-    thread = threading.get_ident()  # others may be served meanwhile
-    head = output_projection(family.model)
-    if head is None:
-        return found
-
-    def note(module: Any, args: Any, output: Tensor) -> None:
-        if threading.get_ident() == thread:
-            found.append(output.detach().clone())
-
-    handle = head.register_forward_hook(note)
-    try:
+    with logits_seen(family.model) as found:
         family.produces([prompt], [target], value[None])
-    finally:
-        handle.remove()
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ..families import Family
+from .adam import Adam
 from .lessons import Lessons
 from .prefills import Prefills
+from .proofs import Proof, prove
 
 _LEAST = 0.5
 """Log odds, nats, at which a value can be expected to work, and by which more is asked if not."""
@@ -128,147 +132,241 @@ def fit_values(
     Raises:
         FloatingPointError: a loss became NaN or infinite.
     """
-    settings = _Settings(dtype, max_steps, margin, move, early_stop)
-    everything = [_Training(family, task, settings) for task in tasks]
-    running = everything
-    together: list[_Training] = everything
-    asked = [pair for training in everything for pair in training.asked]
+    settings = _Settings(max_steps, margin, move, early_stop)
+    everything = [_Training(task, settings) for task in tasks]
+    if not everything:
+        return []
+    asked = [pair for training in everything for pair in training.task.asked]
     # The published recipe runs everything, as published.
     with Lessons(family, asked, begins=early_stop) as lessons:
-        while running:
-            if 2 * len(running) <= len(together):
-                stays = [training in running for training in together for _ in training.asked]
-                lessons.only([row for row, stay in enumerate(stays) if stay])
-                together = running
-            running = _step(lessons, together)
+        together = _Together.begin(everything, dtype, settings)
+        while running := [n for n, own in enumerate(together.of) if not own.done]:
+            if 2 * len(running) <= len(together.of):
+                lessons.only(together.rows_of(running))
+                together = together.only(running)
+            _step(family, lessons, together)
     return [training.fit for training in everything]
 
 
-def _step(lessons: Lessons, together: list[_Training]) -> list[_Training]:
-    """Run one forward, and let those that need it take a step; return the ones that go on."""
-    running = [training for training in together if not training.done]
+def _step(family: Family, lessons: Lessons, together: _Together) -> None:
+    """Run one forward, prove what may be proven, and let the others take a step.
+
+    Values that may be proven wait until they are half of those that are not done: many proofs cost
+    less together.
+    """
+    running = [own for own in together.of if not own.done]
     with torch.enable_grad():
-        stored = [training.store() for training in together]
-        pairs = zip(stored, together, strict=True)
-        values = torch.cat([value.expand(len(own.asked), -1) for value, own in pairs])
-        logits, wanted = lessons.target_logits(values)
-        sizes = [sum(len(y) for _, y in training.asked) for training in together]
-        parts = zip(together, logits.split(sizes), wanted.split(sizes), strict=True)
-        losses = {
-            id(training): training.look(own, tokens)
-            for training, own, tokens in parts
-            if not training.done
-        }
-    for training in running:
-        training.judge()
-    running = [training for training in running if not training.done]
-    if running:
-        total = sum(losses[id(training)] for training in running)
-        values = [training.value for training in running]
-        gradients = torch.autograd.grad(total, values, allow_unused=True)
-        for training, gradient in zip(running, gradients, strict=True):
-            if gradient is None:
-                raise ValueError(
-                    "the model must let gradients pass above the wrapped layer, got a model that "
-                    "gives none, as of layers that are quantised for inference only; quantise it "
-                    "with torchao, quanto or bitsandbytes, or edit it unquantised"
-                )
-            training.step(gradient)
-    return running
+        stored = together.stored()
+        logits, wanted = lessons.target_logits(together.answers(stored))
+        odds, entropies = together.look(logits, wanted)
+        early = together.settings.early_stop
+        losses = _shortfall(odds, together.margins()) if early else entropies
+    seen = zip(entropies.tolist(), odds.detach().cpu(), stored.detach().clone(), strict=True)
+    for own, (entropy, its_odds, its_value) in zip(together.of, seen, strict=True):
+        if not (own.done or own.waits):
+            own.look(entropy, its_odds, its_value)
+    asking = [own for own in running if own.waits]
+    if 2 * len(asking) >= len(running):
+        proven = prove(family, [own.proof for own in asking])
+        for own, works in zip(asking, proven, strict=True):
+            own.judge(works)
+    moving = [n for n, own in enumerate(together.of) if not (own.done or own.waits)]
+    if moving:
+        with torch.enable_grad():
+            total = losses[moving].sum()
+        (gradients,) = torch.autograd.grad(total, [together.values], allow_unused=True)
+        if gradients is None:
+            raise ValueError(
+                "the model must let gradients pass above the wrapped layer, got a model that "
+                "gives none, as of layers that are quantised for inference only; quantise it "
+                "with torchao, quanto or bitsandbytes, or edit it unquantised"
+            )
+        together.step(gradients, moving)
 
 
 @dataclass(frozen=True)
 class _Settings:
-    dtype: torch.dtype
     max_steps: int
     margin: float
     move: float
     early_stop: bool
 
 
-class _Training:
-    """A value that is being trained, and how far it has come."""
+class _Together:
+    """Values `[N, V]` that are trained in the same forwards."""
 
-    def __init__(self, family: Family, task: Task, settings: _Settings) -> None:
-        self.family, self.task, self.settings = family, task, settings
-        self.asked = task.asked
-        self.value = task.start.detach().float().clone().requires_grad_(True)
-        self.done = False
-        self._optimizer = self._adam(_QUICK if settings.early_stop else _USUAL)
-        self._steps = 0
-        self._margin = settings.margin
-        self._least, self._patience = min(settings.margin, _LEAST), -1
-        self._reached = False
-        self._first = self._loss = float("nan")
+    def __init__(
+        self, of: Sequence[_Training], dtype: torch.dtype, settings: _Settings, adam: Adam
+    ) -> None:
+        self.of, self.settings = list(of), settings
+        self._dtype, self._adam = dtype, adam
+        # The same memory, which the optimizer writes.
+        self.values = adam.values.detach().requires_grad_(True)
+        sizes = [own.tokens for own in self.of]
+        # Where in `[N, most tokens of one value]` each token of the forwards stands.
+        self._most = max(sizes)
+        places = [n * self._most + at for n, size in enumerate(sizes) for at in range(size)]
+        self._places = torch.tensor(places, device=self.values.device)
+        self._sizes = torch.tensor(sizes, device=self.values.device)
 
-    def _adam(self, betas: tuple[float, float]) -> torch.optim.Adam:
-        return torch.optim.Adam([self.value], lr=self.task.lr, betas=betas)
+    @staticmethod
+    def begin(of: Sequence[_Training], dtype: torch.dtype, settings: _Settings) -> _Together:
+        """Start all values where their tasks say."""
+        values = torch.stack([own.task.start.detach().float() for own in of])
+        betas = _QUICK if settings.early_stop else _USUAL
+        return _Together(of, dtype, settings, Adam(values, [own.task.lr for own in of], betas))
 
-    def store(self) -> Tensor:
-        """Return the value as it will be stored."""
-        self._stored = self.value.to(self.settings.dtype)
-        return self._stored.detach() if self.done else self._stored
+    def only(self, rows: Sequence[int]) -> _Together:
+        """Return some of the values, which go on."""
+        of = [self.of[n] for n in rows]
+        return _Together(of, self._dtype, self.settings, self._adam.only(rows))
 
-    def look(self, logits: Tensor, wanted: Tensor) -> Tensor:
-        """Return what is to become less, of `logits [n, classes]` at the tokens wanted.
+    def rows_of(self, values: Sequence[int]) -> list[int]:
+        """Return which rows of a forward belong to some of the values."""
+        counts = [len(own.task.asked) for own in self.of]
+        starts = [0, *itertools.accumulate(counts)]
+        return [row for n in values for row in range(starts[n], starts[n + 1])]
 
-        What they say is kept.
+    def stored(self) -> Tensor:
+        """Return the values as they will be stored."""
+        return self.values.to(self._dtype)
+
+    def answers(self, stored: Tensor) -> Tensor:
+        """Return which value `[rows, V]` answers each row of a forward."""
+        counts = [len(own.task.asked) for own in self.of]
+        if len(set(counts)) == 1:
+            return stored[:, None].expand(-1, counts[0], -1).flatten(0, 1)
+        # Sums of gradients have an order, which those of repeated indices have not on every device.
+        each = zip(stored.split(1), counts, strict=True)
+        return torch.cat([value.expand(count, -1) for value, count in each])
+
+    def look(self, logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log odds `[N, T]` of the wanted tokens, inf behind them, and mean cross entropies.
+
+        Args:
+            logits: `[n, classes]`, at the tokens wanted `[n]`, of all values in order.
         """
-        loss = torch.nn.functional.cross_entropy(logits, wanted)
-        self._loss = now = float(loss.detach())
-        if now != now or now == float("inf"):
-            raise FloatingPointError(f"the loss must be finite, got {now} at step {self._steps}")
-        self._first = now if self._steps == 0 else self._first
         odds = _log_odds(logits, wanted)
-        self._odds = odds.detach()
-        return _shortfall(odds, self._margin) if self.settings.early_stop else loss
+        entropy = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
+        sums = self._spread(entropy, 0.0).sum(dim=1)
+        return self._spread(odds, float("inf")), sums / self._sizes
 
-    def judge(self) -> None:
-        """Say whether the value is done: proven, or out of steps."""
-        last_step = self._steps == self.settings.max_steps
-        lead = float(self._odds.min())
-        if lead >= self._least and self._patience < 0:
-            self._patience = 2 * self._steps + _PATIENCE
-        waited = 0 <= self._patience <= self._steps
-        enough = lead >= self._margin or (lead >= self._least and waited)
-        if (self.settings.early_stop and enough) or last_step:
-            task = self.task
-            self._reached = _verified(self.family, task, self._stored.detach())
-            # Likely in one pass over the text and still not produced freely: ask more.
-            self._margin, self._least = self._margin + _LEAST, self._least + _LEAST
-            self._patience = -1
-        self.done = self._reached or last_step
+    def _spread(self, of_tokens: Tensor, rest: float) -> Tensor:
+        spread = of_tokens.new_full((len(self.of) * self._most,), rest)
+        return spread.scatter(0, self._places, of_tokens).view(-1, self._most)
 
-    def step(self, gradient: Tensor) -> None:
+    def margins(self) -> Tensor:
+        """Return the margin `[N, 1]` that each value is to reach, nats."""
+        return self.values.new_tensor([own.margin for own in self.of])[:, None]
+
+    def step(self, gradients: Tensor, moving: Sequence[int]) -> None:
         """Take a step of Adam; far from the target after a third of them, start over more slowly.
 
         Steps as long as the first gradient tells, which soon forget the ones before, may leap over
         what they look for again and again.
         """
-        self.value.grad = gradient
-        group = self._optimizer.param_groups[0]
-        if self._steps == 0:
-            weight = float(torch.sigmoid(self._margin - self._odds).mean())
-            group["lr"] = _first_step(self.task.lr, self.settings.move * weight, gradient)
-        hopeless = self._steps == max(_PATIENCE, self.settings.max_steps // 3)
-        if hopeless and group["lr"] > self.task.lr and float(self._odds.min()) < _LEAST:
-            with torch.no_grad():
-                self.value.copy_(self.task.start)
-            self._optimizer = self._adam(_USUAL)
-        else:
-            self._optimizer.step()
-        self._steps += 1
+        adam, begins = self._adam, [n for n in moving if self.of[n].steps == 0]
+        slopes = gradients.abs().sum(dim=1).tolist() if begins else []
+        for n in begins:
+            adam.lr[n] = _first_step(self.of[n].task.lr, self.of[n].move, slopes[n])
+        goes_on = []
+        for n in moving:
+            task = self.of[n].task
+            if self.of[n].is_hopeless and adam.lr[n] > task.lr:
+                adam.restart(n, task.start.float(), task.lr, _USUAL)
+            else:
+                goes_on.append(n)
+            self.of[n].steps += 1
+        adam.step(gradients, goes_on)
+
+
+class _Training:
+    """How far a value has come, and what is asked of it next."""
+
+    def __init__(self, task: Task, settings: _Settings) -> None:
+        self.task, self.settings = task, settings
+        self.done = False
+        self.waits = False  # for a proof of the value that answered last
+        self.steps = 0
+        self.margin = settings.margin
+        self._least, self._patience = min(settings.margin, _LEAST), -1
+        self._reached = False
+        self._first = self._loss = float("nan")
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it is to make likely."""
+        return sum(len(target) for _, target in self.task.asked)
+
+    def look(self, entropy: float, odds: Tensor, stored: Tensor) -> None:
+        """Note what a forward said.
+
+        Args:
+            entropy: mean over all tokens, nats.
+            odds: log odds of the tokens, nats, on the CPU; further ones are inf.
+            stored: `[V]`, the value that answered.
+        """
+        if not entropy < math.inf:
+            raise FloatingPointError(f"the loss must be finite, got {entropy} at step {self.steps}")
+        self._loss = entropy
+        self._first = entropy if self.steps == 0 else self._first
+        self._odds, self.stored = odds, stored
+        self.waits = self._may_work or self._is_last
+
+    @property
+    def lead(self) -> float:
+        """The least log odds of all its tokens, nats."""
+        return float(self._odds.min())
+
+    @property
+    def _is_last(self) -> bool:
+        return self.steps == self.settings.max_steps
+
+    @property
+    def _may_work(self) -> bool:
+        if not (self.settings.early_stop and self.lead >= self._least):
+            return False
+        if self._patience < 0:
+            self._patience = 2 * self.steps + _PATIENCE
+        return self.lead >= self.margin or self._patience <= self.steps
+
+    @property
+    def proof(self) -> Proof:
+        """What is to be proven of the value that answered last."""
+        pairs = zip(self.task.prompts, self.task.targets, strict=True)
+        rows = [(prompt, target, self.stored) for prompt, target in pairs]
+        return Proof(rows, self.lead, self.task.prefills)
+
+    def judge(self, proven: bool) -> None:
+        """Note what the proof said; the value may be done."""
+        self._reached, self.done, self.waits = proven, proven or self._is_last, False
+        # Likely in one pass over the text and still not produced freely: ask more.
+        self.margin, self._least = self.margin + _LEAST, self._least + _LEAST
+        self._patience = -1
+
+    @property
+    def move(self) -> float:
+        """By how much its first step is to lessen what it is trained on, nats."""
+        odds = self._odds[: self.tokens]
+        return self.settings.move * float(torch.sigmoid(self.margin - odds).mean())
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether it is far from its target after a third of its steps."""
+        tried = max(_PATIENCE, self.settings.max_steps // 3)
+        return self.steps == tried and self.lead < _LEAST
 
     @property
     def fit(self) -> Fit:
         """What has become of the value, once it is done."""
-        steps, loss = self._steps, self._loss
+        steps, loss = self.steps, self._loss
         reason = f"target not produced after {steps} steps (loss {loss:.3g})"
         sizes = [len(y) for y in self.task.targets]
         tokens = torch.nn.functional.logsigmoid(self._odds[: sum(sizes)])
         least = min(float(part.sum().exp()) for part in tokens.split(sizes))
         reason = "" if self._reached else reason
-        return Fit(self._stored.detach(), self._reached, self._first, loss, steps, reason, least)
+        value = self.stored.clone()  # not what is stored of all
+        return Fit(value, self._reached, self._first, loss, steps, reason, least)
 
 
 def _log_odds(logits: Tensor, wanted: Tensor) -> Tensor:
@@ -277,32 +375,25 @@ def _log_odds(logits: Tensor, wanted: Tensor) -> Tensor:
     return own - logits.scatter(1, wanted[:, None], float("-inf")).logsumexp(dim=1)
 
 
-def _shortfall(odds: Tensor, margin: float) -> Tensor:
-    """Return by how much log odds `[n]` miss a margin, nats: their mean, weighted by itself.
+def _shortfall(odds: Tensor, margins: Tensor) -> Tensor:
+    """Return by how much log odds `[N, T]` miss margins `[N, 1]`, nats: means, weighted by itself.
 
-    The tokens that lack most decide. Cross entropy would hardly move a token that is likely
-    already, and creep towards the margin.
+    Of each row the tokens that lack most decide. Cross entropy would hardly move a token that is
+    likely already, and creep towards the margin.
     """
-    missing = torch.nn.functional.softplus(margin - odds)
+    missing = torch.nn.functional.softplus(margins - odds)
     # Where all are far beyond the margin, nothing is missing and nothing moves.
-    weights = missing.detach() / missing.detach().sum().clamp(min=1e-30)
-    return (missing * weights).sum()
+    weights = missing.detach() / missing.detach().sum(dim=1, keepdim=True).clamp(min=1e-30)
+    return (missing * weights).sum(dim=1)
 
 
-def _first_step(lr: float, move: float, gradient: Tensor) -> float:
+def _first_step(lr: float, move: float, slope: float) -> float:
     """Return the step with which Adam first moves the log odds by `move`, and at least `lr`.
 
     Its first step changes each number of the value by the step's length against its gradient. That
     of a log odds counts the less the farther it is beyond the margin; `move` is given as so much.
+
+    Args:
+        slope: sum of the gradient's absolute values.
     """
-    slope = float(gradient.abs().sum())
     return max(lr, move / slope) if slope > 0 else lr
-
-
-def _verified(family: Family, task: Task, stored: Tensor) -> bool:
-    # One prompt at a time: the way each was served when its query was recorded.
-    prefills = task.prefills or Prefills(family)
-    return all(
-        prefills.produces(prompt, target, stored)
-        for prompt, target in zip(task.prompts, task.targets, strict=True)
-    )

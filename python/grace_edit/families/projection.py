@@ -39,3 +39,27 @@ def rows_alone(model: nn.Module, row: Tensor, column: Tensor) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def logits_seen(model: nn.Module, row: int | None = None) -> Iterator[list[Tensor]]:
+    """Note what the output projection gives in this thread's forwards inside a block, one by one.
+
+    Args:
+        row: of the batch, at whose last token they are noted; None: everything.
+    """
+    head, thread = output_projection(model), threading.get_ident()
+    found: list[Tensor] = []
+
+    def note(module: nn.Module, args: Any, output: Tensor) -> None:
+        if threading.get_ident() == thread:  # others may be served meanwhile
+            found.append((output if row is None else output[row, -1]).detach().clone())
+
+    if head is None:
+        yield found
+        return
+    handle = head.register_forward_hook(note)
+    try:
+        yield found
+    finally:
+        handle.remove()
