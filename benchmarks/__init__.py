@@ -10,7 +10,8 @@ operators.py     on a CPU: nearest, lookup, adapt_; call.py: what a call costs b
 pruned.py        lookups through a sketch; activations.py: data like a pretrained model's
 model.py         an edited GPT-2 beside the unedited one and published.py's way
 edits.py         edits per second, growth of a codebook
-gpu.py           what the parts on a GPU share; gpu_operators.py, gpu_pruned.py: these parts
+gpu.py           what the parts on a GPU share; gpu_operators.py, gpu_pruned.py, gpu_edits.py:
+                 these parts
 goals.py         what was to be reached, and whether it was
 page.py          the page, page_gpu.py its part for a GPU, page_summary.py what it begins with
 page_edits.py    docs/generality.md, from what `make eval` measured

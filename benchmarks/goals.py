@@ -331,6 +331,13 @@ def _with_sketches(worst: bool, wanted: float) -> Callable[[Measured], Found]:
     return find
 
 
+def _batches(measured: Measured) -> Found:
+    for one in select(measured, part="edits", name="GraceEditor.edit"):
+        for batch in select(measured, part="edits", name="GraceEditor.edit_batch"):
+            if one.counts and batch.counts and case(one) == case(batch):
+                yield f"{batch.batch} edits, {batch.data}", ratio(batch, one), 15.0
+
+
 _NARROW = ("bf16", "fp16")
 _GPU_GOALS: tuple[tuple[str, Callable[[Measured], Found], bool], ...] = (
     ("keys up to 20 MB: at least 2 times the best right peer", _over(2.0, (0, 20)), False),
@@ -340,6 +347,7 @@ _GPU_GOALS: tuple[tuple[str, Callable[[Measured], Found], bool], ...] = (
     ("at least 5 times cdist, float32 keys", _over(5.0, name="cdist", dtypes=("fp32",)), False),
     ("up to 8 queries, 400 MB or more: at least 0.9 of the copy bandwidth", _roofs, False),
     ("sketch: at most 0.5 of the time without", _with_sketches(False, 0.5), True),
+    ("edit_batch: at least 15 times the edits per second of edit", _batches, False),
     (
         "sketch in the worst case: at most 1.15 of the time without",
         _with_sketches(True, 1.15),

@@ -19,6 +19,7 @@ def sections(measured: Measured) -> list[tuple[str, list[str]]]:
         ("Spread, warm caches, eager calls", _others(measured)),
         ("Through a sketch", _sketches(measured)),
         ("Forms that are off by default", _forms(measured)),
+        ("Edits", _edits(measured)),
     ]
 
 
@@ -147,3 +148,13 @@ def _forms(measured: Measured) -> list[str]:
         "it is exact; csrc/cuda/forms.h says what each is."
     )
     return table(head, body, said)
+
+
+def _edits(measured: Measured) -> list[str]:
+    body = [
+        (one.name, str(one.batch), one.data, figure(one.median), one.note)
+        for one in select(measured, part="edits")
+        if one.median is not None
+    ]
+    said = "Edits per second: one by one, and all in one batch, on models of their own."
+    return table(("", "edits", "model", "edits/s", ""), body, said)

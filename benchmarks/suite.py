@@ -36,6 +36,7 @@ ON_A_GPU = {
     "forms": ("gpu_forms", "run"),
     "operators": ("gpu_operators", "run"),
     "pruned": ("gpu_pruned", "run"),
+    "edits": ("gpu_edits", "run"),
     "more": ("gpu_operators", "more"),
 }
 """Likewise on a GPU, by worth: a time that ends leaves out the last."""
@@ -121,7 +122,10 @@ def run(
 def environment(settings: Settings, command: str) -> dict[str, Any]:
     """Return what the figures depend on; nothing that names this machine."""
     on_cpu = settings.device == "cpu"
-    packages = ("torch", *(("numpy", "transformers", *PEERS) if on_cpu else ("triton",)))
+    packages = (
+        "torch",
+        *(("numpy", "transformers", *PEERS) if on_cpu else ("triton", "transformers")),
+    )
     versions = {name: _version(name) for name in packages}
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),

@@ -14,7 +14,17 @@ import torch
 
 import grace_kernels
 from benchmarks import __main__ as command
-from benchmarks import goals, gpu, gpu_operators, gpu_pruned, page, pictures, suite, timing
+from benchmarks import (
+    goals,
+    gpu,
+    gpu_edits,
+    gpu_operators,
+    gpu_pruned,
+    page,
+    pictures,
+    suite,
+    timing,
+)
 from benchmarks.gate import right_answers
 from benchmarks.markdown import figure, times
 from benchmarks.measurements import Measurement, Run, Settings, read, select
@@ -65,6 +75,7 @@ def test_every_part_of_a_rehearsal_is_measured_and_ours_are_exact(run: Run) -> N
         "lookup",
         "adapt_",
         "pruned",
+        "edits",
     }
     mine = [one for one in run.measured if one.kind == "ours" and one.unit == "us"]
     assert {one.answers for one in mine} == {"exact"}
@@ -81,6 +92,24 @@ def test_every_part_of_a_rehearsal_is_measured_and_ours_are_exact(run: Run) -> N
         one.name for one in cold
     }
     assert all(one.p20 <= one.median <= one.p80 for one in [*mine, *cold])
+    one, batch = select(run.measured, part="edits")
+    assert (one.name, batch.name) == (gpu_edits.ONE_BY_ONE, gpu_edits.BATCH)
+    assert (
+        (one.unit, one.batch, one.answers) == ("edits/s", 8, "") == (batch.unit, 8, batch.answers)
+    )
+    assert min(one.median, batch.median) > 0
+    operators = [int(each.note.split()[-4]) for each in (one, batch)]
+    assert operators[1] < operators[0]
+
+
+def test_edits_that_fail_stop_no_other_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(small: bool) -> None:
+        raise ModuleNotFoundError("No module named 'transformers'")
+
+    monkeypatch.setattr(gpu_edits, "model_of", fail)
+    (found,) = gpu_edits.run(Settings("rehearsal"), lambda done, total: None)
+    assert (found.answers, found.median) == ("absent", None)
+    assert found.note == "ModuleNotFoundError: No module named 'transformers'"
 
 
 def test_the_page_has_times_shares_and_ratios_of_the_rehearsal(rehearsed: Path, run: Run) -> None:
@@ -202,10 +231,10 @@ def test_what_the_time_does_not_reach_is_named_and_no_failure(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     late = Settings("rehearsal", until=time.monotonic() - 1)
-    parts = gpu_operators.run, gpu_operators.more, gpu_pruned.run
+    parts = gpu_operators.run, gpu_operators.more, gpu_pruned.run, gpu_edits.run
     found = [one for part in parts for one in part(late, lambda done, total: None)]
     absent = [one for one in found if one.kind == "ours"]
-    assert len(absent) == 4 + 2 + 2
+    assert len(absent) == 4 + 2 + 2 + 1
     assert {one.note for one in absent} == {"not run: the time was over"}
     assert command.failures(Run({}, found)) == []
     given = ["--device", "rehearsal", "--parts", "pruned", "--seconds", "-1"]
@@ -214,7 +243,7 @@ def test_what_the_time_does_not_reach_is_named_and_no_failure(
 
 
 def test_the_most_telling_shapes_come_first_and_none_is_lost() -> None:
-    assert list(suite.ON_A_GPU) == ["ceilings", "forms", "operators", "pruned", "more"]
+    assert list(suite.ON_A_GPU) == ["ceilings", "forms", "operators", "pruned", "edits", "more"]
     first, others = gpu_operators.first_shapes(ON_CUDA), gpu_operators.other_shapes(ON_CUDA)
     assert {(s.part, s.dim, s.keys, s.batch) for s in first} == {
         ("lookup", dim, n, batch)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from grace_edit.editing import proofs
+import torch
+from grace_edit.editing import lessons
 from grace_edit.editing.proofs import Proof, prove
 from tiny_models import run_of
 
-ALIKE = [run_of(n, 5) for n in (10, 20, 30, 40, 50)]
-NEXT = [run_of(n + 5, 2) for n in (10, 20, 30, 40, 50)]  # what a model that counts on says
+PROMPTS = [run_of(start, length) for start, length in ((10, 5), (22, 3), (30, 5), (41, 4), (52, 2))]
+NEXT = [run_of(15, 2), run_of(25, 1), run_of(35, 2), run_of(45, 2), run_of(54, 2)]
+"""What a model that counts on says."""
 
 
 @pytest.fixture
@@ -19,68 +21,79 @@ def editor(edited):
         yield made
 
 
-def asked(editor, lead=5.0, targets=NEXT, prompts=ALIKE):
+def asked(editor, lead=5.0, targets=NEXT):
     """Return proofs of prompts that are answered by what the layer says of them anyway."""
-    outputs = [editor.family.capture([prompt]).outputs[0] for prompt in prompts]
-    rows = zip(prompts, targets, outputs, strict=True)
-    return [Proof([row], lead) for row in rows]
+    outputs = [editor.family.capture([prompt]).outputs[0] for prompt in PROMPTS]
+    each = enumerate(zip(PROMPTS, targets, outputs, strict=True))
+    return [Proof([prompt], [y], output, lead, n) for n, (prompt, y, output) in each]
 
 
-def generations(editor, monkeypatch):
-    """Return a list to which each generation adds its number of prompts."""
-    found, produces = [], editor.family.produces
+class Watched:
+    """What proofs ran: how many prompts at once in each generation."""
 
-    def noted(prompts, targets, values):
-        found.append(len(prompts))
-        return produces(prompts, targets, values)
+    def __init__(self, editor, monkeypatch):
+        self.ran, generate = [], type(editor.model).generate
 
-    monkeypatch.setattr(editor.family, "produces", noted)
-    return found
+        def noted(model, *args, **kwargs):
+            self.ran.append(len(kwargs["input_ids"]))
+            return generate(model, *args, **kwargs)
+
+        monkeypatch.setattr(type(editor.model), "generate", noted)
+
+    def take(self):
+        ran, self.ran[:] = list(self.ran), []
+        return ran
 
 
-@pytest.mark.parametrize("lengths", [(5, 5, 5, 5, 5), (2, 4, 5, 3, 5)])
-def test_prompts_are_proven_in_one_generation_and_one_of_them_alone(editor, monkeypatch, lengths):
-    prompts = [prompt[-length:] for prompt, length in zip(ALIKE, lengths, strict=True)]
-    every, ran = asked(editor, prompts=prompts), generations(editor, monkeypatch)
-    assert prove(editor.family, every) == [True] * 5
-    assert ran == [5, 1]
+def begun(editor):
+    return editor.family.begin(PROMPTS, 4)
+
+
+def test_prompts_are_proven_in_one_generation_and_one_of_them_alone(editor, monkeypatch):
+    every, start, watched = asked(editor), begun(editor), Watched(editor, monkeypatch)
+    editor.family.prefills = (editor.adaptor, True)
+    assert prove(editor.family, every, start) == [True] * 5
+    assert watched.take() == [5, 1]
+    assert prove(editor.family, every, start) == [True] * 5  # what was begun is as it was
+    assert watched.take() == [5, 1]
+
+
+def test_the_first_proof_of_all_is_among_others_too(editor, monkeypatch):
+    # Alone it is generated three times: whole, and cut, as is tried then, and for its answer.
+    every, start, watched = asked(editor), begun(editor), Watched(editor, monkeypatch)
+    assert editor.family.prefills is None
+    assert prove(editor.family, every, start) == [True] * 5
+    assert watched.take()[0] == 5
+    assert set(watched.take()) <= {1}
 
 
 def test_a_target_that_is_not_produced_among_others_is_asked_alone(editor, monkeypatch):
     targets = [*NEXT[:2], [1, 2], *NEXT[3:]]
-    every, ran = asked(editor, targets=targets), generations(editor, monkeypatch)
-    assert prove(editor.family, every) == [True, True, False, True, True]
-    assert ran == [5, 1, 1]
+    every, watched = asked(editor, targets=targets), Watched(editor, monkeypatch)
+    assert prove(editor.family, every, begun(editor)) == [True, True, False, True, True]
+    assert watched.take() == [5, 1, 1]
 
 
 def test_a_value_of_several_prompts_works_where_it_works_for_each(editor, monkeypatch):
-    every = asked(editor)
-    rows = [proof.rows[0] for proof in every]
-    wrong = (rows[4][0], [1, 2], rows[4][2])
-    ran = generations(editor, monkeypatch)
-    assert prove(editor.family, [Proof(rows[:2], 5.0), Proof([rows[2], wrong], 5.0)]) == [
-        True,
-        False,
-    ]
-    assert ran == [4, 1, 1]
+    one, *others = asked(editor)
+    prompts, targets = PROMPTS[1:4], [*NEXT[1:3], [1, 2]]
+    # One value for three prompts: it is the first's own, and the others say something else.
+    several = Proof(prompts, targets, others[0].value, 5.0, 1)
+    right = editor.family.produces(prompts[:1], targets[:1], others[0].value[None])
+    assert right == [True]
+    assert prove(editor.family, [one, several, others[-1]], begun(editor)) == [True, False, True]
+    assert prove(editor.family, [several], None) == [False]
 
 
-@pytest.mark.parametrize("why", ["little lead", "targets", "few", "other layers", "compiled"])
+@pytest.mark.parametrize("why", ["little lead", "few", "nothing begun", "looks at the prompt"])
 def test_what_may_differ_among_others_is_proven_alone(editor, monkeypatch, why):
     every = asked(editor, lead=0.9 if why == "little lead" else 5.0)
-    if why == "targets":
-        every = asked(editor, targets=[run_of(10 * n + 15, 1 + n) for n in range(5)])
-    elif why == "few":
-        every = every[:2]
-    elif why == "other layers":
-        monkeypatch.setattr(editor.adaptor, "others", (editor.adaptor,))
-    elif why == "compiled":
-        monkeypatch.setattr(proofs, "is_compiled", lambda model: True)
-    ran = generations(editor, monkeypatch)
-    if why == "other layers":
-        monkeypatch.setattr(editor.family, "produces", lambda p, t, v: ran.append(len(p)) or [True])
-    assert all(prove(editor.family, every))
-    assert set(ran) == {1}
+    every = every[:2] if why == "few" else every
+    if why == "looks at the prompt":
+        editor.model.generation_config.no_repeat_ngram_size = 3
+    start, watched = begun(editor), Watched(editor, monkeypatch)
+    assert all(prove(editor.family, every, None if why == "nothing begun" else start))
+    assert set(watched.take()) == {1}
 
 
 @pytest.mark.parametrize("off", [1e-3, 0.5])
@@ -89,21 +102,31 @@ def test_rows_that_are_not_as_alone_are_proven_alone(editor, monkeypatch, off):
         return output + off * (len(output) > 1)
 
     editor.model.get_output_embeddings().register_forward_hook(by_size)
-    every, ran = asked(editor), generations(editor, monkeypatch)
-    assert all(prove(editor.family, every))
+    every, start, watched = asked(editor), begun(editor), Watched(editor, monkeypatch)
+    assert all(prove(editor.family, every, start))
     # All logits move by as much, so what is produced is the same; that they move is seen.
-    assert ran == ([5, 1] if off < 0.25 else [5, 1, 1, 1, 1, 1, 1])
+    assert watched.take() == ([5, 1] if off < 0.25 else [5, 1, 1, 1, 1, 1, 1])
 
 
-def test_values_wait_for_each_other_with_their_proofs(edited, monkeypatch):
-    editor = edited("llama")
-    ran = generations(editor, monkeypatch)
-    pairs = [(prompt, run_of(3 * n, 2)) for n, prompt in enumerate(ALIKE)]
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_values_of_a_batch_wait_for_each_other_with_their_proofs(edited, monkeypatch, name):
+    monkeypatch.setattr(lessons, "_WORTH", 1)
+    editor = edited(name)
+    watched = Watched(editor, monkeypatch)
+    pairs = [(prompt, run_of(3 * n, 2)) for n, prompt in enumerate(PROMPTS)]
     results = editor.edit_batch(pairs)
     assert all(result.success and result.proven for result in results)
-    assert len({result.steps for result in results}) > 1
-    assert max(ran) >= 3
-    assert len(ran) < 5 + 2
+    assert name == "gpt2" or len({result.steps for result in results}) > 1
+    assert max(watched.take()) >= 3
     with editor.family.working():
         for prompt, target in pairs:
             assert editor.family.produces([prompt], [target], None) == [True]
+
+
+def test_going_on_from_what_was_begun_says_what_whole_generations_say(editor):
+    values = torch.stack([proof.value for proof in asked(editor)])
+    wrong = [*NEXT[:4], [1, 2]]
+    assert begun(editor).produces(editor.family, wrong, values) == [True] * 4 + [False]
+    some = begun(editor).only([4, 1])
+    assert some.produces(editor.family, [NEXT[4], NEXT[1]], values[[4, 1]]) == [True, True]
+    assert some.produces(editor.family, [NEXT[4], NEXT[1]], -values[[4, 1]]) != [True, True]

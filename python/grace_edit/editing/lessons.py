@@ -60,6 +60,11 @@ class Lessons:
         self._begun = None
         self._cut.__exit__(*error)
 
+    @property
+    def begun(self) -> Begun | None:
+        """The prompts, if forwards go on from what was run of them; after the first forward."""
+        return self._begun
+
     def only(self, rows: Sequence[int]) -> None:
         """Go on with some of the prompts."""
         self._prompts = [self._prompts[b] for b in rows]

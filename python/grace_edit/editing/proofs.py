@@ -10,13 +10,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..adaptor.torch_private import is_compiled
 from ..families import Family
-from ..families.base import in_pieces
+from ..families.base import Begun
 from ..families.projection import logits_seen
 from .prefills import Prefills
 
@@ -30,8 +30,13 @@ _OFF = _SURE / 4
 _TOGETHER = 3
 """Prompts that are worth it, as one of them runs alone as well."""
 
-Row = tuple[list[int], list[int], Tensor]
-"""A prompt, its target and the value `[V]` that answers it."""
+_PLAIN = {
+    *("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"),
+    *("do_sample", "temperature", "top_k", "top_p", "max_length", "max_new_tokens"),
+    *("use_cache", "output_attentions", "output_hidden_states", "_from_model_config"),
+}
+"""Settings of a generation that greedy ones of a given length make nothing else of. Others may look
+at the prompt's own tokens, forbid some of the target's, or take one row at a time."""
 
 
 @dataclass(frozen=True)
@@ -39,73 +44,66 @@ class Proof:
     """What is to be proven of one value.
 
     Args:
-        rows: every prompt, with its target, answered by this value.
+        prompts, targets: token ids; all of them are answered by the value.
+        value: `[V]`, as it will be stored.
         lead: the least log odds of a target's tokens, nats, in a forward over prompt and target.
+        first: row of its first prompt among what was begun; the others follow it.
         prefills: which some of the prompts were run in; None: none was.
     """
 
-    rows: Sequence[Row]
+    prompts: Sequence[list[int]]
+    targets: Sequence[list[int]]
+    value: Tensor
     lead: float
+    first: int = 0
     prefills: Prefills | None = None
 
 
-def prove(family: Family, proofs: Sequence[Proof]) -> list[bool]:
+def prove(family: Family, proofs: Sequence[Proof], begun: Begun | None) -> list[bool]:
     """Say of each value whether the model produces all its targets by itself with it.
 
     Args:
         family: of the attached model, inside `working`.
         proofs: one for each value.
+        begun: their prompts, among others; None: each is run.
     """
-    alone = [proof.prefills or Prefills(family) for proof in proofs]
-    works = _among_others(family, proofs, alone)
-    return [
-        all((n, i) in works or alone[n].produces(*row) for i, row in enumerate(proof.rows))
-        for n, proof in enumerate(proofs)
-    ]
-
-
-def _among_others(
-    family: Family, proofs: Sequence[Proof], alone: Sequence[Prefills]
-) -> set[tuple[int, int]]:
-    """Generate from the prompts that may be together; return value and row of what is proven."""
-    # A compiled model would be compiled anew. Codebooks of other layers look up queries, which
-    # rounding may take out of a radius.
-    if not family.generates or is_compiled(family.model) or family.adaptor.others:
-        return set()
-    alike: dict[int, list[tuple[int, int]]] = {}
+    works = set() if begun is None else _among_others(family, proofs, begun)
+    found = []
     for n, proof in enumerate(proofs):
-        if proof.lead >= _SURE:
-            for i, (_, target, _) in enumerate(proof.rows):
-                alike.setdefault(len(target), []).append((n, i))
-    works: set[tuple[int, int]] = set()
-    for length, names in alike.items():
-        names.sort(key=lambda name: len(proofs[name[0]].rows[name[1]][0]))
-        lengths = [len(proofs[n].rows[i][0]) + length for n, i in names]
-        for piece in in_pieces(lengths):
-            some = names[piece]
-            if len(some) >= _TOGETHER:
-                rows = [proofs[n].rows[i] for n, i in some]
-                produced = _together(family, rows, alone[some[0][0]])
-                if produced is None:
-                    return works
-                works.update(itertools.compress(some, produced))
-    return works
+        alone = proof.prefills or Prefills(family)
+        pairs = zip(proof.prompts, proof.targets, strict=True)
+        each = ((n, i) in works or alone.produces(*p, proof.value) for i, p in enumerate(pairs))
+        found.append(all(each))
+    return found
 
 
-def _together(family: Family, rows: Sequence[Row], alone: Prefills) -> list[bool] | None:
-    """Say of each row whether its target is produced; None: rows are not as they are alone.
+def _among_others(family: Family, proofs: Sequence[Proof], begun: Begun) -> set[tuple[int, int]]:
+    """Go on from all prompts whose targets lead; return value and prompt of what was produced.
 
-    Args:
-        rows: the first, which has the most padding, is generated alone as well.
-        alone: runs it.
+    Nothing where the one with the most padding has other logits than it has alone.
     """
-    prompts, targets, values = zip(*rows, strict=True)
-    with logits_seen(family.model, 0) as among:
-        produced = family.produces(prompts, targets, torch.stack(values))
+    sure = [(n, proof) for n, proof in enumerate(proofs) if proof.lead >= _SURE]
+    names = [(n, i) for n, proof in sure for i in range(len(proof.prompts))]
+    if len(names) < _TOGETHER or not _is_plain(family.model):
+        return set()
+    some = begun.only([proofs[n].first + i for n, i in names])
+    padding = [padding for _, padding in some.ran]
+    at = padding.index(max(padding))
+    with logits_seen(family.model, at) as among:
+        targets = [proofs[n].targets[i] for n, i in names]
+        produced = some.produces(family, targets, torch.stack([proofs[n].value for n, _ in names]))
+    n, i = names[at]
+    alone = proofs[n].prefills or Prefills(family)
     with logits_seen(family.model, 0) as own:
-        works = alone.produces(*rows[0])
-    # Its first generation of all is made more than once.
-    pairs = zip(among, own[-len(among) :], strict=False)
-    same = works == produced[0] and 0 < len(among) <= len(own)
-    same = same and all(torch.allclose(one, its, rtol=0, atol=_OFF) for one, its in pairs)
-    return produced if same else None
+        works = alone.produces(proofs[n].prompts[i], proofs[n].targets[i], proofs[n].value)
+    # The first generation of all is made more than once; those among others may be longer.
+    own = own[-len(proofs[n].targets[i]) :]
+    same = works == produced[at] and 0 < len(own) <= len(among)
+    for one, its in zip(among, own, strict=False):
+        same = same and torch.allclose(one, its, rtol=0, atol=_OFF)
+    return set(itertools.compress(names, produced)) if same else set()
+
+
+def _is_plain(model: Any) -> bool:
+    config = getattr(model, "generation_config", None)
+    return config is not None and set(config.to_diff_dict()) <= _PLAIN

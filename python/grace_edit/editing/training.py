@@ -165,11 +165,11 @@ def _step(family: Family, lessons: Lessons, together: _Together) -> None:
     for own, (entropy, its_odds, its_value) in zip(together.of, seen, strict=True):
         if not (own.done or own.waits):
             own.look(entropy, its_odds, its_value)
-    asking = [own for own in running if own.waits]
+    asking = [n for n, own in enumerate(together.of) if own.waits]
     if 2 * len(asking) >= len(running):
-        proven = prove(family, [own.proof for own in asking])
-        for own, works in zip(asking, proven, strict=True):
-            own.judge(works)
+        proofs = [together.of[n].proof(together.starts[n]) for n in asking]
+        for n, works in zip(asking, prove(family, proofs, lessons.begun), strict=True):
+            together.of[n].judge(works)
     moving = [n for n, own in enumerate(together.of) if not (own.done or own.waits)]
     if moving:
         with torch.enable_grad():
@@ -202,6 +202,8 @@ class _Together:
         self._dtype, self._adam = dtype, adam
         # The same memory, which the optimizer writes.
         self.values = adam.values.detach().requires_grad_(True)
+        # Its first row in a forward, of each value, and how many rows there are.
+        self.starts = [0, *itertools.accumulate(len(own.task.asked) for own in self.of)]
         sizes = [own.tokens for own in self.of]
         # Where in `[N, most tokens of one value]` each token of the forwards stands.
         self._most = max(sizes)
@@ -223,9 +225,7 @@ class _Together:
 
     def rows_of(self, values: Sequence[int]) -> list[int]:
         """Return which rows of a forward belong to some of the values."""
-        counts = [len(own.task.asked) for own in self.of]
-        starts = [0, *itertools.accumulate(counts)]
-        return [row for n in values for row in range(starts[n], starts[n + 1])]
+        return [row for n in values for row in range(self.starts[n], self.starts[n + 1])]
 
     def stored(self) -> Tensor:
         """Return the values as they will be stored."""
@@ -330,12 +330,14 @@ class _Training:
             self._patience = 2 * self.steps + _PATIENCE
         return self.lead >= self.margin or self._patience <= self.steps
 
-    @property
-    def proof(self) -> Proof:
-        """What is to be proven of the value that answered last."""
-        pairs = zip(self.task.prompts, self.task.targets, strict=True)
-        rows = [(prompt, target, self.stored) for prompt, target in pairs]
-        return Proof(rows, self.lead, self.task.prefills)
+    def proof(self, first: int) -> Proof:
+        """Return what is to be proven of the value that answered last.
+
+        Args:
+            first: its first row in a forward.
+        """
+        task = self.task
+        return Proof(task.prompts, task.targets, self.stored, self.lead, first, task.prefills)
 
     def judge(self, proven: bool) -> None:
         """Note what the proof said; the value may be done."""

@@ -89,6 +89,10 @@ class Begun(ABC):
     ) -> tuple[Tensor, Tensor]:
         """Return what `Family.target_logits` does of these prompts, but for the order of sums."""
 
+    @abstractmethod
+    def produces(self, family: Any, targets: Sequence[list[int]], values: Tensor) -> list[bool]:
+        """Return what `Family.produces` does of these prompts, but for the order of sums."""
+
 
 class Family(Texts, ABC):
     """A model of one kind, and how it is asked; `family_of(model, tokenizer)` chooses.
@@ -377,15 +381,23 @@ class Family(Texts, ABC):
             plans.append(plan)
         return self.answering(values, plans[0], plans[1:])
 
-    @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], length: int) -> Tensor:
         """Return what `generate` returns, greedy and with a cache, for at most `length` tokens."""
         batch = self.inputs(prompts, left=self.pads_left)
+        return self.go_on(batch["input_ids"], batch["attention_mask"], length)
+
+    @torch.no_grad()
+    def go_on(self, ids: Tensor, mask: Tensor, length: int, **more: Any) -> Tensor:
+        """Return what `generate` returns of `ids` and `mask` `[B, T]`, as `self.generate` does.
+
+        Args:
+            more: further arguments, such as a cache of all but the last tokens.
+        """
         model: Any = self.model
         # generate makes the positions of a left-padded batch itself.
         produced: Tensor = model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
+            input_ids=ids,
+            attention_mask=mask,
             max_new_tokens=length,
             do_sample=False,
             num_beams=1,
@@ -396,5 +408,6 @@ class Family(Texts, ABC):
             top_p=None,
             top_k=None,
             pad_token_id=self.pad_id,
+            **more,
         )
         return produced

@@ -38,12 +38,12 @@ class BegunPrompts(Begun):
     """What a model keeps of prompts without their last tokens.
 
     Args:
-        last: the last token of each prompt.
+        prompts: token ids, whole.
         mask: `[B, P]` int64, 1 at the tokens that ran, 0 at padding.
         cache: holds their keys and values; it is copied before it is used.
     """
 
-    last: list[int]
+    prompts: list[list[int]]
     mask: Tensor
     cache: Any
 
@@ -57,7 +57,7 @@ class BegunPrompts(Begun):
         rows, cache = list(rows), _copied(self.cache)
         for layer in cache.layers:  # a list: they may be on several devices
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
-        return BegunPrompts([self.last[b] for b in rows], self.mask[rows], cache)
+        return BegunPrompts([self.prompts[b] for b in rows], self.mask[rows], cache)
 
     def target_logits(
         self, family: Family, targets: Sequence[list[int]], values: Tensor
@@ -69,7 +69,8 @@ class BegunPrompts(Begun):
             targets: token ids; their last tokens do not run, as nothing follows them.
             values: `[B, V]`, answer the prompts; they may require grad.
         """
-        rows = [[last, *target[:-1]] for last, target in zip(self.last, targets, strict=True)]
+        pairs = zip(self.prompts, targets, strict=True)
+        rows = [[prompt[-1], *target[:-1]] for prompt, target in pairs]
         batch = family.inputs(rows)
         row, column = batch["attention_mask"].nonzero(as_tuple=True)
         one = torch.ones(len(rows), dtype=torch.long, device=self.mask.device)
@@ -78,6 +79,18 @@ class BegunPrompts(Begun):
             logits = family.model(**given).logits
         wanted = torch.tensor([token for y in targets for token in y], device=row.device)
         return (logits if logits.ndim == 2 else logits[row, column]).float(), wanted
+
+    def produces(self, family: Family, targets: Sequence[list[int]], values: Tensor) -> list[bool]:
+        """Say whether the model produces each target by itself, answered by `values [B, V]`."""
+        ran, ids = self.mask.shape[1], family.inputs(self.prompts, left=True)["input_ids"]
+        # As wide as the cache, where padding may stand elsewhere: only the last tokens run.
+        ids = torch.nn.functional.pad(ids, (ran + 1 - ids.shape[1], 0), value=family.pad_id)
+        mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
+        with family.answering(values):
+            length, cache = max(map(len, targets)), _copied(self.cache)
+            produced = family.go_on(ids, mask, length, past_key_values=cache)
+        new = produced[:, ran + 1 :].tolist()
+        return [n[: len(y)] == list(y) for n, y in zip(new, targets, strict=True)]
 
 
 @torch.no_grad()
@@ -120,7 +133,7 @@ def begin(family: Family, prompts: Sequence[Sequence[int]], most: int) -> BegunP
         mask = torch.cat([mask, batch["attention_mask"]], dim=1)
     if cache is None:
         return None
-    return BegunPrompts([prompt[-1] for prompt in prompts], mask, cache)
+    return BegunPrompts([list(prompt) for prompt in prompts], mask, cache)
 
 
 def _shared(rows: Sequence[list[int]], most: int) -> list[list[int]]:
