@@ -48,9 +48,9 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - start, result
 
 
-def _cross_entropy(odds: torch.Tensor, margin: float) -> torch.Tensor:
-    """Return the mean cross entropy of tokens with these log odds, whatever the margin."""
-    return torch.nn.functional.softplus(-odds).mean()
+def _cross_entropy(odds: torch.Tensor, margins: torch.Tensor) -> torch.Tensor:
+    """Return the mean cross entropy of tokens with log odds `[N, T]`, whatever the margins."""
+    return torch.nn.functional.softplus(-odds).mean(dim=1)
 
 
 class Kind:

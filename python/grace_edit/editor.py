@@ -188,10 +188,10 @@ class GraceEditor:
         """Make many edits, with the same decisions as one by one in this order.
 
         Values are trained in common forwards, where they start from the layer's own output
-        (`init="warm"`), and each is proven as a single one is. So keys, radii and cases are those
-        of one by one, while values and losses may differ in their last bits, and then in the steps
-        they took. One that fails so is trained alone before it is refused. Where several layers are
-        edited, all are trained alone.
+        (`init="warm"`). Keys, radii and cases are those of one by one, while values and losses may
+        differ in their last bits, and then in the steps they took. Values whose targets lead by far
+        more than rounding are proven in one generation, all others alone, and one that fails is
+        trained alone before it is refused. Where several layers are edited, all are trained alone.
 
         All or nothing on an exception (Ctrl-C included), and one step for `undo`. An edit that is
         refused (`success=False`) does not stop the others.
