@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from grace_edit.editing import lessons
+from grace_edit.editing import lessons, training
 from grace_edit.editing.proofs import Proof, prove
+from grace_edit.families.projection import logits_seen
 from tiny_models import run_of
 
 PROMPTS = [run_of(start, length) for start, length in ((10, 5), (22, 3), (30, 5), (41, 4), (52, 2))]
@@ -112,12 +113,28 @@ def test_rows_that_are_not_as_alone_are_proven_alone(editor, monkeypatch, off):
 def test_values_of_a_batch_wait_for_each_other_with_their_proofs(edited, monkeypatch, name):
     monkeypatch.setattr(lessons, "_WORTH", 1)
     editor = edited(name)
-    watched = Watched(editor, monkeypatch)
+    assert editor.edit(run_of(5, 3), run_of(33, 1)).success  # the first proof of all tries more
+    watched, calls, own = Watched(editor, monkeypatch), [], training.prove
+
+    def noted(family, proofs, begun):
+        watched.take()
+        for proof in proofs:
+            rows = range(proof.first, proof.first + len(proof.prompts))
+            assert begun.only(list(rows)).prompts == proof.prompts
+        proven = own(family, proofs, begun)
+        calls.append((sum(len(proof.prompts) for proof in proofs), watched.take()))
+        return proven
+
+    monkeypatch.setattr(training, "prove", noted)
     pairs = [(prompt, run_of(3 * n, 2)) for n, prompt in enumerate(PROMPTS)]
-    results = editor.edit_batch(pairs)
+    # One of several prompts: the rows of the others come behind all of its own.
+    edits = [(*pairs[0], [run_of(60, 3)]), *pairs[1:]]
+    results = editor.edit_batch(edits)
     assert all(result.success and result.proven for result in results)
     assert name == "gpt2" or len({result.steps for result in results}) > 1
-    assert max(watched.take()) >= 3
+    assert calls[0][0] >= 3  # half of them
+    together = [(count, ran) for count, ran in calls if count >= 3]
+    assert all(ran == [count, 1] for count, ran in together)
     with editor.family.working():
         for prompt, target in pairs:
             assert editor.family.produces([prompt], [target], None) == [True]
@@ -127,6 +144,12 @@ def test_going_on_from_what_was_begun_says_what_whole_generations_say(editor):
     values = torch.stack([proof.value for proof in asked(editor)])
     wrong = [*NEXT[:4], [1, 2]]
     assert begun(editor).produces(editor.family, wrong, values) == [True] * 4 + [False]
-    some = begun(editor).only([4, 1])
-    assert some.produces(editor.family, [NEXT[4], NEXT[1]], values[[4, 1]]) == [True, True]
-    assert some.produces(editor.family, [NEXT[4], NEXT[1]], -values[[4, 1]]) != [True, True]
+    some, targets = begun(editor).only([4, 1]), [NEXT[4], NEXT[1]]
+    assert some.produces(editor.family, targets, -values[[4, 1]]) != [True, True]
+    for row, number in enumerate((4, 1)):
+        with logits_seen(editor.model, row) as among:
+            assert some.produces(editor.family, targets, values[[4, 1]]) == [True, True]
+        with logits_seen(editor.model, 0) as alone:
+            editor.family.produces([PROMPTS[number]], [NEXT[number]], values[number][None])
+        for one, its in zip(among, alone, strict=False):
+            assert torch.allclose(one, its, rtol=0, atol=1e-3)
