@@ -75,7 +75,7 @@ class Kind:
                 changed.enter_context(mock.patch("grace_edit.editing.making._FIRST_MOVE", 0.0))
                 training = "grace_edit.editing.training."
                 changed.enter_context(mock.patch(training + "_shortfall", _cross_entropy))
-                changed.enter_context(mock.patch(training + "_QUICK", (0.9, 0.999)))
+                changed.enter_context(mock.patch("grace_edit.editing.values._QUICK", (0.9, 0.999)))
             seconds, result = timed(lambda: self.editor.edit(*pair))
         if counts:
             self.seconds.append(seconds)

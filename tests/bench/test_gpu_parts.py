@@ -94,22 +94,21 @@ def test_every_part_of_a_rehearsal_is_measured_and_ours_are_exact(run: Run) -> N
     assert all(one.p20 <= one.median <= one.p80 for one in [*mine, *cold])
     one, batch = select(run.measured, part="edits")
     assert (one.name, batch.name) == (gpu_edits.ONE_BY_ONE, gpu_edits.BATCH)
-    assert (
-        (one.unit, one.batch, one.answers) == ("edits/s", 8, "") == (batch.unit, 8, batch.answers)
-    )
+    for each in (one, batch):
+        assert (each.unit, each.batch, each.answers) == ("edits/s", 8, "")
     assert min(one.median, batch.median) > 0
     operators = [int(each.note.split()[-4]) for each in (one, batch)]
     assert operators[1] < operators[0]
 
 
-def test_edits_that_fail_stop_no_other_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_edits_without_transformers_are_said_to_be_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(small: bool) -> None:
         raise ModuleNotFoundError("No module named 'transformers'")
 
     monkeypatch.setattr(gpu_edits, "model_of", fail)
     (found,) = gpu_edits.run(Settings("rehearsal"), lambda done, total: None)
     assert (found.answers, found.median) == ("absent", None)
-    assert found.note == "ModuleNotFoundError: No module named 'transformers'"
+    assert found.note == "No module named 'transformers'"
 
 
 def test_the_page_has_times_shares_and_ratios_of_the_rehearsal(rehearsed: Path, run: Run) -> None:

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from grace_edit.editing import batching, making, training
-from grace_edit.editing.training import Task, fit_values
+from grace_edit.editing.fitting import Task
+from grace_edit.editing.training import fit_values
 from text_models import NEIGHBOUR, OTHER, QUESTION, TARGET, text_editor
 from tiny_models import but_values, decisions_of, generated, run_of, same, state_of
 
@@ -89,7 +90,7 @@ def test_one_that_is_done_early_does_not_pay_for_the_steps_of_others(edited, mon
     step = training._step
 
     def noted(family, lessons, together):
-        sizes.append(len(together.of))
+        sizes.append(len(together.trainings))
         return step(family, lessons, together)
 
     monkeypatch.setattr(training, "_step", noted)

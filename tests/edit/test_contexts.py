@@ -8,7 +8,7 @@ import transformers as tf
 from grace_edit import GraceConfig, GraceEditor
 from grace_edit.editing import making
 from grace_edit.editing.contexts import SENTENCES, behind_sentences
-from grace_edit.editing.training import Fit
+from grace_edit.editing.fitting import Fit
 from text_models import QUESTION, TARGET, text_editor
 from text_models import tokenizer as words
 from tiny_models import LAYERS, run_of

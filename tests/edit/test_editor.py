@@ -16,7 +16,7 @@ from grace_edit import CapacityError, GraceConfig, GraceEditor, UndoError
 from grace_edit.codebook import retention, store
 from grace_edit.codebook.codebook import Codebook
 from grace_edit.editing import making
-from grace_edit.editing.training import Fit
+from grace_edit.editing.fitting import Fit
 from grace_edit.families import base, family_of
 from tiny_models import LAYERS, book_of, generated, logits_of, run_of, same, state_of
 from tokenizers import Tokenizer, models, pre_tokenizers

@@ -9,7 +9,7 @@ import torch
 from grace_edit import GraceEditor
 from grace_edit.editing import making
 from grace_edit.editing.asked import radius_outside, read_wanted
-from grace_edit.editing.training import Fit
+from grace_edit.editing.fitting import Fit
 from text_models import NEIGHBOUR, OTHER, QUESTION, REWORDED, TARGET, text_editor
 from tiny_models import book_of, but_values, decisions_of, generated, run_of, same
 

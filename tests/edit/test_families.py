@@ -12,7 +12,7 @@ import transformers
 from grace_edit import GraceConfig, GraceEditor, UndoError
 from grace_edit.editing import making
 from grace_edit.editing.drift import probes_of
-from grace_edit.editing.training import Fit
+from grace_edit.editing.fitting import Fit
 from grace_edit.families import FAMILIES, family_of
 from grace_edit.families.base import Family
 from tiny_models import (

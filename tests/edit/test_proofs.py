@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+
 import pytest
 import torch
-from grace_edit.editing import lessons, training
+from grace_edit.editing import lessons, proofs, training
 from grace_edit.editing.proofs import Proof, prove
 from grace_edit.families.projection import logits_seen
 from tiny_models import run_of
@@ -64,8 +67,9 @@ def test_the_first_proof_of_all_is_among_others_too(editor, monkeypatch):
     every, start, watched = asked(editor), begun(editor), Watched(editor, monkeypatch)
     assert editor.family.prefills is None
     assert prove(editor.family, every, start) == [True] * 5
-    assert watched.take()[0] == 5
-    assert set(watched.take()) <= {1}
+    first, *rest = watched.take()
+    assert (first, set(rest)) == (5, {1})
+    assert len(rest) <= 3
 
 
 def test_a_target_that_is_not_produced_among_others_is_asked_alone(editor, monkeypatch):
@@ -97,16 +101,81 @@ def test_what_may_differ_among_others_is_proven_alone(editor, monkeypatch, why):
     assert set(watched.take()) == {1}
 
 
-@pytest.mark.parametrize("off", [1e-3, 0.5])
-def test_rows_that_are_not_as_alone_are_proven_alone(editor, monkeypatch, off):
+def test_some_of_what_was_begun_are_proven_by_their_own_rows(editor, monkeypatch):
+    every, start, watched = asked(editor), begun(editor), Watched(editor, monkeypatch)
+    ran, only = [], type(start).only
+
+    def noted(begun, rows):
+        ran.append(list(rows))
+        return only(begun, rows)
+
+    monkeypatch.setattr(type(start), "only", noted)
+    editor.family.prefills = (editor.adaptor, True)
+    assert prove(editor.family, every[::2], start) == [True] * 3
+    assert watched.take() == [3, 1]
+    assert ran == [[0, 2, 4]]
+
+
+@pytest.mark.parametrize("off", [1e-3, 0.2, 0.3])
+def test_rows_that_are_not_as_alone_are_proven_alone_from_then_on(editor, monkeypatch, off):
     def by_size(module, args, output):
-        return output + off * (len(output) > 1)
+        output = output.clone()
+        output[-1] += off * (len(output) > 1)  # where the prompt with the most padding stands
+        return output
 
     editor.model.get_output_embeddings().register_forward_hook(by_size)
     every, start, watched = asked(editor), begun(editor), Watched(editor, monkeypatch)
+    editor.family.prefills = (editor.adaptor, True)
+    assert start.ran[-1][1] == max(padding for _, padding in start.ran)
     assert all(prove(editor.family, every, start))
     # All logits move by as much, so what is produced is the same; that they move is seen.
     assert watched.take() == ([5, 1] if off < 0.25 else [5, 1, 1, 1, 1, 1, 1])
+    assert all(prove(editor.family, every, start))
+    assert watched.take() == ([5, 1] if off < 0.25 else [1] * 5)
+
+
+def test_where_no_logits_are_seen_values_are_proven_alone(editor, monkeypatch):
+    every, start, watched = asked(editor), begun(editor), Watched(editor, monkeypatch)
+    monkeypatch.setattr(editor.model, "get_output_embeddings", lambda: None)
+    assert all(prove(editor.family, every, start))
+    assert watched.take() == [5, *[1] * 6]
+
+
+def test_many_are_proven_in_pieces(editor, monkeypatch):
+    monkeypatch.setattr(proofs, "_MOST", 3)
+    every, start, watched = asked(editor), begun(editor), Watched(editor, monkeypatch)
+    editor.family.prefills = (editor.adaptor, True)
+    assert prove(editor.family, every, start) == [True] * 5
+    assert watched.take() == [3, 1, 1, 1]  # two that are left are not worth it
+
+
+@pytest.mark.parametrize("of", ["class", "instance"])
+def test_a_generate_of_a_models_own_is_asked_as_ever(editor, monkeypatch, of):
+    every, start = asked(editor), begun(editor)
+    base, ran = type(editor.model).grace_base, []
+    generate = base.generate
+
+    def own(model, input_ids, attention_mask, max_new_tokens, **settings):
+        assert "past_key_values" not in settings
+        ran.append(len(input_ids))
+        how = {"attention_mask": attention_mask, "max_new_tokens": max_new_tokens}
+        return generate(model, input_ids=input_ids, **how, **settings)
+
+    if of == "class":
+        monkeypatch.setattr(base, "generate", own)
+    else:
+        editor.model.__dict__["generate"] = functools.partial(own, editor.model)
+    assert all(prove(editor.family, every, start))
+    assert set(ran) == {1}
+
+
+def test_a_batch_warns_of_no_cache(edited, monkeypatch):
+    monkeypatch.setattr(lessons, "_WORTH", 1)
+    editor = edited("gpt2", query="mean")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pairs = [(prompt, run_of(3 * n, 2)) for n, prompt in enumerate(PROMPTS)]
+        assert all(result.success for result in editor.edit_batch(pairs))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

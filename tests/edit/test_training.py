@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from grace_edit import GraceConfig, GraceEditor
-from grace_edit.editing import lessons, training
+from grace_edit.editing import lessons, values
+from grace_edit.editing.fitting import Settings, Task, Training
 from grace_edit.editing.training import fit_value
 from tiny_models import LAYERS, run_of, same, state_of
 
@@ -213,17 +214,17 @@ def test_a_token_that_lacks_little_is_not_left_behind_by_those_that_lack_nothing
 def test_a_value_far_from_its_target_starts_over_with_slower_steps(edited, monkeypatch):
     starts = []
 
-    class Watched(training.Adam):
-        def __init__(self, values, lr, betas):
-            starts.append((lr[0], betas, values[0].clone()))
-            super().__init__(values, lr, betas)
+    class Watched(values.Adam):
+        def __init__(self, rows, lr, betas):
+            starts.append((lr[0], betas, rows[0].clone()))
+            super().__init__(rows, lr, betas)
 
         def restart(self, row, value, lr, betas):
             super().restart(row, value, lr, betas)
             starts.append((lr, betas, self.values[row].clone()))
 
-    monkeypatch.setattr(training, "Adam", Watched)
-    monkeypatch.setattr(training, "_log_odds", lambda logits, y: logits[:, 0] * 1e-6 - 9.0)
+    monkeypatch.setattr(values, "Adam", Watched)
+    monkeypatch.setattr(values, "_log_odds", lambda logits, y: logits[:, 0] * 1e-6 - 9.0)
     editor = edited("gpt2")
     start = editor.family.capture([PROMPT]).outputs[0]
     assert not fit(editor, max_steps=30, move=5.0).reached
@@ -274,3 +275,19 @@ def test_the_first_step_of_a_value_beyond_the_margin_is_no_leap(edited):
         return float((value - start).abs().max())
 
     assert moved(odds - 7) < 3 * moved(odds + 7)
+
+
+def test_logits_may_come_from_another_device_than_the_layers():
+    start = torch.zeros(4, device="meta")
+    settings = Settings(max_steps=3, margin=5.0, move=0.0, early_stop=True)
+    tasks = [Task([[5]], [target], start, 0.1) for target in ([1], [2, 0])]
+    together = values.Values.begin(
+        [Training(one, settings) for one in tasks], torch.float32, settings
+    )
+    logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    odds, entropies = together.look(logits, torch.tensor([1, 2, 0]))
+    assert odds.device == entropies.device == together.margins(odds).device == logits.device
+    assert odds[0].isinf().tolist() == [False, True]
+    chances = logits.softmax(dim=1)
+    assert odds[1, 1] == pytest.approx(float(torch.logit(chances[2, 0])), rel=1e-4)
+    assert entropies[1] == pytest.approx(-float(chances[[1, 2], [2, 0]].log().mean()), rel=1e-4)

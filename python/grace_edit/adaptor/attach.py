@@ -114,7 +114,8 @@ def _generate(
             "single forward, and generate plans each of its own"
         )
     whole_prefill(adaptor, kwargs, getattr(model, "generation_config", None))
-    if adaptor.generation is None:  # an assistant inside generate keeps a cache of its own
+    # An assistant inside generate keeps a cache of its own; a value that is given looks at nothing.
+    if adaptor.generation is None and adaptor.forced is None:
         warn_later_turn(adaptor, kwargs)
     state = Generation(prompt_length(args, kwargs))
     _stay_in_place(model, adaptor)

@@ -19,7 +19,7 @@ class Adam:
 
     Args:
         values: float32; changed in place.
-        lr: of each row, absolute.
+        lr: of each row, absolute; `self.lr` may be changed between steps.
         betas: of all rows at first.
     """
 

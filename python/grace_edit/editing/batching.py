@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..codebook.records import EditResult
 from .asked import Wanted, distance
+from .fitting import Fit, Task
 from .making import EditMaker, Read
 from .prefills import Prefills
-from .training import Fit, Task
 
 _WINDOW = 64
 """Edits whose prompts are run before the first of them is made."""

@@ -18,8 +18,9 @@ from ..families.base import MOST_ROWS
 from .asked import Key, Wanted, find_keys
 from .contexts import behind_sentences
 from .drift import measure_drift, probes_of
+from .fitting import Fit, Task
 from .prefills import Prefills
-from .training import Fit, Task, fit_value, fit_values
+from .training import fit_value, fit_values
 
 _FIRST_MOVE = 8.0
 """Nats by which the first step is to raise the log odds of the target's tokens."""

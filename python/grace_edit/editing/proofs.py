@@ -1,8 +1,9 @@
 """Proving values by free generation: alone, as they are served, or many in one.
 
 Prompts give the same numbers in one generation as alone, but for rounding. So where a target leads
-by far more than that, what a row of several generates is what it generates alone. Everything else
-is proven alone.
+by far more than that, what a row of several generates is what it generates alone. Of each such
+generation one row, that with the most padding, is generated alone as well, and what the output
+projection gives is compared. Everything else is proven alone.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ A logit would have to be off by half of it to change which is the largest."""
 _OFF = _SURE / 4
 """The most by which logits of a row among others may differ from those that it has alone."""
 
-_TOGETHER = 3
-"""Prompts that are worth it, as one of them runs alone as well."""
+_TOGETHER, _MOST = 3, 32
+"""Prompts that are worth it, as one of them runs alone as well, and how many run at once at most:
+what was begun of them is copied."""
 
 _PLAIN = {
     *("bos_token_id", "eos_token_id", "pad_token_id", "transformers_version"),
@@ -78,32 +80,50 @@ def prove(family: Family, proofs: Sequence[Proof], begun: Begun | None) -> list[
 
 
 def _among_others(family: Family, proofs: Sequence[Proof], begun: Begun) -> set[tuple[int, int]]:
-    """Go on from all prompts whose targets lead; return value and prompt of what was produced.
-
-    Nothing where the one with the most padding has other logits than it has alone.
-    """
+    """Go on from all prompts whose targets lead; return value and prompt of what was produced."""
     sure = [(n, proof) for n, proof in enumerate(proofs) if proof.lead >= _SURE]
     names = [(n, i) for n, proof in sure for i in range(len(proof.prompts))]
-    if len(names) < _TOGETHER or not _is_plain(family.model):
-        return set()
-    some = begun.only([proofs[n].first + i for n, i in names])
-    padding = [padding for _, padding in some.ran]
+    works: set[tuple[int, int]] = set()
+    for start in range(0, len(names), _MOST):
+        some = names[start : start + _MOST]
+        if len(some) >= _TOGETHER and family.among_others and _is_plain(family.model):
+            produced = _together(family, proofs, some, begun)
+            family.among_others = produced is not None
+            works.update(itertools.compress(some, produced or ()))
+    return works
+
+
+def _together(
+    family: Family, proofs: Sequence[Proof], names: Sequence[tuple[int, int]], begun: Begun
+) -> list[bool] | None:
+    """Say what is produced of each value and prompt named.
+
+    None where the prompt with the most padding has other logits than it has alone.
+    """
+    rows = begun.only([proofs[n].first + i for n, i in names])
+    padding = [padding for _, padding in rows.ran]
     at = padding.index(max(padding))
+    targets = [proofs[n].targets[i] for n, i in names]
     with logits_seen(family.model, at) as among:
-        targets = [proofs[n].targets[i] for n, i in names]
-        produced = some.produces(family, targets, torch.stack([proofs[n].value for n, _ in names]))
+        produced = rows.produces(family, targets, torch.stack([proofs[n].value for n, _ in names]))
     n, i = names[at]
     alone = proofs[n].prefills or Prefills(family)
     with logits_seen(family.model, 0) as own:
-        works = alone.produces(proofs[n].prompts[i], proofs[n].targets[i], proofs[n].value)
+        works = alone.produces(proofs[n].prompts[i], targets[at], proofs[n].value)
     # The first generation of all is made more than once; those among others may be longer.
-    own = own[-len(proofs[n].targets[i]) :]
+    own = own[-len(targets[at]) :]
     same = works == produced[at] and 0 < len(own) <= len(among)
     for one, its in zip(among, own, strict=False):
         same = same and torch.allclose(one, its, rtol=0, atol=_OFF)
-    return set(itertools.compress(names, produced)) if same else set()
+    return produced if same else None
 
 
 def _is_plain(model: Any) -> bool:
+    """Say whether a model generates as transformers does, with plain settings."""
+    from transformers import GenerationMixin
+
+    own = getattr(type(model), "grace_base", type(model))
+    if "generate" in model.__dict__ or own.generate is not GenerationMixin.generate:
+        return False
     config = getattr(model, "generation_config", None)
     return config is not None and set(config.to_diff_dict()) <= _PLAIN

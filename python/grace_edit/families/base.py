@@ -108,6 +108,8 @@ class Family(Texts, ABC):
     (None: not tried), see `editing.cutting`.
     `goes_on`: up to how many tokens of a prompt, and beside how much padding, forwards that went on
     from `begin` gave about the same numbers; None: they do not, see `editing.lessons`.
+    `among_others`: False: generations that went on from `begin` were seen to give a row other
+    numbers than it has alone, see `editing.proofs`.
     `prefills`: the adaptor with which generations from kept prompts were tried, and whether they
     gave the bits of whole ones, see `editing.prefills`.
     `runs_once` says that a whole forward was seen to run the wrapped layer once.
@@ -140,6 +142,7 @@ class Family(Texts, ABC):
         self.attached = False
         self.cuts: bool | None = None
         self.goes_on: tuple[int, int] | None = (0, 0)
+        self.among_others = True
         self.prefills: tuple[GraceAdaptor, bool] | None = None
         self.runs_once = False
         self._eval_mode = EvalMode(model)
@@ -262,6 +265,7 @@ class Family(Texts, ABC):
         self.adaptor = adaptor
         self.attached = True
         self.cuts, self.goes_on, self.runs_once = None, (0, 0), False
+        self.among_others = True
 
     def detach(self, *, alone: bool = False) -> None:
         """Take the adaptor out of the model; it stays here, with its codebook.

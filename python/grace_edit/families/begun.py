@@ -83,7 +83,8 @@ class BegunPrompts(Begun):
     def produces(self, family: Family, targets: Sequence[list[int]], values: Tensor) -> list[bool]:
         """Say whether the model produces each target by itself, answered by `values [B, V]`."""
         ran, ids = self.mask.shape[1], family.inputs(self.prompts, left=True)["input_ids"]
-        # As wide as the cache, where padding may stand elsewhere: only the last tokens run.
+        # As wide as the cache. Tokens before the last are not read, so they may stand where the
+        # cache has padding.
         ids = torch.nn.functional.pad(ids, (ran + 1 - ids.shape[1], 0), value=family.pad_id)
         mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
         with family.answering(values):
