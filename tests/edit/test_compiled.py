@@ -18,6 +18,7 @@ from grace_edit import Codebook, QueryPlan
 from grace_edit.adaptor.adaptor import GraceAdaptor
 from grace_edit.adaptor.positions import plan_queries
 from grace_edit.codebook import sketch_upkeep as sketching
+from grace_edit.families.projection import logits_seen, rows_alone
 from tiny_models import generated, padded, run_of, watching
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
@@ -551,3 +552,32 @@ def test_importing_the_package_imports_no_compiler_and_no_models():
     run = [sys.executable, "-c", f"import sys, grace_edit; sys.exit(str({heavy} or '') or 0)"]
     done = subprocess.run(run, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("hook", ["rows alone", "logits seen"])
+def test_a_thread_may_compile_a_model_while_another_one_trains_or_proves(trained, hook):
+    model = trained("llama")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+    found = []
+
+    def serve():
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        with torch.no_grad():
+            found.append(compiled(input_ids=ids, use_cache=False).logits)
+        found.append(compiled)
+
+    one = torch.tensor([0])
+    inside = rows_alone(model, one, one) if hook == "rows alone" else logits_seen(model)
+    thread = threading.Thread(target=serve)
+    with inside as seen:
+        thread.start()
+        thread.join()
+    logits, compiled = found
+    assert torch.equal(logits, expected)
+    assert not seen
+    with logits_seen(model) as own, torch.no_grad():  # what was compiled meanwhile has no hook
+        assert torch.equal(compiled(input_ids=ids, use_cache=False).logits, expected)
+        assert own == []

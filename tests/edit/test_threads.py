@@ -94,7 +94,7 @@ def test_a_change_beside_an_edit_that_fails_is_not_taken_back(edited, monkeypatc
 
     def fail() -> None:
         with monkeypatch.context() as patched:
-            broken = lambda *_: torch.tensor(torch.nan)  # noqa: E731
+            broken = lambda _, wanted, **__: torch.full(wanted.shape, torch.nan)  # noqa: E731
             patched.setattr(torch.nn.functional, "cross_entropy", broken)
             with pytest.raises(FloatingPointError):
                 editor.edit(run_of(50, 5), run_of(20, 2))

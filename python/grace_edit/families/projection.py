@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..adaptor.torch_private import is_compiled
@@ -31,6 +32,8 @@ def rows_alone(model: nn.Module, row: Tensor, column: Tensor) -> Iterator[None]:
         return
 
     def pick(module: nn.Module, args: tuple[Any, ...]) -> Any:
+        if torch.compiler.is_compiling():  # another thread's, of which nothing of this may be part
+            return None
         whole = len(args) == 1 and args[0].ndim == 3 and threading.get_ident() == thread
         return (args[0][row, column],) if whole else None
 
@@ -52,6 +55,8 @@ def logits_seen(model: nn.Module, row: int | None = None) -> Iterator[list[Tenso
     found: list[Tensor] = []
 
     def note(module: nn.Module, args: Any, output: Tensor) -> None:
+        if torch.compiler.is_compiling():
+            return
         if threading.get_ident() == thread:  # others may be served meanwhile
             found.append((output if row is None else output[row, -1]).detach().clone())
 
