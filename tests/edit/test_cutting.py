@@ -9,6 +9,7 @@ import test_more_families as more
 import torch
 from grace_edit import GraceConfig, GraceEditor
 from grace_edit.adaptor.torch_private import is_compiled
+from grace_edit.editing import lessons
 from grace_edit.editing.cutting import CutForward
 from tiny_models import CAUSAL, EOS, LAYERS, MASK, logits_of, run_of, same, state_of
 from torch import nn
@@ -266,3 +267,21 @@ def test_an_attached_editor_tries_again_on_a_model_it_is_attached_to_anew(traine
     editor.detach()
     editor.family.attach(LAYERS["gpt2"], adaptor)
     assert editor.family.cuts is None
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_no_hook_stands_on_the_models_own_output_projection_meanwhile(edited, monkeypatch, name):
+    # Another thread that compiles the model, or runs it, would meet it.
+    monkeypatch.setattr(lessons, "_WORTH", 1)
+    editor, found = edited(name), []
+    head = editor.model.get_output_embeddings()
+
+    def note(module, args, output):
+        found.append(len(head._forward_hooks) + len(head._forward_pre_hooks))
+
+    first_block(editor).register_forward_hook(note)
+    edits = [(run_of(start, 5), run_of(start + 20, 2)) for start in (10, 20, 30, 40)]
+    assert editor.edit(run_of(5, 3), run_of(33, 1)).success
+    assert all(result.success for result in editor.edit_batch(edits))
+    assert len(found) > 8
+    assert set(found) == {0}

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..adaptor.torch_private import is_compiled
 from ..families import Family
+from ..families.projection import output_projection
 
 T = TypeVar("T")
 
@@ -81,6 +82,10 @@ class Twin:
         found = _beside(self.family.model, family.layer)
         for module in found:
             module.__dict__["forward"] = _Kept(self, module)
+        # Hooks of its own: another thread that compiles the model meanwhile must not meet them.
+        head = output_projection(self.family.model)
+        for hooks in ("_forward_hooks", "_forward_pre_hooks") if head is not None else ():
+            head.__dict__[hooks] = head.__dict__[hooks].copy()
         self.cuts = bool(found)
         self._kept = Kept()
         self._recording = False
@@ -163,6 +168,11 @@ class CutForward:
         self._twin: Twin | None = None  # None: forwards are whole
         self._kept: Kept | None = None
 
+    @property
+    def family(self) -> Family:
+        """The twin's family, with which whole forwards run too; without a twin the model's own."""
+        return self._family if self._twin is None else self._twin.family
+
     def __enter__(self) -> CutForward:
         family = self._family
         if family.cuts is False or is_compiled(family.model):
@@ -187,7 +197,7 @@ class CutForward:
             return forward(self._family)
         if self._kept is not None:
             return twin.replay(forward, self._kept)
-        whole = None if self._family.cuts else forward(self._family)
+        whole = None if self._family.cuts else forward(twin.family)
         found, self._kept = twin.record(forward)
         if whole is None:
             return found

@@ -115,8 +115,8 @@ class Lessons:
         padded = sorted(numbers, key=lambda b: sizes[b][::-1])[-2:]
         rows = sorted({*longest, *padded})
         prompts, targets = [self._prompts[b] for b in rows], [self._targets[b] for b in rows]
-        whole, _ = self._family.target_logits(prompts, targets, values[rows])
-        every, _ = begun.target_logits(self._family, self._targets, values)
+        whole, _ = self._cut.family.target_logits(prompts, targets, values[rows])
+        every, _ = begun.target_logits(self._cut.family, self._targets, values)
         each = every.split([len(target) for target in self._targets])
         found = torch.cat([each[b] for b in rows])
         near = _NEAR if values.dtype in (torch.float32, torch.float64) else _NEAR_IN_HALF

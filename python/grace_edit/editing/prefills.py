@@ -115,7 +115,7 @@ class Prefills:
 
         if _tried(family) is None:
             wanted = [*target, target[0]]  # a token after the prompt, at least
-            whole = _logits(family, prompt, wanted, value)
+            whole = _logits(self._twin.family, prompt, wanted, value)
             cut = self._twin.replay(
                 lambda twin: _logits(twin, prompt, wanted, value), kept, fills=True
             )

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..families import Family
 from ..families.base import Begun
 from ..families.projection import logits_seen
+from .cutting import Twin
 from .prefills import Prefills
 
 _SURE = 1.0
@@ -104,14 +105,13 @@ def _together(
     padding = [padding for _, padding in rows.ran]
     at = padding.index(max(padding))
     targets = [proofs[n].targets[i] for n, i in names]
-    with logits_seen(family.model, at) as among:
-        produced = rows.produces(family, targets, torch.stack([proofs[n].value for n, _ in names]))
+    twin = Twin(family).family  # other threads may use the model itself meanwhile
+    with logits_seen(twin.model, at) as among:
+        produced = rows.produces(twin, targets, torch.stack([proofs[n].value for n, _ in names]))
     n, i = names[at]
-    alone = proofs[n].prefills or Prefills(family)
-    with logits_seen(family.model, 0) as own:
-        works = alone.produces(proofs[n].prompts[i], targets[at], proofs[n].value)
-    # The first generation of all is made more than once; those among others may be longer.
-    own = own[-len(targets[at]) :]
+    with logits_seen(twin.model, 0) as own:
+        (works,) = twin.produces([proofs[n].prompts[i]], [targets[at]], proofs[n].value[None])
+    # Those among others may be longer.
     same = works == produced[at] and 0 < len(own) <= len(among)
     for one, its in zip(among, own, strict=False):
         same = same and torch.allclose(one, its, rtol=0, atol=_OFF)
