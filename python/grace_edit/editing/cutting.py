@@ -82,9 +82,11 @@ class Twin:
         found = _beside(self.family.model, family.layer)
         for module in found:
             module.__dict__["forward"] = _Kept(self, module)
-        # Hooks of its own: another thread that compiles the model meanwhile must not meet them.
+        # Hooks of its own: another thread that compiles the model meanwhile must not meet them. Not
+        # where accelerate has replaced forwards, which run the model's own modules.
         head = output_projection(self.family.model)
-        for hooks in ("_forward_hooks", "_forward_pre_hooks") if head is not None else ():
+        own = not any("forward" in module.__dict__ for module in family.model.modules())
+        for hooks in ("_forward_hooks", "_forward_pre_hooks") if own and head is not None else ():
             head.__dict__[hooks] = head.__dict__[hooks].copy()
         self.cuts = bool(found)
         self._kept = Kept()
