@@ -100,8 +100,7 @@ def _ways(about: dict[str, Any], model: Any, progress: Progress) -> Iterator[Mea
         progress(done, len(ways))
         editor = GraceEditor(shared(model), None, GraceConfig(layer=layer))
         # What is tried once, and what kernels are loaded for, is neither counted nor timed.
-        make(editor, warm[:2])
-        make(editor, warm[2:] if name == BATCH else [])
+        make(editor, warm if name == BATCH else warm[:2])
         some = counted if name == BATCH else counted[:4]
         with Counted() as operators_of:
             make(editor, some)

@@ -172,10 +172,11 @@ def test_a_generate_of_a_models_own_is_asked_as_ever(editor, monkeypatch, of):
 def test_a_batch_warns_of_no_cache(edited, monkeypatch):
     monkeypatch.setattr(lessons, "_WORTH", 1)
     editor = edited("gpt2", query="mean")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         pairs = [(prompt, run_of(3 * n, 2)) for n, prompt in enumerate(PROMPTS)]
         assert all(result.success for result in editor.edit_batch(pairs))
+    assert not [one for one in told if "past_key_values" in str(one.message)]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
@@ -196,11 +197,12 @@ def test_values_of_a_batch_wait_for_each_other_with_their_proofs(edited, monkeyp
 
     monkeypatch.setattr(training, "prove", noted)
     pairs = [(prompt, run_of(3 * n, 2)) for n, prompt in enumerate(PROMPTS)]
+    pairs[3] = (PROMPTS[3], NEXT[3])  # what it says anyway: it needs few steps, and waits
     # One of several prompts: the rows of the others come behind all of its own.
     edits = [(*pairs[0], [run_of(60, 3)]), *pairs[1:]]
     results = editor.edit_batch(edits)
     assert all(result.success and result.proven for result in results)
-    assert name == "gpt2" or len({result.steps for result in results}) > 1
+    assert results[3].steps < min(result.steps for result in results[:3])
     assert calls[0][0] >= 3  # half of them
     together = [(count, ran) for count, ran in calls if count >= 3]
     assert all(ran == [count, 1] for count, ran in together)

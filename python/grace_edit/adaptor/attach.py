@@ -114,7 +114,8 @@ def _generate(
             "single forward, and generate plans each of its own"
         )
     whole_prefill(adaptor, kwargs, getattr(model, "generation_config", None))
-    # An assistant inside generate keeps a cache of its own; a value that is given looks at nothing.
+    # An assistant inside generate keeps a cache of its own, and where the value is given nothing is
+    # asked of earlier tokens.
     if adaptor.generation is None and adaptor.forced is None:
         warn_later_turn(adaptor, kwargs)
     state = Generation(prompt_length(args, kwargs))

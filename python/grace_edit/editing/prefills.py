@@ -48,13 +48,13 @@ class Prefills:
         Under `query="text"` keys need no run, and the layer's output is no more than where a value
         starts from: there all run padded, nothing is compared, and nothing is kept for proofs.
         """
-        unlike = sorted(map(list, dict.fromkeys(map(tuple, prompts))), key=len)
+        distinct = sorted(map(list, dict.fromkeys(map(tuple, prompts))), key=len)
         if self._family.adaptor.text is not None:
-            for piece in in_pieces([len(prompt) for prompt in unlike]):
-                if len(unlike[piece]) > 1:
-                    self._hand_out(unlike[piece], self._family.capture(unlike[piece]))
+            for piece in in_pieces([len(prompt) for prompt in distinct]):
+                if len(distinct[piece]) > 1:
+                    self._hand_out(distinct[piece], self._family.capture(distinct[piece]))
             return
-        for _, group in itertools.groupby(unlike, key=len):
+        for _, group in itertools.groupby(distinct, key=len):
             alike = list(group)
             for piece in in_pieces([len(prompt) for prompt in alike]):
                 if len(alike[piece]) >= _TOGETHER and not self._read(alike[piece]):

@@ -126,10 +126,10 @@ def _step(family: Family, lessons: Lessons, together: Values) -> None:
 
 
 def _shortfall(odds: Tensor, margins: Tensor) -> Tensor:
-    """Return by how much log odds `[N, T]` miss margins `[N, 1]`, nats: means, weighted by itself.
+    """Return by how much log odds `[N, T]` miss margins `[N, 1]`, nats, as one number for each row.
 
-    Of each row the tokens that lack most decide. Cross entropy would hardly move a token that is
-    likely already, and creep towards the margin.
+    It is a mean in which what misses more weighs more: the tokens that lack most decide. Cross
+    entropy would hardly move a token that is likely already, and creep towards the margin.
     """
     missing = torch.nn.functional.softplus(margins - odds)
     # Where all are far beyond the margin, nothing is missing and nothing moves.

@@ -28,7 +28,7 @@ class Values:
         self._dtype, self._adam = dtype, adam
         # The same memory, which the optimizer writes.
         self.values = adam.values.detach().requires_grad_(True)
-        # Its first row in a forward, of each value, and how many rows there are.
+        # The first row of each value in a forward, and behind them how many rows there are.
         self.starts = [0, *itertools.accumulate(len(own.task.asked) for own in self.trainings)]
         sizes = [own.tokens for own in self.trainings]
         # Where in `[N, most tokens of one value]` each token of the forwards stands.
