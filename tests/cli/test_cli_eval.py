@@ -180,7 +180,7 @@ def test_a_directory_of_records_is_studied_as_a_whole(
     assert "≥ .97" in done.stdout
     ((data, out, options, more),) = calls
     assert (data, out, options.layer) == (tmp_path, tmp_path / "out", LAYER)
-    assert (more["parts"], more["encoders"]) == (("edits", "scope"), ["some/encoder"])
+    assert (more["parts"], more["encoders"]) == (("edits", "scope"), ("some/encoder",))
     assert (more["sizes"].edits, more["sizes"].paper) == (12, 60)
     assert json.loads(grace(*own, "--json").stdout)["rows"][0]["value"] == 0.98
 
@@ -188,4 +188,4 @@ def test_a_directory_of_records_is_studied_as_a_whole(
 def test_parts_of_a_study_need_a_directory(evaluate: Callable[..., Any]) -> None:
     done = evaluate("--parts", "edits")
     assert done.exit_code == 2
-    assert "--parts and --beside must be left out: DATA is not a directory" in done.stderr
+    assert "--parts, --beside and --jobs must be left out: DATA is not a directory" in done.stderr

@@ -20,6 +20,7 @@ from ..evaluation import run as run_evaluation
 from ..terminal import facts, number, plain, screen, table
 from .models import Loaded, load_model
 from .output import CONFLICT, NOT_FOUND, OK, USAGE, CommandError, print_json, quiet
+from .studying import Work, study_folder
 
 
 def evaluate(
@@ -27,6 +28,7 @@ def evaluate(
     *,
     parts: str,
     beside: Sequence[str],
+    jobs: int,
     dtype: str | None,
     device: str,
     as_json: bool,
@@ -37,18 +39,21 @@ def evaluate(
         options: `data` may be a folder, which is then studied.
         parts: of a study, separated by commas; empty: all.
         beside: encoders whose scope a study measures too.
+        jobs: processes of a study.
     """
     options = replace(options, model=options.model or _model_of(options.setting))
     folder = Path(options.data).expanduser()
-    if not folder.is_dir() and (parts or beside):
-        raise CommandError(USAGE, "--parts and --beside must be left out: DATA is not a directory")
-    assert options.model is not None
-    loaded = load_model(options.model, task="auto", dtype=dtype, device=device)
-    pair = (loaded.model, loaded.tokenizer)
+    if not folder.is_dir() and (parts or beside or jobs != 1):
+        raise CommandError(
+            USAGE, "--parts, --beside and --jobs must be left out: DATA is not a directory"
+        )
     if folder.is_dir():
-        results = expected(lambda: _study(folder, options, pair, parts, beside))
+        work = Work(folder, options, tuple(beside), dtype, device)
+        results = expected(lambda: study_folder(work, parts, jobs))
     else:
-        results = expected(lambda: run_evaluation(options, pair))
+        assert options.model is not None
+        loaded = load_model(options.model, task="auto", dtype=dtype, device=device)
+        results = expected(lambda: run_evaluation(options, (loaded.model, loaded.tokenizer)))
     if as_json:
         print_json(results)
     elif folder.is_dir():
@@ -59,17 +64,6 @@ def evaluate(
     else:
         _show(results, loaded, options.out)
     return OK
-
-
-def _study(
-    folder: Path, options: Options, pair: tuple[Any, Any], parts: str, beside: Sequence[str]
-) -> dict[str, Any]:
-    from ..evaluation.study import PARTS, Sizes, study
-
-    chosen = tuple(name.strip() for name in parts.split(",") if name.strip()) or PARTS
-    sizes = Sizes() if options.edits is None else Sizes(edits=options.edits)
-    options = replace(options, edits=None)
-    return study(folder, options.out, pair, options, parts=chosen, encoders=beside, sizes=sizes)
 
 
 def _model_of(setting: str | None) -> str:
@@ -89,7 +83,7 @@ def expected(work: Any) -> Any:
             return work()
     except NoDataError as error:
         raise CommandError(NOT_FOUND, str(error)) from error
-    except OtherRunError as error:
+    except (OtherRunError, TimeoutError) as error:
         raise CommandError(CONFLICT, str(error)) from error
     except (DataError, EvaluationError) as error:
         raise CommandError(USAGE, *str(error).splitlines()) from error

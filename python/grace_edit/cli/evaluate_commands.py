@@ -76,6 +76,12 @@ def evaluate(
         list[str] | None,
         typer.Option(help="Of a study: a sentence encoder whose scope is measured too."),
     ] = None,
+    jobs: Annotated[
+        int,
+        typer.Option(
+            help="Of a study: 2 processes do different parts side by side, a model in each."
+        ),
+    ] = 1,
     kind: Annotated[
         str,
         typer.Option(
@@ -117,6 +123,7 @@ def evaluate(
         options,
         parts=parts,
         beside=beside or [],
+        jobs=jobs,
         dtype=value_of(dtype),
         device=device.value,
         as_json=json,

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..codebook.locking import take
 from ..config import GraceConfig
 from . import metrics, pictures
 from .baselines import Defer, Memory, Retrieval
@@ -39,11 +40,12 @@ from .results import (
     ratios_of,
     to_csv,
 )
-from .run import Protocol, Units, run_stream
+from .run import Protocol, Said, Units, run_stream
 from .settings import SETTINGS, Setting
 
 GRACE = "grace"
 BASELINES = ("paper", "ft", "ewc", "replay", "defer", "memory", "rag")
+_SHORT = 2.0  # seconds: another run takes far longer
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,15 @@ def run(options: Options, loaded: tuple[Any, Any] | None = None) -> dict[str, An
     Raises:
         EvaluationError: options that do not fit together, or a directory of another run.
         DataError: the data cannot be read.
+        TimeoutError: another process is running in the directory.
         ValueError: a layer or setting that the model or the editor refuses.
     """
-    return _Evaluation(options, loaded).run()
+    evaluation = _Evaluation(options, loaded)
+    let_go = take(options.out, timeout=_SHORT)
+    try:
+        return evaluation.run()
+    finally:
+        let_go()
 
 
 class _Evaluation:
@@ -136,6 +144,7 @@ class _Evaluation:
         )
         model, tokenizer = loaded or load_model(self.name)
         self.asked = AskedModel(model, tokenizer)
+        self.unedited: Said = {}  # the same model, whatever the method
         self.records, self.left_out = _records(self.data, self.asked, options)
         self.upstream = _upstream(self.data, options)
         self.protocol = Protocol(
@@ -199,6 +208,7 @@ class _Evaluation:
             directory,
             self.protocol,
             upstream=self.upstream,
+            unedited=self.unedited,
             progress=self.options.progress,
         )
 

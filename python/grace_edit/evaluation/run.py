@@ -26,10 +26,12 @@ from ..progress import bar
 from . import metrics
 from .journal import Journal
 from .methods import Look, Made, Method, write_map
-from .model import SEQ2SEQ
+from .model import SEQ2SEQ, Answer, Forced
 from .records import LOCALITY, EditRecord, Question, Target
 
 Units = dict[str, dict[str, Any]]
+Said = dict[tuple[str, Target | None], tuple[Answer, Forced | None]]
+"""What the unedited model says to a prompt, freely and with a target put in its mouth."""
 COMPARED = 8
 """Tokens that a causal model says at least where its answer is compared with the unedited one's."""
 
@@ -79,6 +81,7 @@ def run_stream(
     protocol: Protocol,
     *,
     upstream: Sequence[Question] = (),
+    unedited: Said | None = None,
     progress: bool = False,
 ) -> Units:
     """Run a stream to its end, from wherever an earlier run of it was stopped.
@@ -88,6 +91,8 @@ def run_stream(
         records: the edits, in order; the same as in the earlier run.
         directory: of this method's log and state.
         upstream: questions with answers that have nothing to do with the edits.
+        unedited: what the unedited model is known to say, of the methods before on the same one;
+            what this run finds out is added.
         progress: show progress bars on stderr.
 
     Returns:
@@ -106,7 +111,8 @@ def run_stream(
         if "done" not in journal:
             method = make()
             try:
-                run = _Run(method, records, upstream, protocol, journal, progress)
+                known = {} if unedited is None else unedited
+                run = _Run(method, records, upstream, known, protocol, journal, progress)
                 run.go()
                 if (found := method.map()) is not None:
                     write_map(directory, found)
@@ -123,6 +129,7 @@ class _Run:
     method: Method
     records: Sequence[EditRecord]
     upstream: Sequence[Question]
+    unedited: Said
     protocol: Protocol
     journal: Journal
     progress: bool
@@ -277,8 +284,11 @@ class _Run:
         found = _seen(look)
         if look is not None and not look.fires and not self._verified(name):
             return {**found, "same": True, **({} if target is None else {"agreement": 1.0})}
-        with method.unedited():
-            before, expected = method.ask(question.prompt, target, COMPARED)
+        if (question.prompt, target) not in self.unedited:
+            with method.unedited():
+                said = method.ask(question.prompt, target, COMPARED)
+            self.unedited[question.prompt, target] = said
+        before, expected = self.unedited[question.prompt, target]
         after, forced = method.ask(question.prompt, target, COMPARED)
         same = after.text == before.text
         found["same"] = same

@@ -5,7 +5,8 @@ out/data/                   the records, split by subject
 out/map/, unseen-1/, ...    text maps, learned from the subjects that are not edited
 out/edits/, paper/, ...     the runs, each as `command.run` leaves it
 
-A part that is finished is not done again, so a study that was killed goes on.
+A part that is finished is not done again, so a study that was killed goes on. Several processes may
+do different parts in one directory at once; what they share is made by the first that needs it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..codebook.locking import writing
 from ..keys.choice import text_keys
 from ..keys.text_map import SETTINGS as MAP_FILE
 from ..keys.text_map import TextMap
@@ -37,6 +39,7 @@ from .splitting import NESTED, PASSAGES, ZSRE, Split, split
 
 PARTS = ("edits", "scope", "paper", "baselines", "hallucination")
 BASELINES = ("ft", "defer", "memory", "rag")
+_LONG = 3600.0  # seconds that another process may take to learn a map
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def study(
 
     Raises:
         DataError, EvaluationError: as `command.run`; the directory holds a study of something else.
+        TimeoutError: another process is doing one of these parts.
     """
     if options.query not in (None, "text"):
         raise EvaluationError(f"query must be text for a study, got {options.query}")
@@ -109,8 +113,9 @@ class _Study:
             "seed": options.seed,
             "data": digest_of(data),
         }
-        same_run(out, identity)
-        self.parts: Split = split(data, out / "data", edits=sizes.edits, seed=options.seed)
+        with writing(out, _LONG):
+            same_run(out, identity)
+            self.parts: Split = split(data, out / "data", edits=sizes.edits, seed=options.seed)
         self.asked = AskedModel(*loaded)
         self.records = self._records()
         self.options = replace(options, out=out, baselines=())
@@ -132,6 +137,10 @@ class _Study:
         return self._results()
 
     def _results(self) -> dict[str, Any]:
+        with writing(self.out, _LONG):
+            return self._write_results()
+
+    def _write_results(self) -> dict[str, Any]:
         rows: list[dict[str, Any]] = []
         for part in PARTS:
             path = self.out / f"rows-{part}.json"
@@ -258,12 +267,13 @@ class _Study:
         if encoder != self.encoder:
             where += "-" + _short(encoder).replace("/", "-")
         done = self.out / where
-        if not (done / MAP_FILE).exists():
-            fresh = self.out / (where + ".new")
-            shutil.rmtree(fresh, ignore_errors=True)
-            model, tokenizer = self.loaded
-            learn_map(train, fresh, model=model, tokenizer=tokenizer, encoder=encoder)
-            fresh.rename(done)
+        with writing(self.out, _LONG):
+            if not (done / MAP_FILE).exists():
+                fresh = self.out / (where + ".new")
+                shutil.rmtree(fresh, ignore_errors=True)
+                model, tokenizer = self.loaded
+                learn_map(train, fresh, model=model, tokenizer=tokenizer, encoder=encoder)
+                fresh.rename(done)
         return done
 
     def _text_config(self) -> dict[str, str]:
