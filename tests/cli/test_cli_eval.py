@@ -189,3 +189,47 @@ def test_parts_of_a_study_need_a_directory(evaluate: Callable[..., Any]) -> None
     done = evaluate("--parts", "edits")
     assert done.exit_code == 2
     assert "--parts, --beside and --jobs must be left out: DATA is not a directory" in done.stderr
+
+
+def test_two_processes_find_what_one_does_and_tell_what_went_wrong_in_either(
+    grace: Callable[..., Any],
+    gpt2: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The parts that learn no map.
+    monkeypatch.setattr("grace_edit.cli.studying._SHARES", (("paper",), ("hallucination",)))
+    folder = tmp_path / "records"
+    folder.mkdir()
+    rows = data.read_text().splitlines()
+    (folder / "counterfact.jsonl").write_text("\n".join(rows))
+    passages = folder / "hallucination.jsonl"
+    passage = {
+        "prompt": "the long river of france is",
+        "target_new": "rome oslo",
+        "subject": "france",
+        "locality_prompt": "the capital of norway is",
+        "locality_ground_truth": "oslo",
+    }
+    passages.write_text(json.dumps(passage))
+    own = ("eval", folder, "--model", gpt2, "--layer", LAYER, "--edits", 2, "--json")
+    parts = ("--parts", "hallucination,paper")
+    alone = grace(*own, *parts, "--out", tmp_path / "alone")
+    assert alone.exit_code == 0, alone.output
+    both = grace(*own, *parts, "--out", tmp_path / "both", "--jobs", 2)
+    assert both.exit_code == 0, both.output
+    found, expected = (
+        {(row["part"], row["name"]): row["value"] for row in json.loads(done.stdout)["rows"]}
+        for done in (both, alone)
+    )
+    assert found.keys() == expected.keys()
+    assert {part for part, _ in found} == {"the paper's settings", "hallucination"}
+    assert all(found[row] == expected[row] for row in found if "seconds" not in row[1])
+
+    passages.write_text("no record")
+    wrong = grace(*own, *parts, "--out", tmp_path / "wrong", "--jobs", 2)
+    assert (wrong.exit_code, wrong.stdout) == (2, "")
+    assert "hallucination.jsonl:1: must be" in wrong.stderr
+    assert (tmp_path / "wrong" / "rows-paper.json").exists()  # what the other one has done
+    assert grace(*own, "--out", tmp_path / "three", "--jobs", 3).exit_code == 2

@@ -15,7 +15,7 @@ from counting import record
 from fake_method import PROTOCOL, UPSTREAM, FakeMethod, records
 from grace_edit import GraceConfig
 from grace_edit.evaluation import Grace, Protocol, run_stream
-from grace_edit.evaluation.journal import Journal
+from grace_edit.evaluation.journal import Journal, read_units
 from grace_edit.evaluation.results import (
     Figure,
     easyedit,
@@ -26,6 +26,7 @@ from grace_edit.evaluation.results import (
     ratios_of,
     to_csv,
 )
+from grace_edit.evaluation.run import Said
 
 COUNT = 7
 
@@ -299,6 +300,25 @@ def test_a_method_that_cannot_tell_is_compared_by_its_answers(tmp_path: Path) ->
     assert found[COUNT, "neighbour", "unchanged", "attempted"] == 0
     assert (COUNT, "neighbour", "fires", "attempted") not in found
     assert ratios_of(units, COUNT) == {}
+
+
+def test_what_the_unedited_model_says_is_asked_once_for_all_methods(tmp_path: Path) -> None:
+    known: Said = {}
+    asked = []
+    for number in range(2):
+        method = FakeMethod(blind=True)
+        run_stream(
+            lambda method=method: method,
+            records(3),
+            tmp_path / str(number),
+            PROTOCOL,
+            unedited=known,
+        )
+        asked.append(sum(call == ("ask", "fact 00 is") for call in method.calls))
+    assert asked == [2, 1]
+    first, second = (all_of(read_units(tmp_path / str(number)), 3) for number in range(2))
+    assert first == second
+    assert first[0]
 
 
 def test_only_errors_leaves_out_what_the_model_answers_right(tmp_path: Path) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from grace_edit.codebook.locking import take
 from grace_edit.evaluation import EvaluationError, NoDataError, Options, OtherRunError
 from grace_edit.evaluation.journal import Journal
 from grace_edit.evaluation.mapping import learn_map
@@ -114,6 +118,7 @@ def learned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def stand_in(data: Path, out: Path, *, model: Any, tokenizer: Any, **_: Any) -> dict[str, Any]:
         folders.append(data.name)
+        time.sleep(0.2)  # long enough for somebody else to want it too
         map_of(model, tokenizer).save(out)
         return {}
 
@@ -193,6 +198,38 @@ def test_a_study_that_was_killed_ends_with_the_same_figures(
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "out", parts)
     assert timeless(run(tmp_path / "out", parts)) == expected
+
+
+def test_parts_done_side_by_side_share_what_both_need(
+    folder: Path, small: tuple[Any, Any], learned: list[str], tmp_path: Path
+) -> None:
+    options = Options(data="", out=tmp_path, model="tiny", layer="transformer.h.1.mlp", draw=False)
+
+    def go(out: Path, parts: tuple[str, ...]) -> dict[str, Any]:
+        changed = replace(options, out=out, config={"max_steps": 60})
+        return study(folder, out, copy.deepcopy(small), changed, parts=parts, sizes=SIZES)
+
+    own, others = ("edits",), ("baselines", "hallucination")
+    expected = timeless(go(tmp_path / "alone", (*own, *others)))
+    learned.clear()
+    with ThreadPoolExecutor(2) as pool:
+        done = [pool.submit(go, tmp_path / "both", parts) for parts in (own, others)]
+        results = max((each.result() for each in done), key=lambda found: len(found["rows"]))
+    assert timeless(results) == expected
+    assert learned == ["train"]
+    assert json.loads((tmp_path / "both" / "study.json").read_text()) == results
+
+
+def test_a_part_is_done_by_one_process_at_a_time(
+    run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    let_go = take(tmp_path / "paper", timeout=1.0)
+    try:
+        with pytest.raises(TimeoutError, match="must be written by one process at a time"):
+            run(tmp_path, ("paper",))
+    finally:
+        let_go()
+    assert {row["part"] for row in run(tmp_path, ("paper",))["rows"]} == {"the paper's settings"}
 
 
 def test_a_directory_of_another_study_and_an_unknown_part_are_refused(

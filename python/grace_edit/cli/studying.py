@@ -17,7 +17,7 @@ from ..evaluation import EvaluationError, Options
 from .models import load_model
 from .output import quiet
 
-_SHARES = (("edits", "scope", "paper"), ("baselines", "hallucination"))
+_SHARES = (("edits", "scope", "baselines"), ("paper", "hallucination"))
 """Parts that two processes can do at once, of about the same cost: scope asks what edits found."""
 
 

@@ -263,11 +263,11 @@ class _Study:
         return run(options, self.loaded)
 
     def _map(self, where: str, train: Path, encoder: str) -> Path:
-        """Return the directory of a map, learned if it is not there."""
+        """Return the directory of a map, learned if it is not there and nobody else is at it."""
         if encoder != self.encoder:
             where += "-" + _short(encoder).replace("/", "-")
         done = self.out / where
-        with writing(self.out, _LONG):
+        with writing(self.out / (where + ".learning"), _LONG):
             if not (done / MAP_FILE).exists():
                 fresh = self.out / (where + ".new")
                 shutil.rmtree(fresh, ignore_errors=True)
