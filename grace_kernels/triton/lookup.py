@@ -139,8 +139,9 @@ def _all(
         return index, distance
     at_once = min(batch, _MOST_QUERIES)
     capability, multiprocessors = machine(device)
-    tile = tiles.choose(capability, keys.element_size(), at_once)
-    slices = slices_of(tile, keys.shape[0], keys.shape[1], at_once, multiprocessors)
+    (capacity, dim), compared = keys.shape, 0 if sketch is not None else keys.shape[0]
+    tile = tiles.choose(capability, keys.element_size(), at_once, compared, dim)
+    slices = slices_of(tile, capacity, dim, at_once, multiprocessors)
     blocks = -(-at_once // tile.queries)
     if written is not None and batch > tile.queries and _overlap(written.hidden, source):
         source = source.clone()  # one block of queries writes while another one still reads

@@ -79,8 +79,8 @@ class Outcome:
     faults: list[str] = field(default_factory=list)
 
 
-def compiled(architecture: int, dtype: torch.dtype, operation: str, batch: int) -> Any:
-    """Return the kernel that the launcher launches for `batch` queries."""
+def compiled(architecture: int, dtype: torch.dtype, operation: str, tile: tiles.Tile) -> Any:
+    """Return the kernel that the launcher launches with a tile, for as many queries as it takes."""
     driver.set_active(Pretended(architecture))
     made = []
 
@@ -94,12 +94,15 @@ def compiled(architecture: int, dtype: torch.dtype, operation: str, batch: int) 
             )
 
     capability = (architecture // 10, architecture % 10)
+    batch = tile.batch or 4096
     query, keys = torch.zeros(batch, DIM, dtype=dtype), torch.zeros(300, DIM, dtype=dtype)
     codebook = (keys, torch.zeros(300))
     count = torch.tensor(200)
     sketch = Sketch(300, DIM, dtype).tensors() if operation.startswith("pruned") else ()
     before = launcher.machine, launcher.lookup_kernel, launcher.pruned_kernel
+    choose = tiles.choose
     launcher.machine = lambda device: (capability, 132)
+    tiles.choose = lambda *_: tile
     launcher.lookup_kernel = Recorder(lookup_kernel)
     launcher.pruned_kernel = Recorder(pruned_kernel)
     answer = getattr(launcher, operation)
@@ -114,6 +117,7 @@ def compiled(architecture: int, dtype: torch.dtype, operation: str, batch: int) 
             answer(query, *codebook, count, *sketch)
     finally:
         launcher.machine, launcher.lookup_kernel, launcher.pruned_kernel = before
+        tiles.choose = choose
     return made[0]
 
 
@@ -156,13 +160,15 @@ def loops(ptx: str) -> list[str]:
     return ["\n".join(lines[first : last + 1]) for first, last in inner]
 
 
-def check(architecture: int, dtype: str, operation: str, tile: tiles.Tile, batch: int) -> Outcome:
+def check(architecture: int, dtype: str, operation: str, tile: tiles.Tile) -> Outcome:
     """Compile one row of the table and look at it."""
     name = f"{'direct' if tile.direct else 'dot'} {tile.queries}x{tile.keys}x{tile.elements}"
     batches = "any" if tile.batch is None else str(tile.batch)
+    batches += "" if tile.slots == 0 else f", {tile.slots} keys up"
+    batches += "" if tile.width is None else f", {tile.width} wide"
     row = Outcome(f"sm_{architecture}", dtype, operation, batches, name)
     size = getattr(torch, dtype).itemsize
-    kernel = compiled(architecture, getattr(torch, dtype), operation, batch)
+    kernel = compiled(architecture, getattr(torch, dtype), operation, tile)
     row.registers, row.spill_bytes = resources(kernel.asm["cubin"])
     row.shared_bytes = kernel.metadata.shared
     if row.spill_bytes > 0:
@@ -216,7 +222,9 @@ def main() -> int:
             table = tiles.table((architecture // 10, architecture % 10))[size]
             for tile in table[: 1 if options.first_row else None]:
                 for operation in options.operation:
-                    row = check(architecture, dtype, operation, tile, tile.batch or 4096)
+                    if tile.slots and operation.startswith("pruned"):
+                        continue  # few keys are left
+                    row = check(architecture, dtype, operation, tile)
                     rows.append(row)
                     print(
                         f"{row.architecture} {row.dtype:8} {row.operation:13} "

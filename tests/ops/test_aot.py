@@ -103,7 +103,7 @@ def test_neither_more_entries_nor_another_batch_of_a_tile_compiles_anew() -> Non
             serve(16, 8, 40, 0)
             assert compiled() == 1, compiled()
             for entries, batch, rows, shift in (
-                (1, 8, 40, 0), (17, 8, 40, 0), (4096, 8, 40, 0), (16, 5, 41, 0), (16, 16, 1, 1),
+                (1, 8, 40, 0), (17, 8, 40, 0), (3000, 8, 40, 0), (16, 5, 41, 0), (16, 16, 1, 1),
             ):
                 serve(entries, batch, rows, shift)
                 assert compiled() == 1, (entries, batch, rows, shift)

@@ -205,6 +205,25 @@ def test_warming_up_calls_every_operator_for_every_batch_size() -> None:
     assert len(calls.seen) == 12
 
 
+@pytest.mark.parametrize("dim", [32, 7])
+def test_warming_up_as_on_a_gpu_meets_many_entries_in_little_memory(
+    monkeypatch: pytest.MonkeyPatch, dim: int
+) -> None:
+    monkeypatch.setattr("grace_kernels.api.WARM_ENTRIES", (5000,))
+    asked: list[Tensor] = []
+
+    def seen(query: Tensor, keys: Tensor, *rest: Any, **how: Any) -> None:
+        asked.append(keys)
+
+    monkeypatch.setattr("grace_kernels.api.lookup", seen)
+    grace_kernels.warmup(dim, 16, torch.bfloat16, "cpu", (3,))  # the other two do answer
+    for keys in asked:
+        assert keys.shape == (5000, dim)
+        assert keys.untyped_storage().nbytes() < 200_000
+        assert (keys.stride(0) % 16 == 0) == (dim % 16 == 0)
+    assert len(asked) == 2
+
+
 def test_warming_up_refuses_what_cannot_be() -> None:
     with pytest.raises(ValueError, match="dim must not be negative, got -1"):
         grace_kernels.warmup(-1, 7, torch.float32, "cpu")

@@ -27,7 +27,7 @@ from .test_adapt import expected_hidden, problem, rows
 
 pytest.importorskip("triton")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-BATCHES = [1, 2, 4, 9, 20, 40, 70]  # one or more for each row of the table of tiles
+BATCHES = [1, 2, 4, 9, 20, 40, 70]  # one or more for each row of the table for few keys
 
 
 @pytest.fixture
@@ -77,6 +77,24 @@ def test_every_tile_answers_over_several_tiles_slices_and_blocks(
     query, keys, radii = codebook(dtype, batch, 280, 257)
     index = agree(query, keys, radii)
     assert batch < 9 or {-1} < set(index.tolist())
+
+
+@pytest.mark.parametrize("dim", [257, 2000])
+def test_every_tile_for_many_keys_answers_too(
+    triton: ModuleType, monkeypatch: pytest.MonkeyPatch, dim: int
+) -> None:
+    choose, met = triton.tiles.choose, set()
+    for batch in (1, 3, 9, 20, 40, 200):
+        tile = choose((9, 0), 2, batch, 10**5, dim)
+        if tile in met or (dim > 257 and tile.width is None and not tile.direct):
+            continue
+        met.add(tile)
+        monkeypatch.setattr(triton.tiles, "choose", lambda *_, tile=tile: tile)
+        query, keys, radii = codebook(torch.bfloat16, batch, 280 if dim < 300 else 40, dim)
+        index = agree(query, keys, radii)
+        assert batch < 9 or {-1} < set(index.tolist())
+    assert {tile.slots > 0 for tile in met} == {True}
+    assert len(met) == (5 if dim < 300 else 2)
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
@@ -173,10 +191,12 @@ def test_the_tables_take_every_batch_with_a_bound_below_one_percent(triton: Modu
     tiles = triton.tiles
     for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)):
         for size, table in tiles.table(capability).items():
-            batches = [tile.batch for tile in table]
-            assert batches == sorted(batches[:-1]) + [None]
+            for few in (True, False):
+                batches = [t.batch for t in table if (t.slots == 0) == few and t.width is None]
+                assert batches == [*sorted(batches[:-1]), None] or not (few or batches)
             for tile in table:
-                assert tiles.choose(capability, size, tile.batch or 10**6) == tile
+                asked = size, tile.batch or 10**6, tile.slots, tile.width or 10**6
+                assert tiles.choose(capability, *asked) == tile
                 assert not tile.direct or tile.groups == tile.keys
                 for dim in (1, 768, 4096, 11008):
                     relative, absolute = tiles.error_bound(tile, dim, size)
@@ -193,6 +213,8 @@ def test_the_slices_follow_the_capacity_and_stay_countable(triton: ModuleType) -
     assert triton.slices_of(tile, 10**6, 768, 1, 132) == 264
     assert triton.slices_of(tile, 2**31, 64, 1, 1) == 2
     assert triton.slices_of(tile, 2**31, 11008, 4096, 1) == 6
+    many = triton.tiles.choose((9, 0), 2, 1, 10**5, 768)
+    assert triton.slices_of(many, 10**4, 768, 1, 132) == 79
     wide = triton.tiles.choose((9, 0), 2, 4096)
     assert triton.slices_of(wide, 10**6, 768, 4096, 132) == 2
 
@@ -380,7 +402,7 @@ def test_a_tile_spreads_its_rows_over_groups_without_losing_one(
 ) -> None:
     # Every row of a tile in turn is the nearest, in every place, beside two rows nearly as near.
     table = triton.tiles.table((9, 0))[2]
-    (tile,) = (t for t in table if t.batch == 16)
+    (tile,) = (t for t in table if t.batch == 16 and not t.slots)
     monkeypatch.setattr(triton.tiles, "choose", lambda *_: replace(tile, keys=32, groups=8))
     keys = torch.zeros(96, 20)
     keys[:, 0] = 10.0
