@@ -5,8 +5,8 @@ H100, caches cold, replayed from a CUDA graph, with the tiles that Triton had th
 now were timed beside those in a sweep (`nvidia-h100-4727689-triton-sweep.csv`); where a problem is
 in both, Triton's time is the measured one times what the sweep says its tile gained, and no other
 case changed. Where a row ends between two measured sizes it ends about half way (geometrically), or
-where the CUDA kernel changes its own form. By the host's clock the compiled library wins by more: it
-costs the host 19 us a call, Triton 79.
+where the CUDA kernel changes its own form. By the host's clock the compiled library wins by more:
+it costs the host 19 us a call, Triton 79.
 """
 
 from __future__ import annotations

@@ -71,8 +71,8 @@ _SKETCHED = {
 }
 
 
-# 1,000 keys were not swept, 10,000 were: half way. Tiles of 128 keys leave most multiprocessors of an
-# H100 without a slice of 1,000.
+# 1,000 keys were not swept, 10,000 were: half way. Tiles of 128 keys leave most multiprocessors of
+# an H100 without a slice of 1,000.
 _SWEPT_SLOTS = 3200
 
 # Direct: 3 instructions per element and query, which hide behind the loads of four queries or so.

@@ -138,14 +138,14 @@ def test_a_call_on_a_gpu_is_answered_by_what_was_chosen() -> None:
     expected = grace_kernels.lookup(p["source"], p["keys"], p["radii"], p["count"])
     launched = []
     with interpreter.interpreting() as launcher, pytest.MonkeyPatch.context() as patch:
-        kernel = launcher.lookup_kernel
+        kernel = launcher.lookup_kernels[2]
 
         class Watched:
             def __getitem__(self, grid: tuple[int, ...]) -> Any:
                 launched.append(grid)
                 return kernel[grid]
 
-        patch.setattr(launcher, "lookup_kernel", Watched())
+        patch.setattr(launcher, "lookup_kernels", [Watched()] * 3)
         # What the dispatcher calls for tensors on a GPU, called with tensors on a CPU.
         on_a_gpu = ops.lookup._op_dk
         index, distance = on_a_gpu(
@@ -210,9 +210,9 @@ def test_warming_up_as_on_a_gpu_meets_many_entries_in_little_memory(
     monkeypatch: pytest.MonkeyPatch, dim: int
 ) -> None:
     monkeypatch.setattr("grace_kernels.api.WARM_ENTRIES", (5000,))
-    asked: list[Tensor] = []
+    asked: list[torch.Tensor] = []
 
-    def seen(query: Tensor, keys: Tensor, *rest: Any, **how: Any) -> None:
+    def seen(query: torch.Tensor, keys: torch.Tensor, *rest: Any, **how: Any) -> None:
         asked.append(keys)
 
     monkeypatch.setattr("grace_kernels.api.lookup", seen)

@@ -23,6 +23,7 @@ import grace_kernels
 from grace_kernels.testing import same_bits, ties_within_rounding
 
 from . import interpreter
+from .problems import Place
 from .test_adapt import expected_hidden, problem, rows
 
 pytest.importorskip("triton")
@@ -79,22 +80,22 @@ def test_every_tile_answers_over_several_tiles_slices_and_blocks(
     assert batch < 9 or {-1} < set(index.tolist())
 
 
-@pytest.mark.parametrize("dim", [257, 2000])
-def test_every_tile_for_many_keys_answers_too(
-    triton: ModuleType, monkeypatch: pytest.MonkeyPatch, dim: int
-) -> None:
-    choose, met = triton.tiles.choose, set()
-    for batch in (1, 3, 9, 20, 40, 200):
-        tile = choose((9, 0), 2, batch, 10**5, dim)
-        if tile in met or (dim > 257 and tile.width is None and not tile.direct):
-            continue
-        met.add(tile)
-        monkeypatch.setattr(triton.tiles, "choose", lambda *_, tile=tile: tile)
-        query, keys, radii = codebook(torch.bfloat16, batch, 280 if dim < 300 else 40, dim)
-        index = agree(query, keys, radii)
-        assert batch < 9 or {-1} < set(index.tolist())
-    assert {tile.slots > 0 for tile in met} == {True}
-    assert len(met) == (5 if dim < 300 else 2)
+@pytest.mark.parametrize(
+    ("batch", "dim"), [(1, 1800), (1, 48), (9, 48), (20, 48), (40, 48), (200, 48)]
+)
+def test_many_keys_have_tiles_of_their_own(place: Place, batch: int, dim: int) -> None:
+    if place.backend != "triton":
+        pytest.skip("the others have no tiles")
+    query, keys, radii = codebook(torch.bfloat16, batch, 3300, dim)
+    query, keys, radii, count = (
+        t.to(place.device) for t in (query, keys, radii, torch.tensor(3201))
+    )
+    index, distance = grace_kernels.lookup(query, keys, radii, count, backend="triton")
+    on_a_cpu = (t.cpu() for t in (query, keys, radii, count))
+    expected = grace_kernels.lookup(*on_a_cpu, backend=place.truth)
+    assert torch.equal(index.cpu(), expected[0])
+    assert same_bits(distance.cpu(), expected[1])
+    assert batch < 9 or {-1} < set(index.tolist())
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
@@ -294,7 +295,7 @@ def test_queries_beyond_one_launch_are_answered_too(
     query, keys, radii = codebook(torch.float32, 11, 40, 20)
     agree(query, keys, radii)
     p = problem()
-    kernel, launches = triton.lookup_kernel, []
+    kernel, launches = triton.lookup_kernels[2], []
 
     class SecondFails:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
@@ -304,7 +305,7 @@ def test_queries_beyond_one_launch_are_answered_too(
             return kernel[grid]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton, "lookup_kernel", SecondFails())
+        patch.setattr(triton, "lookup_kernels", [SecondFails()] * 3)
         with pytest.raises(RuntimeError, match="first 4 queries were answered"):
             grace_kernels.adapt_(**problem(), backend="triton")
     expected = expected_hidden(p)
@@ -358,7 +359,7 @@ def test_a_launch_that_fails_says_so_and_writes_nothing(
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             raise OSError("out of resources")
 
-    monkeypatch.setattr(triton, "lookup_kernel", Broken())
+    monkeypatch.setattr(triton, "lookup_kernels", [Broken()] * 3)
     p = problem()
     before = p["hidden"].clone()
     with pytest.raises(RuntimeError, match=r"did not start on cpu.*out of resources"):
