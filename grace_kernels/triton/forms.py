@@ -15,8 +15,8 @@ from .tiles import Tile
 
 KNOWN = ("apart",)
 REGISTERS = 128
-"""Of a thread of a scan of up to 16 queries, 4 of float32: none spills (`make check-aot`), where all in one
-kernel would, and twice as many programs have room in a multiprocessor as with more."""
+"""Of a thread of a scan of up to 16 queries, 4 of float32: none spills (`make check-aot`), where
+all in one kernel would, and twice as many programs have room in a multiprocessor as with more."""
 
 _VARIABLE = "GRACE_KERNELS_TRITON_FORMS"
 _FILE = 65536  # registers of a multiprocessor

@@ -69,7 +69,7 @@ def test_answers_are_the_same_in_two_launches(
     assert launches == ["scan_kernels", "answer_kernels"] * 4
 
 
-@pytest.mark.parametrize("number", (0, 5, 10, 20, 25))
+@pytest.mark.parametrize("number", [0, 5, 10, 20, 25])
 def test_random_codebooks_are_answered_and_written_to_the_bit(
     launches: list[str], number: int
 ) -> None:
