@@ -246,6 +246,7 @@ def test_outputs_and_workspace_may_hold_anything_before_and_tickets_are_zero_aft
         query, keys, radii = codebook(torch.float16, batch, 130, 20)
         agree(query, keys, radii, count=100)
         agree(query, keys, radii, count=0)
+        agree(query, keys, radii)
     counters = triton.tickets.take(torch.device("cpu"), 3)
     assert counters.tolist() == [0] * len(counters)
 

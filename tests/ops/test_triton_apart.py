@@ -100,8 +100,10 @@ def test_an_undecided_slice_is_decided_by_what_its_groups_left(
     assert agree(asking[:2], keys, short).tolist() == [winner.item()] * 2
     short[winner] = math.nextafter(distance.item(), 0) * (1 - 2.0**-23)
     assert agree(asking[:2], keys, short).tolist() == [-1] * 2
+    keys[66:] = asking[0]  # behind the count, in the groups of a tile
+    agree(asking[:2], keys, radii, count=66)
     radii[winner] = -INF  # a dead slot does not come back
-    assert winner.item() not in agree(asking[:2], keys, radii).tolist()
+    assert winner.item() not in agree(asking[:2], keys, radii, count=66).tolist()
 
 
 def test_what_a_form_has_no_margin_for_is_wrong(
