@@ -16,7 +16,7 @@ from torch import Tensor
 
 import grace_kernels
 
-from . import gpu, gpu_operators, gpu_pruned
+from . import gpu, gpu_operators, gpu_pruned, gpu_tiles
 from .gate import right_answers
 from .gpu import BF16, FP32, Call, Columns, Contestants, Shape
 from .measurements import Measurement, Progress, Settings
@@ -64,6 +64,7 @@ def run(settings: Settings, progress: Progress) -> Iterator[Measurement]:
         yield from gpu.each(shapes(settings), settings, progress, _books, _measure)
     finally:
         use("")
+        gpu_tiles.use(gpu_tiles.NOW)
 
 
 def use(forms: str) -> None:
@@ -103,8 +104,11 @@ def _measure(
         )
         for forms in names
     }
+    if shape.data == "isotropic":
+        contestants |= gpu_tiles.contestants([pair[:2] for pair in asked], device)
     yield from gpu.measured(columns, contestants, right, device)
     use("")
+    gpu_tiles.use(gpu_tiles.NOW)
 
 
 def _calls(

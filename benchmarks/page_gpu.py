@@ -145,7 +145,7 @@ def _forms(measured: Measured) -> list[str]:
     head = ("keys, width", "B", "type", "data", *names, "fastest", "over the default")
     said = (
         "`lookup`, µs per call, median, replays of a graph, cold caches. A form counts only where "
-        "it is exact; csrc/cuda/forms.h says what each is."
+        "it is exact; csrc/cuda/forms.h and grace_kernels/triton/forms.py say what each is."
     )
     return table(head, body, said)
 

@@ -17,6 +17,7 @@ from torch.autograd.graph import increment_version
 
 from . import autograd
 from .backends import Backend, select
+from .choice import WARM_ENTRIES
 from .sketch import Sketch, check_sketch
 from .torch_private import forward_mode
 from .validation import check_adapt, check_codebook, check_written
@@ -232,12 +233,12 @@ def warmup(
 ) -> None:
     """Compile and load what a server will need, so that no request pays for it.
 
-    Calls `nearest`, `lookup` and `adapt_` once for every batch size on a codebook of one dead entry
-    and waits for the device, with `count` given and not. Kernels are compiled per dtype, row of the
-    table of tiles, and whether strides and addresses of queries, keys, values and outputs are
-    multiples of 16 (taken to be so here where the widths are), never per number of entries; what
-    triton has compiled it keeps on disk. A call that is captured into a CUDA graph needs a warm
-    device.
+    Calls `nearest`, `lookup` and `adapt_` once for every batch size on dead entries and waits for
+    the device, with `count` given and not: on one entry, and on a GPU on as many as there must be
+    for another kernel to answer. Kernels are compiled per dtype, row of the table of tiles, and
+    whether strides and addresses of queries, keys, values and outputs are multiples of 16 (taken to
+    be so here where the widths are), never per number of entries; what triton has compiled it keeps
+    on disk. A call that is captured into a CUDA graph needs a warm device.
 
     Args:
         dim: D, the width of keys and queries.
@@ -256,22 +257,32 @@ def warmup(
         if size < 0:
             raise ValueError(f"{name} must not be negative, got {size}")
     device = torch.device(device)
-    keys = torch.zeros(1, dim, dtype=dtype, device=device)
-    values = torch.zeros(1, value_dim, dtype=value_dtype or dtype, device=device)
-    radii = torch.full((1,), -torch.inf, device=device)
     count = torch.ones((), dtype=torch.int64, device=device)
     for batch in batch_sizes:
         if batch < 0:
             raise ValueError(f"batch_sizes must not be negative, got {batch}")
         source = torch.zeros(batch, dim, dtype=dtype, device=device)
-        hidden = torch.zeros(batch, value_dim, dtype=values.dtype, device=device)
+        hidden = torch.zeros(batch, value_dim, dtype=value_dtype or dtype, device=device)
         row = torch.arange(batch, device=device)
-        for rows in (None, count):
-            nearest(source, keys, radii, rows, backend=backend)
-            lookup(source, keys, radii, rows, backend=backend)
-            adapt_(hidden, source, row, row, row, keys, radii, values, rows, backend=backend)
+        for entries in WARM_ENTRIES if device.type == "cuda" else WARM_ENTRIES[:1]:
+            keys, values = _alike(entries, source), _alike(entries, hidden)
+            radii = torch.full((entries,), -torch.inf, device=device)
+            for rows in (None, count):
+                nearest(source, keys, radii, rows, backend=backend)
+                lookup(source, keys, radii, rows, backend=backend)
+                adapt_(hidden, source, row, row, row, keys, radii, values, rows, backend=backend)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _alike(entries: int, rows: Tensor) -> Tensor:
+    """Return so many rows of zeros as wide as `rows`, that share most of their memory.
+
+    They lie at multiples of 16 elements only if rows side by side do.
+    """
+    width = rows.shape[1]
+    step = 16 if width % 16 == 0 else 17
+    return rows.new_zeros(entries * step + width).as_strided((entries, width), (step, 1))
 
 
 def _in_use(

@@ -159,7 +159,7 @@ def _interpreted() -> bool:
     """Tell whether triton's interpreter, for tests, runs the kernels on a CPU."""
     import triton
 
-    return not isinstance(_triton().lookup_kernel, triton.JITFunction)
+    return not isinstance(_triton().lookup_kernels[0], triton.JITFunction)
 
 
 def isa() -> str:

@@ -1,4 +1,7 @@
-"""nearest, lookup and adapt_: tensors -> arguments -> one launch per 4096 queries."""
+"""nearest, lookup and adapt_: tensors -> arguments -> one launch per 4096 queries.
+
+In the form `apart` they are two, see forms.py.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,10 @@ import torch
 from torch import Tensor
 
 from .. import sketch_layout
-from . import tickets, tiles
-from .lookup_kernel import lookup_kernel
-from .pruned_kernel import QUERY_FLOATS, pruned_kernel
+from . import forms, tickets, tiles
+from .apart_kernel import answer_kernels, scan_kernels
+from .lookup_kernel import lookup_kernels
+from .pruned_kernel import QUERY_FLOATS, pruned_kernels
 
 _MOST_QUERIES = 4096  # per launch
 _MOST_SLICES = 1024
@@ -139,22 +143,28 @@ def _all(
         return index, distance
     at_once = min(batch, _MOST_QUERIES)
     capability, multiprocessors = machine(device)
-    tile = tiles.choose(capability, keys.element_size(), at_once)
-    slices = slices_of(tile, keys.shape[0], keys.shape[1], at_once, multiprocessors)
+    (capacity, dim), compared = keys.shape, 0 if sketch is not None else keys.shape[0]
+    tile = tiles.choose(capability, keys.element_size(), at_once, compared, dim)
+    apart = sketch is None and forms.apart()
+    if apart and capability >= (9, 0):
+        tile = forms.scanning(tile, keys.element_size())
+    slices = slices_of(tile, capacity, dim, at_once, multiprocessors)
     blocks = -(-at_once // tile.queries)
-    if written is not None and batch > tile.queries and _overlap(written.hidden, source):
-        source = source.clone()  # one block of queries writes while another one still reads
+    together = 1 if apart else tile.queries
+    if written is not None and batch > together and _overlap(written.hidden, source):
+        source = source.clone()  # one program writes while another one still reads
     with tickets.launching_on(device):
         # torch's allocator gives these out per stream, and keeps them to a graph that captures.
         bounds = torch.empty((2 * at_once + blocks) * slices, dtype=torch.float32, device=device)
         slots = torch.empty(at_once * slices, dtype=torch.int64, device=device)
         workspace = bounds, slots, tickets.take(device, blocks)
         sketching = None if sketch is None else (sketch, _room(tile, blocks * slices, device))
+        groups = _groups(tile, blocks * slices, device) if apart else None
         if batch == at_once:
             answers = index, distance
             _launch(
-                source, query_row, keys, radii, count, bounded, written, sketching, answers,
-                workspace, tile, slices,
+                source, query_row, keys, radii, count, bounded, written, sketching, groups,
+                answers, workspace, tile, slices,
             )  # fmt: skip
             return index, distance
         for start in range(0, batch, at_once):
@@ -164,7 +174,7 @@ def _all(
                     source[part] if query_row is None else source,
                     None if query_row is None else query_row[part],
                     keys, radii, count, bounded,
-                    None if written is None else written.part(part), sketching,
+                    None if written is None else written.part(part), sketching, groups,
                     (index[part], distance[part]), workspace, tile, slices,
                 )  # fmt: skip
             except RuntimeError as error:
@@ -185,49 +195,80 @@ def _launch(
     bounded: bool,
     written: _Written | None,
     sketching: tuple[_Sketch, tuple[Tensor, Tensor]] | None,
+    groups: tuple[Tensor, Tensor] | None,
     answers: tuple[Tensor, Tensor],
     workspace: tuple[Tensor, Tensor, Tensor],
     tile: tiles.Tile,
     slices: int,
 ) -> None:
-    """Answer up to 4096 queries with one launch on the current stream."""
+    """Answer up to 4096 queries with one launch on the current stream, two with `groups`."""
     batch, dim, size = answers[0].shape[0], keys.shape[1], keys.element_size()
+    none = answers[0]  # for integers that there are not, and that nobody reads
     if written is None:
-        output: tuple = (None, 0, 0, None, None, None, 0, 0)
+        output: tuple = (keys, 16, 1, none, none, keys, 16, 1)  # as it mostly is, and not looked at
         output_shape = (0, 0)
     else:
         hidden, first_row, last_row, values = written
         output = (hidden, *hidden.stride(), first_row, last_row, values, *values.stride())
         output_shape = hidden.shape
+    layout = layout_of(source, keys, written)
     how = tiles.sketched(tile)
-    arguments = (
-        source, source.stride(0), query_row, keys, keys.stride(0), radii, count,
-        *answers, *workspace, *output,
-        batch, source.shape[0], output_shape[0], keys.shape[0], dim, output_shape[1],
-        *tiles.error_bound(tile, dim, size, 128 if sketching is None else how.elements),
+    asked = (
+        source, source.stride(0), none if query_row is None else query_row,
+        keys, keys.stride(0), radii, none if count is None else count,
     )  # fmt: skip
+    what = bounded + 2 * (count is not None) + 4 * (written is not None)
+    margin = tiles.error_bound(tile, dim, size, 128 if sketching is None else how.elements)
+    sizes = batch, source.shape[0], output_shape[0], keys.shape[0], dim, output_shape[1]
+    arguments = *asked, *answers, *workspace, *output, *sizes, what, *margin
+    blocked = dict(BLOCK_B=tile.queries, BLOCK_N=tile.keys, GROUPS=tile.groups)
     options = dict(
-        DIRECT=tile.direct, PRECISION=tiles.precision(size),
-        BLOCK_B=tile.queries, BLOCK_N=tile.keys, BLOCK_D=tile.elements, GROUPS=tile.groups,
-        PAIRS=tile.pairs, STAGES=tile.stages, num_warps=tile.warps, enable_fp_fusion=False,
+        DIRECT=tile.direct, PRECISION=tiles.precision(size), BLOCK_D=tile.elements,
+        STAGES=tile.stages, num_warps=tile.warps, enable_fp_fusion=False, **blocked,
     )  # fmt: skip
     grid = slices, -(-batch // tile.queries)
     try:
-        if sketching is None:
-            lookup_kernel[grid](*arguments, BOUNDED=bounded, **options)
-        else:
+        if sketching is not None:
             sketch, room = sketching
-            pruned_kernel[grid](
+            pruned_kernels[layout][grid](
                 *arguments, *sketch, *room, sketch.head.shape[0] * sketch.head.shape[2],
-                *tiles.sketch_bound(tile, dim),
+                *tiles.sketch_bound(tile, dim), PAIRS=tile.pairs,
                 BLOCK_E=how.elements, SCAN_N=how.slots, SCAN_STAGES=how.stages, ROOM=how.room,
                 CHUNK=how.chunk, **options,
             )  # fmt: skip
+        elif groups is not None:
+            left = *workspace[:2], *groups
+            scan_kernels[layout // 2 * 2][grid](
+                *asked, *left, batch, source.shape[0], keys.shape[0], dim, what, *margin,
+                maxnreg=forms.registers(tile, size), **options,
+            )  # fmt: skip
+            answer_kernels[layout][batch,](
+                *asked, *answers, *left, *output, *sizes, what, slices,
+                PAIRS=4, num_warps=4, enable_fp_fusion=False, **blocked,
+            )  # fmt: skip
+        else:
+            lookup_kernels[layout][grid](*arguments, PAIRS=tile.pairs, **options)
     except Exception as error:
         raise RuntimeError(
             f"the Triton lookup did not start on {source.device} and wrote nothing: "
             f"{type(error).__name__}: {error}; backend='cuda' or backend='reference' may still work"
         ) from error
+
+
+def layout_of(source: Tensor, keys: Tensor, written: _Written | None) -> int:
+    """Return which of the kernels of `as_laid_out` a call is for: 0, 1 or 2."""
+    if keys.shape[1] % 16 or not (_aligned(source) and _aligned(keys)):
+        return 2
+    if written is None:
+        return 0
+    hidden, _, _, values = written
+    side_by_side = hidden.stride(1) == values.stride(1) == 1 and hidden.shape[1] % 16 == 0
+    return 0 if side_by_side and _aligned(hidden) and _aligned(values) else 1
+
+
+def _aligned(rows: Tensor) -> bool:
+    """Tell whether rows start at multiples of 16 bytes and of 16 elements from each other."""
+    return rows.data_ptr() % 16 == 0 and rows.stride(0) % 16 == 0
 
 
 def _check(
@@ -273,6 +314,13 @@ def _room(tile: tiles.Tile, programs: int, device: torch.device) -> tuple[Tensor
     scratch = torch.empty(floats, dtype=torch.float32, device=device)
     room = tiles.sketched(tile).room
     return scratch, torch.empty((programs, room), dtype=torch.int32, device=device)
+
+
+def _groups(tile: tiles.Tile, programs: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return where each program that scans may leave what it knows of its groups of keys."""
+    shape = programs, tile.groups, tile.queries
+    bounds = torch.empty((2, *shape), dtype=torch.float32, device=device)
+    return bounds, torch.empty(shape, dtype=torch.int32, device=device)
 
 
 def _check_sketch(sketch: _Sketch, keys: Tensor) -> None:

@@ -17,6 +17,9 @@ Bytes moved: the keys and radii once per query block, of which all but the first
 the L2 cache. Limit: memory bandwidth; for hundreds of queries that cache, then the tensor cores.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -24,6 +27,10 @@ _INF = tl.constexpr(float("inf"))
 _LARGEST = tl.constexpr(3.4028234663852886e38)
 _NO_SLOT = tl.constexpr(2**62)
 _SLICES = tl.constexpr(64)  # partials looked at together
+_SMALL = (
+    "query_row", "first_row", "last_row", "radii", "count", "index", "distance", "bounds", "slots",
+    "tickets",
+)  # fmt: skip
 _RADII = tl.constexpr(16384)  # are read in the time that a pass over PAIRS keys takes, roughly
 
 
@@ -71,11 +78,11 @@ def _add_square(sums, x, k):
 
 
 @triton.jit
-def _squared_distances(query, key, wanted, D):
+def _squared_distances(query, key, wanted, D, STAGES: tl.constexpr = 3):
     """The canonical s of R pairs of a query and a key, as pointers; NaN counts as +inf."""
     place = (tl.arange(0, 32) * 8)[:, None] + tl.arange(0, 8)[None, :]
     sums = tl.zeros([query.shape[0], 32], tl.float64)
-    for start in tl.range(0, D, 256, num_stages=3):
+    for start in tl.range(0, D, 256, num_stages=STAGES):
         at = start + place
         inside = wanted[:, None, None] & (at < D)[None, :, :]
         x = tl.load(query[:, None, None] + at[None, :, :], mask=inside, other=0.0)
@@ -215,7 +222,7 @@ def _scan(query, asks, square, keys, key_stride, radii, begin, end, D, relative,
 
 @triton.jit
 def _resolve(low_1, place_1, low_2, high_1, some_live, source, source_stride, asked, asks,
-             keys, key_stride, radii, begin, end, n, D, BOUNDED: tl.constexpr,
+             keys, key_stride, radii, begin, end, n, D, bounded,
              BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, PAIRS: tl.constexpr):  # fmt: skip
     """Return the slice's candidate of each query: bounds of its s and its slot (-1: none).
 
@@ -239,14 +246,13 @@ def _resolve(low_1, place_1, low_2, high_1, some_live, source, source_stride, as
         candidate = candidate & unresolved[None, :]
         members = tl.cdiv(end - begin, BLOCK_N) * MEMBERS
         passes = tl.sum(tl.where(candidate, tl.where(crowded, members // PAIRS + 1, 1), 0))
-        if BOUNDED:  # noqa: SIM102 (decided when compiled, and what follows while running)
-            # Beyond the largest radius nothing matters, if finding it is worth the while.
-            if passes * _RADII > n:
-                limit = _limit(_largest_radius(radii, n))
-                slot = tl.where(unresolved, -1, slot)
-                unresolved = unresolved & (low <= limit)
-                candidate = candidate & unresolved[None, :] & (low_1 <= limit)
-                crowded = crowded & (low_2 <= limit)
+        # Beyond the largest radius nothing matters, if finding it is worth the while.
+        if bounded & (passes * _RADII > n):
+            limit = _limit(_largest_radius(radii, n))
+            slot = tl.where(unresolved, -1, slot)
+            unresolved = unresolved & (low <= limit)
+            candidate = candidate & unresolved[None, :] & (low_1 <= limit)
+            crowded = crowded & (low_2 <= limit)
         low = tl.where(unresolved, _INF, low)
         slot = tl.where(unresolved, _NO_SLOT, slot)
         while _any(candidate, None):
@@ -291,7 +297,7 @@ def _partials(slots, lows, highs, b, B, start, slices):
 
 @triton.jit
 def _decide(slots, lows, highs, largest, b, B, slices, query, keys, key_stride, radii, D,
-            BOUNDED: tl.constexpr):  # fmt: skip
+            bounded):  # fmt: skip
     """Return the slot that answers each query, or -1, and the distance."""
     bound = tl.full([b.shape[0]], _INF, tl.float32)
     radius = tl.full([_SLICES], -_INF, tl.float32)
@@ -302,8 +308,7 @@ def _decide(slots, lows, highs, largest, b, B, slices, query, keys, key_stride, 
         radius = tl.maximum(
             radius, tl.load(largest + at, mask=at < slices, other=-_INF, cache_modifier=".cg")
         )
-    if BOUNDED:
-        bound = tl.minimum(bound, _limit(tl.max(radius, axis=0)))
+    bound = tl.minimum(bound, tl.where(bounded, _limit(tl.max(radius, axis=0)), _INF))
 
     best = tl.full([b.shape[0]], _INF, tl.float32)
     best_slot = tl.full([b.shape[0]], _NO_SLOT, tl.int64)
@@ -327,17 +332,47 @@ def _decide(slots, lows, highs, largest, b, B, slices, query, keys, key_stride, 
             contender = contender & (place != first[:, None])
     d = tl.sqrt_rn(best)
     hit = best_slot < _NO_SLOT
-    if BOUNDED:
-        hit = hit & (d <= tl.load(radii + best_slot, mask=hit, other=-_INF))
+    reached = d <= tl.load(radii + best_slot, mask=hit & bounded, other=-_INF)
+    hit = hit & tl.where(bounded, reached, hit)
     return tl.where(hit, best_slot, -1), tl.where(hit, d, _INF)
 
 
 @triton.jit
-def _asked(query_row, b, B, S):
+def _how(HOW):
+    """Return whether radii decide, whether there is a count, and whether rows are written."""
+    return HOW % 2 == 1, HOW // 2 % 2 == 1, HOW // 4 == 1
+
+
+@triton.jit
+def _used(count, counted, C):
+    """Return how many slots are in use."""
+    n = C.to(tl.int64)  # the interpreter takes it for an int32
+    return tl.minimum(tl.maximum(tl.load(count, mask=counted, other=n), 0), n)
+
+
+@triton.jit
+def _slice(n, slice_id, slices):
+    """Return where a slice begins and ends."""
+    per_slice = tl.cdiv(n, slices)
+    begin = tl.minimum(slice_id * per_slice, n)
+    return begin, tl.minimum(begin + per_slice, n)
+
+
+@triton.jit
+def _query(query, asks, D):
+    """Return which queries are to be answered, those without a NaN, and |x|^2."""
+    square = tl.zeros([query.shape[0]], tl.float32)  # a NaN exactly if the query holds one
+    for start in range(0, D, 128):
+        at = start + tl.arange(0, 128)
+        x = tl.load(query[:, None] + at[None, :], mask=asks[:, None] & (at < D)[None, :], other=0.0)
+        square += tl.sum(x.to(tl.float32) * x.to(tl.float32), axis=1)
+    return asks & (square == square), square
+
+
+@triton.jit
+def _asked(query_row, writes, b, B, S):
     """Return which of the queries `b` are asked, and the row of the source that asks."""
-    row = b
-    if query_row is not None:
-        row = tl.load(query_row + b, mask=b < B, other=-1)
+    row = tl.where(writes, tl.load(query_row + b, mask=(b < B) & writes, other=-1), b)
     asks = (b < B) & (row >= 0) & (row < S)
     return asks, tl.where(asks, row, 0)
 
@@ -377,7 +412,7 @@ def _last_to_arrive(tickets, block, slices):
 @triton.jit
 def _answer(source, source_stride, query_row, keys, key_stride, radii, index, distance, bounds,
             slots, tickets, hidden, hidden_row, hidden_column, first_row, last_row,
-            values, value_row, value_column, block, slices, B, S, R, D, V, BOUNDED: tl.constexpr,
+            values, value_row, value_column, block, slices, B, S, R, D, V, bounded, writes,
             BLOCK_B: tl.constexpr, PAIRS: tl.constexpr):  # fmt: skip
     """Answer a block of queries from what all programs left, and write the rows."""
     lows, highs = bounds, bounds + B * slices
@@ -386,14 +421,14 @@ def _answer(source, source_stride, query_row, keys, key_stride, radii, index, di
     stop = tl.minimum((block + 1) * BLOCK_B, B)
     for part in range(block * BLOCK_B, stop, PAIRS):
         some = part + tl.arange(0, PAIRS).to(tl.int64)
-        _asks, row_asked = _asked(query_row, some, stop, S)
+        _asks, row_asked = _asked(query_row, writes, some, stop, S)
         answer, d = _decide(
             slots, lows, highs, largest, some, stop, slices, source + row_asked * source_stride,
-            keys, key_stride, radii, D, BOUNDED,
+            keys, key_stride, radii, D, bounded,
         )  # fmt: skip
         tl.store(index + some, answer, mask=some < stop)
         tl.store(distance + some, d, mask=some < stop)
-    if hidden is not None:
+    if writes:
         # `hidden` may be `source`: by now all of it that matters has been read.
         tl.debug_barrier()
         for one in range(block * BLOCK_B, stop):
@@ -405,25 +440,50 @@ def _answer(source, source_stride, query_row, keys, key_stride, radii, index, di
                 )  # fmt: skip
 
 
-# What changes from call to call must not make for another compilation: sizes, and whether a small
-# tensor happens to start at a multiple of 16 bytes.
-@triton.jit(
-    do_not_specialize=["B", "S", "R", "C"],
-    do_not_specialize_on_alignment=[
-        "query_row", "first_row", "last_row", "radii", "count", "index", "distance", "bounds",
-        "slots", "tickets",
-    ],
-)  # fmt: skip
-def lookup_kernel(
-    source, source_stride, query_row,  # [S, D]; [B], None: row b asks
-    keys, key_stride, radii, count,  # [C, D], [C]; None: all slots
+def as_laid_out(kernel: Any, never: Sequence[str]) -> tuple[Any, Any, Any]:
+    """Return three kernels made of one function, each of which is compiled once for all calls.
+
+    What changes from call to call must not make for another compilation: sizes, whether a small
+    tensor (`never` names these) starts at a multiple of 16 bytes, whether there is something to
+    write. Triton compiles anew for each number that is 1 or becomes a multiple of 16, and for each
+    such address. Here it may look at what all calls of a kernel have in common.
+
+    Returns:
+        The kernel for calls where rows of keys and queries start at multiples of 16 bytes and
+        elements and so do rows of values and outputs, whose elements are side by side; the kernel
+        where that is so of keys and queries; the kernel for any layout. See `lookup.layout_of`.
+    """
+    sizes = ["B", "S", "R", "C", "HOW", "slices", "sketch_slots"]
+    written = ["hidden_row", "hidden_column", "value_row", "value_column", "V"]
+    read = ["source_stride", "key_stride", "D"]
+    tensors = [["hidden", "values"], ["source", "keys"]]
+    never = [*_SMALL, *never]
+    return (
+        triton.jit(kernel, do_not_specialize=sizes, do_not_specialize_on_alignment=never),
+        triton.jit(
+            kernel,
+            do_not_specialize=sizes + written,
+            do_not_specialize_on_alignment=never + tensors[0],
+        ),
+        triton.jit(
+            kernel,
+            do_not_specialize=sizes + written + read,
+            do_not_specialize_on_alignment=never + tensors[0] + tensors[1],
+        ),
+    )
+
+
+def _lookup_kernel(
+    source, source_stride, query_row,  # [S, D]; [B]
+    keys, key_stride, radii, count,  # [C, D], [C]
     index, distance,  # [B]
     bounds, slots, tickets,  # workspace: fp32 [2 B + blocks, slices], int64 [B, slices]; zeros
-    hidden, hidden_row, hidden_column, first_row, last_row,  # [R, V], [B]; None: write nothing
+    hidden, hidden_row, hidden_column, first_row, last_row,  # [R, V], [B]
     values, value_row, value_column,  # [C, V]
     B: tl.int64, S: tl.int64, R: tl.int64, C: tl.int64, D, V,
+    HOW,  # 1: radii decide, 2: there is a count, 4: rows are asked for and written; sums of these.
+    # What there is not is never read, whatever its pointer
     relative, absolute,  # the error of a coarse result, see tiles.error_bound
-    BOUNDED: tl.constexpr,  # radii decide
     DIRECT: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, GROUPS: tl.constexpr,
     PAIRS: tl.constexpr,  # whose s is computed together
@@ -431,22 +491,13 @@ def lookup_kernel(
 ):  # fmt: skip
     slice_id, block = tl.program_id(0), tl.program_id(1)
     slices = tl.num_programs(0)
-    n = C.to(tl.int64)  # the interpreter takes it for an int32
-    if count is not None:
-        n = tl.minimum(tl.maximum(tl.load(count), 0), n)
-    per_slice = tl.cdiv(n, slices)
-    begin = tl.minimum(slice_id * per_slice, n)
-    end = tl.minimum(begin + per_slice, n)
-
+    bounded, counted, writes = _how(HOW)
+    n = _used(count, counted, C)
+    begin, end = _slice(n, slice_id, slices)
     b = block.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    asks, asked = _asked(query_row, b, B, S)
+    asks, asked = _asked(query_row, writes, b, B, S)
     query = source + asked * source_stride
-    square = tl.zeros([BLOCK_B], tl.float32)  # |x|^2, a NaN exactly if the query holds one
-    for start in range(0, D, 128):
-        at = start + tl.arange(0, 128)
-        x = tl.load(query[:, None] + at[None, :], mask=asks[:, None] & (at < D)[None, :], other=0.0)
-        square += tl.sum(x.to(tl.float32) * x.to(tl.float32), axis=1)
-    asks = asks & (square == square)
+    asks, square = _query(query, asks, D)
     end = tl.where(_any(asks, 0), end, begin)  # nothing to scan for
 
     low_1, place_1, low_2, high_1, radius, some_live = _scan(
@@ -455,7 +506,7 @@ def lookup_kernel(
     )  # fmt: skip
     low, high, slot = _resolve(
         low_1, place_1, low_2, high_1, some_live, source, source_stride, asked, asks,
-        keys, key_stride, radii, begin, end, n, D, BOUNDED, BLOCK_B, BLOCK_N, PAIRS,
+        keys, key_stride, radii, begin, end, n, D, bounded, BLOCK_B, BLOCK_N, PAIRS,
     )  # fmt: skip
 
     _keep(bounds, slots, low, high, slot, radius, slice_id, block, slices, b, B)
@@ -463,5 +514,9 @@ def lookup_kernel(
         _answer(
             source, source_stride, query_row, keys, key_stride, radii, index, distance, bounds,
             slots, tickets, hidden, hidden_row, hidden_column, first_row, last_row,
-            values, value_row, value_column, block, slices, B, S, R, D, V, BOUNDED, BLOCK_B, PAIRS,
+            values, value_row, value_column, block, slices, B, S, R, D, V, bounded, writes,
+            BLOCK_B, PAIRS,
         )  # fmt: skip
+
+
+lookup_kernels = as_laid_out(_lookup_kernel, ())

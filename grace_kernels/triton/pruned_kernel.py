@@ -27,11 +27,14 @@ from .lookup_kernel import (
     _answer,
     _any,
     _asked,
+    _how,
     _keep,
     _last_to_arrive,
     _resolve,
     _scan,
     _squared_distances,
+    _used,
+    as_laid_out,
 )
 
 _DIRECTIONS = tl.constexpr(layout.DIRECTIONS)
@@ -252,8 +255,8 @@ def _filter(survivors, found, begin, outliers, scratch, head, tail, scales, radi
 
 
 @triton.jit
-def _score(survivors, found, begin, outliers, source, source_stride, query_row, first_query, B, S,
-           keys, key_stride, radii, D, OWN: tl.constexpr, BLOCK_B: tl.constexpr,
+def _score(survivors, found, begin, outliers, source, source_stride, query_row, writes,
+           first_query, B, S, keys, key_stride, radii, D, OWN: tl.constexpr, BLOCK_B: tl.constexpr,
            PAIRS: tl.constexpr):  # fmt: skip
     """Return s and slot of each query's nearest survivor (OWN: of those that cover the query)."""
     best = tl.full([BLOCK_B], _INF, tl.float32)
@@ -262,7 +265,7 @@ def _score(survivors, found, begin, outliers, source, source_stride, query_row, 
         at = start + tl.arange(0, PAIRS)
         wanted = at < found
         _pair, slot, q = _pairs_at(survivors, at, wanted, begin, outliers, OWN, BLOCK_B)
-        _asks, asked = _asked(query_row, first_query + q, B, S)
+        _asks, asked = _asked(query_row, writes, first_query + q, B, S)
         s = _squared_distances(source + asked * source_stride, keys + slot * key_stride, wanted, D)
         if OWN:
             wanted = wanted & (tl.sqrt_rn(s) <= tl.load(radii + slot, mask=wanted, other=-_INF))
@@ -279,8 +282,8 @@ def _score(survivors, found, begin, outliers, source, source_stride, query_row, 
 
 @triton.jit
 def _reach(asks, wanted, x, low, high, error, scale, affordable, source, source_stride, query_row,
-           first_query, B, S, keys, key_stride, radii, scales, head, tail, radius_bound, outliers,
-           scratch, survivors, n, m, D, BLOCK_B: tl.constexpr, PAIRS: tl.constexpr,
+           writes, first_query, B, S, keys, key_stride, radii, scales, head, tail, radius_bound,
+           outliers, scratch, survivors, n, m, D, BLOCK_B: tl.constexpr, PAIRS: tl.constexpr,
            ROOM: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """Return T [BLOCK_B], within which lies every key that matters to a query (Lemma 20), and a
     bound of all radii.
@@ -311,8 +314,8 @@ def _reach(asks, wanted, x, low, high, error, scale, affordable, source, source_
             reach = tl.maximum(reach, largest)
         else:
             s, hit = _score(
-                survivors, found, n, outliers, source, source_stride, query_row, first_query, B, S,
-                keys, key_stride, radii, D, True, BLOCK_B, PAIRS,
+                survivors, found, n, outliers, source, source_stride, query_row, writes,
+                first_query, B, S, keys, key_stride, radii, D, True, BLOCK_B, PAIRS,
             )  # fmt: skip
             reach = tl.where(hit < _NO_SLOT, tl.maximum(reach, tl.sqrt_rn(s)), reach)
         tl.debug_barrier()  # before the list is written anew
@@ -320,10 +323,10 @@ def _reach(asks, wanted, x, low, high, error, scale, affordable, source, source_
 
 
 @triton.jit
-def _search(coordinates, norm, asks, wanted, source, source_stride, query_row, first_query, B, S,
-            keys, key_stride, radii, scales, head, tail, radius_bound, outliers, scratch, survivors,
-            begin, end, n, m, D, norm_error, spread, BLOCK_B: tl.constexpr, PAIRS: tl.constexpr,
-            ROOM: tl.constexpr, CHUNK: tl.constexpr, SCAN_N: tl.constexpr,
+def _search(coordinates, norm, asks, wanted, source, source_stride, query_row, writes,
+            first_query, B, S, keys, key_stride, radii, scales, head, tail, radius_bound, outliers,
+            scratch, survivors, begin, end, n, m, D, norm_error, spread, BLOCK_B: tl.constexpr,
+            PAIRS: tl.constexpr, ROOM: tl.constexpr, CHUNK: tl.constexpr, SCAN_N: tl.constexpr,
             STAGES: tl.constexpr):  # fmt: skip
     """Look for each query's candidate among slots begin..end-1, all of them covered.
 
@@ -348,8 +351,8 @@ def _search(coordinates, norm, asks, wanted, source, source_stride, query_row, f
 
     reach, largest = _reach(
         asks, wanted & (fails == 0), x, low, high, error, scale, affordable, source, source_stride,
-        query_row, first_query, B, S, keys, key_stride, radii, scales, head, tail, radius_bound,
-        outliers, scratch, survivors, n, m, D, BLOCK_B, PAIRS, ROOM, CHUNK,
+        query_row, writes, first_query, B, S, keys, key_stride, radii, scales, head, tail,
+        radius_bound, outliers, scratch, survivors, n, m, D, BLOCK_B, PAIRS, ROOM, CHUNK,
     )  # fmt: skip
     tl.store(at + _REACH, reach)
 
@@ -381,22 +384,13 @@ def _search(coordinates, norm, asks, wanted, source, source_stride, query_row, f
     overflow = overflow | (left > affordable)
     left = tl.where(overflow, 0, left)
     best, best_slot = _score(
-        survivors, left, begin, outliers, source, source_stride, query_row, first_query, B, S,
-        keys, key_stride, radii, D, False, BLOCK_B, PAIRS,
+        survivors, left, begin, outliers, source, source_stride, query_row, writes,
+        first_query, B, S, keys, key_stride, radii, D, False, BLOCK_B, PAIRS,
     )  # fmt: skip
     return best, best_slot, left, largest, fails | overflow
 
 
-# See lookup_kernel about what is not specialized.
-@triton.jit(
-    do_not_specialize=["B", "S", "R", "C", "sketch_slots"],
-    do_not_specialize_on_alignment=[
-        "query_row", "first_row", "last_row", "radii", "count", "index", "distance", "bounds",
-        "slots", "tickets", "scales", "covered", "radius_bound", "outliers", "counters", "scratch",
-        "survivors",
-    ],
-)  # fmt: skip
-def pruned_kernel(
+def _pruned_kernel(
     source, source_stride, query_row,  # as lookup_kernel, up to `absolute`
     keys, key_stride, radii, count,
     index, distance,
@@ -404,7 +398,7 @@ def pruned_kernel(
     hidden, hidden_row, hidden_column, first_row, last_row,
     values, value_row, value_column,
     B: tl.int64, S: tl.int64, R: tl.int64, C: tl.int64, D, V,
-    relative, absolute,
+    HOW, relative, absolute,
     centre, directions, scales, head, tail, covered, radius_bound, outliers, counters,
     scratch, survivors,  # workspace of each program: fp32 [BLOCK_B, QUERY_FLOATS], int32 [ROOM]
     sketch_slots: tl.int64,  # that head and tail have memory for
@@ -418,9 +412,8 @@ def pruned_kernel(
 ):  # fmt: skip
     slice_id, block = tl.program_id(0), tl.program_id(1)
     slices = tl.num_programs(0)
-    n = C.to(tl.int64)  # the interpreter takes it for an int32
-    if count is not None:
-        n = tl.minimum(tl.maximum(tl.load(count), 0), n)
+    bounded, counted, writes = _how(HOW)
+    n = _used(count, counted, C)
     m = tl.minimum(tl.maximum(tl.load(covered), 0), tl.minimum(n, sketch_slots.to(tl.int64)))
     per_slice = tl.cdiv(tl.cdiv(n, slices), _BLOCK) * _BLOCK
     begin = tl.minimum(slice_id * per_slice, n)
@@ -431,7 +424,7 @@ def pruned_kernel(
 
     first_query = block.to(tl.int64) * BLOCK_B
     b = first_query + tl.arange(0, BLOCK_B)
-    asks, asked = _asked(query_row, b, B, S)
+    asks, asked = _asked(query_row, writes, b, B, S)
     query = source + asked * source_stride
     wanted = (begin < end) & (end <= m)
     coordinates, norm, square = _coordinates(
@@ -440,8 +433,8 @@ def pruned_kernel(
     )  # fmt: skip
     asks = asks & (square == square)
     best, best_slot, scored, largest, scan = _search(
-        coordinates, norm, asks, wanted, source, source_stride, query_row, first_query, B, S,
-        keys, key_stride, radii, scales, head, tail, radius_bound, outliers, scratch, survivors,
+        coordinates, norm, asks, wanted, source, source_stride, query_row, writes, first_query, B,
+        S, keys, key_stride, radii, scales, head, tail, radius_bound, outliers, scratch, survivors,
         begin, end, n, m, D, norm_error, spread, BLOCK_B, PAIRS, ROOM, CHUNK, SCAN_N, SCAN_STAGES,
     )  # fmt: skip
     # A slice that is scanned has other candidates, later.
@@ -458,7 +451,7 @@ def pruned_kernel(
     )  # fmt: skip
     low, high, slot = _resolve(
         low_1, place_1, low_2, high_1, some_live, source, source_stride, asked, asks,
-        keys, key_stride, radii, begin, scan_end, n, D, True, BLOCK_B, BLOCK_N, PAIRS,
+        keys, key_stride, radii, begin, scan_end, n, D, bounded, BLOCK_B, BLOCK_N, PAIRS,
     )  # fmt: skip
     tl.debug_barrier()
     if scan_end > begin:
@@ -466,12 +459,19 @@ def pruned_kernel(
         asking = tl.sum(asks.to(tl.int64), axis=0)
         tl.atomic_add(counters + 3, asking * (scan_end - begin), sem="relaxed")
     if _last_to_arrive(tickets, block, slices):
-        one_asks, _row = _asked(query_row, b, B, S)
+        one_asks, _row = _asked(query_row, writes, b, B, S)
         asking = tl.sum(one_asks.to(tl.int64), axis=0)
         tl.atomic_add(counters, asking, sem="relaxed")
         tl.atomic_add(counters + 1, asking * m, sem="relaxed")
         _answer(
             source, source_stride, query_row, keys, key_stride, radii, index, distance, bounds,
             slots, tickets, hidden, hidden_row, hidden_column, first_row, last_row,
-            values, value_row, value_column, block, slices, B, S, R, D, V, True, BLOCK_B, PAIRS,
+            values, value_row, value_column, block, slices, B, S, R, D, V, bounded, writes,
+            BLOCK_B, PAIRS,
         )  # fmt: skip
+
+
+pruned_kernels = as_laid_out(
+    _pruned_kernel,
+    ("scales", "covered", "radius_bound", "outliers", "counters", "scratch", "survivors"),
+)

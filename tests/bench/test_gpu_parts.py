@@ -20,6 +20,7 @@ from benchmarks import (
     gpu_edits,
     gpu_operators,
     gpu_pruned,
+    gpu_tiles,
     page,
     pictures,
     suite,
@@ -29,11 +30,13 @@ from benchmarks.gate import right_answers
 from benchmarks.markdown import figure, times
 from benchmarks.measurements import Measurement, Run, Settings, read, select
 from benchmarks.peers import Book
+from grace_kernels.triton import forms, tiles
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 OURS = gpu.ours(CPU)[0]
 FORMS = ("", ", exact-always", ", apart", ", rows", ", apart, rows", ", coordinates")
+TRITON = [gpu_tiles.NOW, gpu_tiles.BEFORE, gpu_tiles.APART]
 ON_CUDA = Settings("cuda")
 
 
@@ -83,7 +86,7 @@ def test_every_part_of_a_rehearsal_is_measured_and_ours_are_exact(run: Run) -> N
         ("lookup", {OURS}),
         ("adapt_", {OURS}),
         ("pruned", {OURS, f"{OURS}, sketch"}),
-        ("forms", {f"cuda{of}" for of in FORMS}),
+        ("forms", {*(f"cuda{of}" for of in FORMS), *TRITON}),
     ):
         found = {(one.name, one.cache) for one in mine if one.part == part}
         assert found == {(name, cache) for name in names for cache in ("cold", "warm", "eager")}
@@ -239,6 +242,29 @@ def test_what_the_time_does_not_reach_is_named_and_no_failure(
     given = ["--device", "rehearsal", "--parts", "pruned", "--seconds", "-1"]
     assert command.main([*given, "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out.endswith("not run: 2\n")
+
+
+def test_triton_is_timed_with_both_tiles_where_they_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, radii = torch.zeros(1, 1, dtype=torch.bfloat16), torch.zeros(1)
+    book, query = Book(keys.expand(100_000, 768), radii.expand(100_000)), keys.expand(8, 768)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    on_a_gpu = torch.device("cuda")
+    timed = gpu_tiles.contestants([(book, query)], on_a_gpu)
+    assert list(timed) == TRITON
+    few = Book(book.keys[:1000], book.radii[:1000])
+    assert list(gpu_tiles.contestants([(few, query)], on_a_gpu)) == [TRITON[0], TRITON[2]]
+    other = Book(book.keys[:999], book.radii[:999])
+    assert gpu_tiles.contestants([(other, query)], on_a_gpu) == {}
+    asked = (9, 0), 2, 8, 100_000, 768
+    now = tiles.choose(*asked)
+    monkeypatch.setattr(tiles, "choose", tiles.choose)  # given back as it is
+    gpu_tiles.use(gpu_tiles.BEFORE)
+    assert tiles.choose(*asked) == tiles.choose((9, 0), 2, 8) != now
+    gpu_tiles.use(gpu_tiles.APART)
+    assert forms.apart()
+    gpu_tiles.use(gpu_tiles.NOW)
+    assert tiles.choose(*asked) == now
+    assert not forms.apart()
 
 
 def test_the_most_telling_shapes_come_first_and_none_is_lost() -> None:

@@ -1,7 +1,9 @@
 """Compile the Triton kernel ahead of time, without a GPU, and check what comes out.
 
 For each architecture, each element type, each row of the tile table and each operation, compiled
-exactly as the launcher would launch it:
+exactly as the launcher would launch it. nearest, lookup and adapt_ are one kernel, and so are the
+two operations with a sketch; `apart` is a lookup in that form, two kernels (forms.py), of which the
+first one's registers are told. The checks:
 
 * no spills to local memory, shared memory within what a block may have;
 * the loops over the keys have no 64-bit floating point, and load or copy keys 16 bytes at a time;
@@ -26,23 +28,31 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from grace_kernels.sketch import Sketch
+from grace_kernels.triton import forms, tiles
 from grace_kernels.triton import lookup as launcher
-from grace_kernels.triton import tiles
-from grace_kernels.triton.lookup_kernel import lookup_kernel
-from grace_kernels.triton.pruned_kernel import pruned_kernel
+from grace_kernels.triton.apart_kernel import answer_kernels, scan_kernels
+from grace_kernels.triton.lookup_kernel import lookup_kernels
+from grace_kernels.triton.pruned_kernel import pruned_kernels
 
 ARCHITECTURES = (80, 90, 100)
 DTYPES = ("bfloat16", "float16", "float32")
-OPERATIONS = ("nearest", "lookup", "adapt_", "pruned_lookup", "pruned_adapt_")
+OPERATIONS = ("lookup", "pruned_lookup", "apart")
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 SMALL_LIMIT = 99 << 10  # of sm_86, sm_89 and sm_120, which have the rows of sm_80
 DIM = 4096
+KERNELS = {
+    "lookup_kernels": lookup_kernels,
+    "pruned_kernels": pruned_kernels,
+    "scan_kernels": scan_kernels,
+    "answer_kernels": answer_kernels,
+}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -79,8 +89,8 @@ class Outcome:
     faults: list[str] = field(default_factory=list)
 
 
-def compiled(architecture: int, dtype: torch.dtype, operation: str, batch: int) -> Any:
-    """Return the kernel that the launcher launches for `batch` queries."""
+def compiled(architecture: int, dtype: torch.dtype, operation: str, tile: tiles.Tile) -> list[Any]:
+    """Return the kernels that the launcher launches with a tile, for all queries it takes."""
     driver.set_active(Pretended(architecture))
     made = []
 
@@ -94,27 +104,20 @@ def compiled(architecture: int, dtype: torch.dtype, operation: str, batch: int) 
             )
 
     capability = (architecture // 10, architecture % 10)
+    batch = tile.batch or 4096
     query, keys = torch.zeros(batch, DIM, dtype=dtype), torch.zeros(300, DIM, dtype=dtype)
     codebook = (keys, torch.zeros(300))
     count = torch.tensor(200)
     sketch = Sketch(300, DIM, dtype).tensors() if operation.startswith("pruned") else ()
-    before = launcher.machine, launcher.lookup_kernel, launcher.pruned_kernel
-    launcher.machine = lambda device: (capability, 132)
-    launcher.lookup_kernel = Recorder(lookup_kernel)
-    launcher.pruned_kernel = Recorder(pruned_kernel)
-    answer = getattr(launcher, operation)
-    try:
-        if operation.endswith("adapt_"):
-            rows = torch.zeros(batch, dtype=torch.int64)
-            hidden = torch.zeros(batch, DIM, dtype=dtype)
-            answer(
-                hidden, query, rows, rows, rows, *codebook, torch.zeros_like(keys), count, *sketch
-            )
-        else:
-            answer(query, *codebook, count, *sketch)
-    finally:
-        launcher.machine, launcher.lookup_kernel, launcher.pruned_kernel = before
-    return made[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launcher, "machine", lambda device: (capability, 132))
+        patch.setattr(tiles, "choose", lambda *_: tile)
+        for name, kernels in KERNELS.items():
+            patch.setattr(launcher, name, [Recorder(kernel) for kernel in kernels])
+        forms.use("apart" if operation == "apart" else "")
+        answer = launcher.pruned_lookup if sketch else launcher.lookup
+        answer(query, *codebook, count, *sketch)
+    return made
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
@@ -156,15 +159,24 @@ def loops(ptx: str) -> list[str]:
     return ["\n".join(lines[first : last + 1]) for first, last in inner]
 
 
-def check(architecture: int, dtype: str, operation: str, tile: tiles.Tile, batch: int) -> Outcome:
+def check(architecture: int, dtype: str, operation: str, tile: tiles.Tile) -> Outcome:
     """Compile one row of the table and look at it."""
     name = f"{'direct' if tile.direct else 'dot'} {tile.queries}x{tile.keys}x{tile.elements}"
     batches = "any" if tile.batch is None else str(tile.batch)
+    batches += "" if tile.slots == 0 else f", {tile.slots} keys up"
+    batches += "" if tile.width is None else f", {tile.width} wide"
     row = Outcome(f"sm_{architecture}", dtype, operation, batches, name)
     size = getattr(torch, dtype).itemsize
-    kernel = compiled(architecture, getattr(torch, dtype), operation, batch)
-    row.registers, row.spill_bytes = resources(kernel.asm["cubin"])
-    row.shared_bytes = kernel.metadata.shared
+    made = compiled(architecture, getattr(torch, dtype), operation, tile)
+    needs = [resources(kernel.asm["cubin"]) for kernel in made]
+    row.registers, row.spill_bytes = needs[0]
+    # To save registers ptxas itself keeps a little of the kernel that answers in memory, once for
+    # each query.
+    if any(spilled > 64 for _, spilled in needs[1:]):
+        row.faults.append("what answers spills")
+    row.shared_bytes = made[0].metadata.shared
+    if operation == "apart" and architecture >= 90:
+        tile = forms.scanning(tile, size)
     if row.spill_bytes > 0:
         row.faults.append(f"spills {row.spill_bytes} bytes")
     limit = SHARED_LIMIT[architecture] if architecture != 80 else SMALL_LIMIT
@@ -174,7 +186,7 @@ def check(architecture: int, dtype: str, operation: str, tile: tiles.Tile, batch
     # A loop over the keys forms products in fp32 or on tensor cores, and loads a tile of keys. What
     # is summed in fp64, in loops of its own, is the exact distance of a few candidates.
     wide_enough = tile.keys * tile.elements * size / (16 * 32 * tile.warps)
-    for text in loops(kernel.asm["ptx"]):
+    for text in loops(made[0].asm["ptx"]):
         products = re.search(r"wgmma|mma\.sync|tcgen05\.mma|(fma|mul)\S*\.f32", text)
         wide = len(re.findall(r"ld\.global\S*\.v4\.b32|cp\.async\.c[ga]\S* .*, 0x10", text))
         if products and wide >= wide_enough and ".f64" not in text:
@@ -182,14 +194,14 @@ def check(architecture: int, dtype: str, operation: str, tile: tiles.Tile, batch
             row.wide_loads = max(row.wide_loads, wide)
         if re.search(r"wgmma|mma\.sync|tcgen05\.mma", text) and ".f64" in text:
             row.faults.append("fp64 in a loop with tensor cores")
-    ptx = kernel.asm["ptx"]
+    ptx, one = "\n".join(kernel.asm["ptx"] for kernel in made), len(made) == 1
     for what, pattern, wanted in (
         ("fused fp64", r"fma\S*\.f64", False),
         ("flushing of subnormals", r"\.ftz\b", False),
         ("fp64 products", r"mul\S*\.f64", True),
         ("a correctly rounded root", r"sqrt\.rn\.f32", True),
-        ("a counter with acquire and release", r"atom\.global\S*\.acq_rel\S*\.add", True),
-        ("loads of partials past the first cache", r"ld\.global\.cg", True),
+        ("a counter with acquire and release", r"atom\.global\S*\.acq_rel\S*\.add", one),
+        ("loads of partials past the first cache", r"ld\.global\.cg", one),
     ):
         if bool(re.search(pattern, ptx)) != wanted:
             row.faults.append(f"{'no ' if wanted else ''}{what}")
@@ -216,7 +228,9 @@ def main() -> int:
             table = tiles.table((architecture // 10, architecture % 10))[size]
             for tile in table[: 1 if options.first_row else None]:
                 for operation in options.operation:
-                    row = check(architecture, dtype, operation, tile, tile.batch or 4096)
+                    if tile.slots and operation.startswith("pruned"):
+                        continue  # few keys are left
+                    row = check(architecture, dtype, operation, tile)
                     rows.append(row)
                     print(
                         f"{row.architecture} {row.dtype:8} {row.operation:13} "

@@ -32,8 +32,10 @@ if importlib.util.find_spec("triton") is not None:
 FORMS = ("exact-always,coordinates", "apart,rows")
 """Of the CUDA kernels, those that are off by default (csrc/cuda/forms.h): what goes together."""
 ON_GPU = ["triton-gpu", "cuda-gpu", *(f"cuda-gpu-{forms}" for forms in FORMS)]
+TRITON_APART = "triton-gpu-apart"
+"""Asked for by what wants a `place`; the other tests would take too long to compile for it too."""
 PLACES_ON = {
-    True: ON_GPU,
+    True: [*ON_GPU, TRITON_APART],
     False: ["cpu" if COMPILED else "reference", *ON_CPU[1 + len(ISAS) :]],
 }
 
@@ -52,6 +54,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         names = PLACES_ON[gpu]
         if "too_long_interpreted" in marks:
             names = [name for name in names if name != "triton"]
+        if "sketch" in metafunc.function.__name__:  # with one this form is not another
+            names = [name for name in names if name != TRITON_APART]
         metafunc.parametrize("place", on_this(metafunc.config, names), indirect=True)
     if "backend" not in metafunc.fixturenames:
         return
@@ -108,7 +112,8 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     """An implementation and its device, in its form."""
     with answering(request.param) as found, found.in_use():
         if found.forms:
-            monkeypatch.setenv("GRACE_KERNELS_CUDA_FORMS", found.forms)  # of what the test starts
+            variable = f"GRACE_KERNELS_{found.backend.upper()}_FORMS"
+            monkeypatch.setenv(variable, found.forms)  # of what the test starts
         yield found
 
 

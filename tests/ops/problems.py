@@ -18,6 +18,7 @@ from torch import Tensor
 import grace_kernels
 from grace_kernels import Backend, Sketch, testing
 from grace_kernels.testing import Draw
+from grace_kernels.triton import forms as triton_forms
 
 CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -36,7 +37,8 @@ Tensors = tuple[Tensor, ...]
 class Place:
     """An implementation, the device it runs on, and the one that says what is right on a CPU.
 
-    `forms`: of the CUDA kernels, those of csrc/cuda/forms.h that are to be in use.
+    `forms`: of its kernels, those that are to be in use: of csrc/cuda/forms.h or of
+    grace_kernels/triton/forms.py.
     """
 
     device: torch.device
@@ -50,11 +52,12 @@ class Place:
         if not self.forms:
             yield
             return
-        torch.ops.grace_cuda_forms.use(self.forms)
+        use = triton_forms.use if self.backend == "triton" else torch.ops.grace_cuda_forms.use
+        use(self.forms)
         try:
             yield
         finally:
-            torch.ops.grace_cuda_forms.use("")
+            use("")
 
     @property
     def gpu(self) -> bool:

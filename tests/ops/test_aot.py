@@ -29,9 +29,9 @@ def python(*arguments: str, package: Path = ROOT) -> subprocess.CompletedProcess
 @pytest.mark.parametrize(
     "which",
     [
-        "--arch 90 --dtype bfloat16 --operation adapt_",
-        "--arch 90 --dtype float32 --operation adapt_",
-        "--arch 90 --dtype float16 --operation nearest --first-row",
+        "--arch 90 --dtype bfloat16 --operation lookup",
+        "--arch 90 --dtype float32 --operation lookup",
+        "--arch 90 --dtype float16 --operation apart --first-row",
         "--arch 80 100 --dtype bfloat16 --operation lookup --first-row",
     ],
 )
@@ -70,45 +70,82 @@ def test_the_check_sees_what_the_interpreter_cannot(
     assert fault in done.stderr
 
 
-def test_neither_more_entries_nor_another_batch_of_a_tile_compiles_anew() -> None:
+def test_a_process_compiles_few_kernels_whatever_it_is_given() -> None:
     done = python(
         "-c",
         textwrap.dedent(
             """
+            import itertools
             import torch
             import check_aot
-            from grace_kernels.triton import lookup as launcher
-            from grace_kernels.triton.lookup_kernel import lookup_kernel
+            from triton import knobs
             from triton.runtime import driver
+            from grace_kernels.sketch import Sketch
+            from grace_kernels.triton import lookup as launcher
 
             driver.set_active(check_aot.Pretended(90))
             launcher.machine = lambda device: ((9, 0), 132)
+            kernels = set()
 
-            class Warm:
-                def __getitem__(self, grid):
-                    return lambda *a, **k: lookup_kernel.warmup(*a, grid=grid, **k)
+            def compiles(*, key, fn, **about):
+                kernels.add((id(fn.jit_function), key))
+                return True  # and does not: what would be compiled is what is counted
 
-            launcher.lookup_kernel = Warm()
+            knobs.runtime.jit_cache_hook = compiles
 
-            def compiled():
-                return sum(len(cache[0]) for cache in lookup_kernel.device_caches.values())
+            def rows(n, width, layout, dtype=torch.float32):
+                if layout == "turned":
+                    return torch.zeros(width, n, dtype=dtype).t()
+                gap, shift = {"plain": (0, 0), "odd": (5, 0), "wide": (32, 0), "shifted": (0, 3)}[
+                    layout
+                ]
+                flat = torch.zeros(n * (width + gap) + 64, dtype=dtype)[shift:]
+                return flat.as_strided((n, width), (width + gap, 1), shift)
 
-            def serve(entries, batch, rows, shift):
-                keys, values = torch.zeros(entries, 64), torch.zeros(entries, 32)
+            def serve(entries=16, batch=8, dim=64, width=32, keys="plain", source="plain",
+                      values="plain", hidden="plain", shift=0, counted=True, into=40):
+                keys, values = rows(entries, dim, keys), rows(entries, width, values)
+                source, hidden = rows(into, dim, source), rows(into, width, hidden)
                 numbers = torch.zeros(batch + 1, dtype=torch.int64)[shift : batch + shift]
-                hidden, source = torch.zeros(rows, 32), torch.zeros(rows, 64)
-                launcher.adapt_(hidden, source, numbers, numbers, numbers, keys,
-                                torch.zeros(entries), values, torch.tensor(entries))
+                radii = torch.zeros(entries + 1)[shift : entries + shift]
+                count = torch.tensor([0, entries])[1] if counted else None
+                launcher.adapt_(
+                    hidden, source, numbers, numbers, numbers, keys, radii, values, count
+                )
+                query = source[:1].expand(batch, dim)
+                launcher.lookup(query, keys, radii, count)
+                launcher.nearest(query, keys, radii, count)
 
-            serve(16, 8, 40, 0)
-            assert compiled() == 1, compiled()
-            for entries, batch, rows, shift in (
-                (1, 8, 40, 0), (17, 8, 40, 0), (4096, 8, 40, 0), (16, 5, 41, 0), (16, 16, 1, 1),
+            for how in ({}, {"entries": 1}, {"entries": 17}, {"entries": 3000}, {"batch": 5},
+                        {"batch": 16, "shift": 1}, {"into": 41}, {"into": 1}, {"counted": False},
+                        {"keys": "wide"}, {"values": "wide", "hidden": "wide"}, {"dim": 128},
+                        {"width": 64}):
+                serve(**how)
+                assert len(kernels) == 1, (how, len(kernels))
+            for width, values, hidden in itertools.product(
+                (1, 7, 32), ("plain", "odd", "shifted", "turned"), ("plain", "odd", "turned")
             ):
-                serve(entries, batch, rows, shift)
-                assert compiled() == 1, (entries, batch, rows, shift)
-            serve(16, 2, 40, 0)
-            assert compiled() == 2, "another tile is another kernel"
+                serve(width=width, values=values, hidden=hidden)
+                assert len(kernels) <= 2, (width, values, hidden, len(kernels))
+            assert len(kernels) == 2
+            for dim, keys, source, width, hidden in itertools.product(
+                (1, 2, 16, 31), ("plain", "odd", "shifted"), ("plain", "odd", "shifted"), (1, 32),
+                ("plain", "turned"),
+            ):
+                serve(dim=dim, keys=keys, source=source, width=width, hidden=hidden)
+                assert len(kernels) <= 3, (dim, keys, source, width, hidden, len(kernels))
+            assert len(kernels) == 3
+            for entries, batch in ((16, 2), (4000, 2), (4000, 8)):  # one has no tile for many keys
+                serve(entries=entries, batch=batch)
+            assert len(kernels) == 4, "another tile is another kernel"
+
+            kernels.clear()
+            for dim, counted, shift in itertools.product((64, 128, 33, 1), (True, False), (0, 1)):
+                sketch = Sketch(96, dim, torch.float32).tensors()
+                keys, query = torch.zeros(96, dim), torch.zeros(8 * dim + 1)[shift:]
+                launcher.pruned_lookup(query[: 8 * dim].view(8, dim), keys, torch.zeros(96),
+                                       torch.tensor(9) if counted else None, *sketch)
+            assert len(kernels) == 2, kernels
             """
         ),
     )

@@ -138,14 +138,14 @@ def test_a_call_on_a_gpu_is_answered_by_what_was_chosen() -> None:
     expected = grace_kernels.lookup(p["source"], p["keys"], p["radii"], p["count"])
     launched = []
     with interpreter.interpreting() as launcher, pytest.MonkeyPatch.context() as patch:
-        kernel = launcher.lookup_kernel
+        kernel = launcher.lookup_kernels[2]
 
         class Watched:
             def __getitem__(self, grid: tuple[int, ...]) -> Any:
                 launched.append(grid)
                 return kernel[grid]
 
-        patch.setattr(launcher, "lookup_kernel", Watched())
+        patch.setattr(launcher, "lookup_kernels", [Watched()] * 3)
         # What the dispatcher calls for tensors on a GPU, called with tensors on a CPU.
         on_a_gpu = ops.lookup._op_dk
         index, distance = on_a_gpu(
@@ -203,6 +203,25 @@ def test_warming_up_calls_every_operator_for_every_batch_size() -> None:
     assert names == {"nearest", "lookup", "adapt_"}
     assert {size for _, size, _ in calls.seen} == {1, 5}
     assert len(calls.seen) == 12
+
+
+@pytest.mark.parametrize("dim", [32, 7])
+def test_warming_up_as_on_a_gpu_meets_many_entries_in_little_memory(
+    monkeypatch: pytest.MonkeyPatch, dim: int
+) -> None:
+    monkeypatch.setattr("grace_kernels.api.WARM_ENTRIES", (5000,))
+    asked: list[torch.Tensor] = []
+
+    def seen(query: torch.Tensor, keys: torch.Tensor, *rest: Any, **how: Any) -> None:
+        asked.append(keys)
+
+    monkeypatch.setattr("grace_kernels.api.lookup", seen)
+    grace_kernels.warmup(dim, 16, torch.bfloat16, "cpu", (3,))  # the other two do answer
+    for keys in asked:
+        assert keys.shape == (5000, dim)
+        assert keys.untyped_storage().nbytes() < 200_000
+        assert (keys.stride(0) % 16 == 0) == (dim % 16 == 0)
+    assert len(asked) == 2
 
 
 def test_warming_up_refuses_what_cannot_be() -> None:

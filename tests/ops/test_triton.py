@@ -23,11 +23,12 @@ import grace_kernels
 from grace_kernels.testing import same_bits, ties_within_rounding
 
 from . import interpreter
+from .problems import Place
 from .test_adapt import expected_hidden, problem, rows
 
 pytest.importorskip("triton")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-BATCHES = [1, 2, 4, 9, 20, 40, 70]  # one or more for each row of the table of tiles
+BATCHES = [1, 2, 4, 9, 20, 40, 70]  # one or more for each row of the table for few keys
 
 
 @pytest.fixture
@@ -76,6 +77,24 @@ def test_every_tile_answers_over_several_tiles_slices_and_blocks(
 ) -> None:
     query, keys, radii = codebook(dtype, batch, 280, 257)
     index = agree(query, keys, radii)
+    assert batch < 9 or {-1} < set(index.tolist())
+
+
+@pytest.mark.parametrize(
+    ("batch", "dim"), [(1, 1800), (1, 48), (9, 48), (20, 48), (40, 48), (200, 48)]
+)
+def test_many_keys_have_tiles_of_their_own(place: Place, batch: int, dim: int) -> None:
+    if place.backend != "triton":
+        pytest.skip("the others have no tiles")
+    query, keys, radii = codebook(torch.bfloat16, batch, 3300, dim)
+    query, keys, radii, count = (
+        t.to(place.device) for t in (query, keys, radii, torch.tensor(3201))
+    )
+    index, distance = grace_kernels.lookup(query, keys, radii, count, backend="triton")
+    on_a_cpu = (t.cpu() for t in (query, keys, radii, count))
+    expected = grace_kernels.lookup(*on_a_cpu, backend=place.truth)
+    assert torch.equal(index.cpu(), expected[0])
+    assert same_bits(distance.cpu(), expected[1])
     assert batch < 9 or {-1} < set(index.tolist())
 
 
@@ -173,10 +192,12 @@ def test_the_tables_take_every_batch_with_a_bound_below_one_percent(triton: Modu
     tiles = triton.tiles
     for capability in ((7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)):
         for size, table in tiles.table(capability).items():
-            batches = [tile.batch for tile in table]
-            assert batches == sorted(batches[:-1]) + [None]
+            for few in (True, False):
+                batches = [t.batch for t in table if (t.slots == 0) == few and t.width is None]
+                assert batches == [*sorted(batches[:-1]), None] or not (few or batches)
             for tile in table:
-                assert tiles.choose(capability, size, tile.batch or 10**6) == tile
+                asked = size, tile.batch or 10**6, tile.slots, tile.width or 10**6
+                assert tiles.choose(capability, *asked) == tile
                 assert not tile.direct or tile.groups == tile.keys
                 for dim in (1, 768, 4096, 11008):
                     relative, absolute = tiles.error_bound(tile, dim, size)
@@ -193,6 +214,8 @@ def test_the_slices_follow_the_capacity_and_stay_countable(triton: ModuleType) -
     assert triton.slices_of(tile, 10**6, 768, 1, 132) == 264
     assert triton.slices_of(tile, 2**31, 64, 1, 1) == 2
     assert triton.slices_of(tile, 2**31, 11008, 4096, 1) == 6
+    many = triton.tiles.choose((9, 0), 2, 1, 10**5, 768)
+    assert triton.slices_of(many, 10**4, 768, 1, 132) == 79
     wide = triton.tiles.choose((9, 0), 2, 4096)
     assert triton.slices_of(wide, 10**6, 768, 4096, 132) == 2
 
@@ -223,6 +246,7 @@ def test_outputs_and_workspace_may_hold_anything_before_and_tickets_are_zero_aft
         query, keys, radii = codebook(torch.float16, batch, 130, 20)
         agree(query, keys, radii, count=100)
         agree(query, keys, radii, count=0)
+        agree(query, keys, radii)
     counters = triton.tickets.take(torch.device("cpu"), 3)
     assert counters.tolist() == [0] * len(counters)
 
@@ -272,7 +296,7 @@ def test_queries_beyond_one_launch_are_answered_too(
     query, keys, radii = codebook(torch.float32, 11, 40, 20)
     agree(query, keys, radii)
     p = problem()
-    kernel, launches = triton.lookup_kernel, []
+    kernel, launches = triton.lookup_kernels[2], []
 
     class SecondFails:
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
@@ -282,7 +306,7 @@ def test_queries_beyond_one_launch_are_answered_too(
             return kernel[grid]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton, "lookup_kernel", SecondFails())
+        patch.setattr(triton, "lookup_kernels", [SecondFails()] * 3)
         with pytest.raises(RuntimeError, match="first 4 queries were answered"):
             grace_kernels.adapt_(**problem(), backend="triton")
     expected = expected_hidden(p)
@@ -336,7 +360,7 @@ def test_a_launch_that_fails_says_so_and_writes_nothing(
         def __getitem__(self, grid: tuple[int, ...]) -> Any:
             raise OSError("out of resources")
 
-    monkeypatch.setattr(triton, "lookup_kernel", Broken())
+    monkeypatch.setattr(triton, "lookup_kernels", [Broken()] * 3)
     p = problem()
     before = p["hidden"].clone()
     with pytest.raises(RuntimeError, match=r"did not start on cpu.*out of resources"):
@@ -380,7 +404,7 @@ def test_a_tile_spreads_its_rows_over_groups_without_losing_one(
 ) -> None:
     # Every row of a tile in turn is the nearest, in every place, beside two rows nearly as near.
     table = triton.tiles.table((9, 0))[2]
-    (tile,) = (t for t in table if t.batch == 16)
+    (tile,) = (t for t in table if t.batch == 16 and not t.slots)
     monkeypatch.setattr(triton.tiles, "choose", lambda *_: replace(tile, keys=32, groups=8))
     keys = torch.zeros(96, 20)
     keys[:, 0] = 10.0
