@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +74,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     [
         pytest.param(0, "default", 9.0, 0, id="islands far apart"),
         pytest.param(1, "default", 3.0, 0, id="islands that touch"),
+        pytest.param(4, "default", 0.4, 0, id="all near each other"),
         pytest.param(2, "nearest", 3.0, 0, id="the nearest decides"),
         pytest.param(3, "default", 9.0, 8, id="with imported edits"),
     ],
@@ -114,7 +117,55 @@ def test_deleting_gives_to_the_bit_what_replaying_everything_gives(
             book.undo()
             assert state(book) == before
         stream.insert(book)
-    assert parts >= (5 if imports or apart == 3.0 else 8)
+    assert parts >= (5 if imports else 8)
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype", "scale", "offset"),
+    [
+        pytest.param(3, torch.float32, 1.0, 0.0, id="few numbers"),
+        pytest.param(300, torch.float32, 1.0, 0.0, id="many numbers"),
+        pytest.param(40, torch.float32, 1.0, 2000.0, id="near each other and far from others"),
+        pytest.param(40, torch.float32, 1e-20, 0.0, id="squares too small for float32"),
+        pytest.param(40, torch.bfloat16, 1.0, 3.0, id="bfloat16"),
+    ],
+)
+def test_linked_edits_are_decided_by_products_as_by_every_distance(
+    dim: int,
+    dtype: torch.dtype,
+    scale: float,
+    offset: float,
+    monkeypatch: pytest.MonkeyPatch,
+    replayed: list[int],
+) -> None:
+    source, chance = torch.Generator().manual_seed(dim), random.Random(dim)
+    reach = scale * math.sqrt(2 * dim)  # about how far they are from each other
+    queries = scale * torch.randn(100, dim, generator=source)
+    queries[:20] += offset
+    book = Codebook(dim, VALUE_DIM, dtype=dtype, radius=0.7 * reach, capacity=4)
+    for query in queries.to(dtype):
+        own = chance.choice([None, None, 0.4 * reach])
+        label = [chance.randrange(4)]
+        book.insert(query, label, torch.zeros(VALUE_DIM, dtype=dtype), radius=own)
+    assert {edit.result.case for edit in book.history} >= {"split", "expand"}
+    for id in chance.sample(range(20, 100), 6):
+        expected = anew(book, id, monkeypatch)
+        assert touched(book.storage, id) is None
+        del replayed[:]
+        book.delete(id)
+        assert replayed == []
+        assert content(book) == content(expected)
+        assert by_id(book) == by_id(expected)
+    book.check()
+
+
+def test_queries_too_large_to_be_multiplied_are_replayed(replayed: list[int]) -> None:
+    book = Codebook(2, VALUE_DIM, radius=1e30)
+    for x in (0.0, 1e19, 2.2e19):
+        book.insert(torch.tensor([x, 0.0]), [1], torch.zeros(VALUE_DIM))
+    book.delete(1)
+    assert len(replayed) == 1
+    book.check()
 
 
 @pytest.mark.parametrize("apart", [9.0, 3.0], ids=["islands far apart", "islands that touch"])

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Collection
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -54,15 +53,14 @@ class Rehearsal(Storage):
         queries = queries.contiguous()
         self._names = _Names(queries)
         self._bounds = _Bounds(queries, self._names.each)
-        self.slots = self._own_slots = _Slots(queries, self.journal)
-        self.queries = self._own_queries = _Queries(queries, self._bounds, self.journal)
+        each = list(queries)
+        self.slots = self._own_slots = _Slots(each, self.journal)
+        self.queries = self._own_queries = _Queries(queries, each, self._bounds, self.journal)
         self._no_value = torch.zeros(1)
 
     def enter(self, edit: Edit) -> Edit:
         """Take in the edit of the next query, which is not live yet; return its record."""
-        edit = replace(
-            edit, state="live", slot=-1, superseded_by=None, query_index=self.queries.count
-        )
+        edit = edit.but(state="live", slot=-1, superseded_by=None, query_index=self.queries.count)
         self.queries.count += 1
         self._own_queries.owners_of.append(edit.id)
         self.put_edit(edit)
@@ -75,7 +73,7 @@ class Rehearsal(Storage):
             Entry(edit.label, edit.value_id, edit.id, (edit.id,)), query, self._no_value, radius
         )
         self.queries.set_answer(edit.query_index, slot, 0.0)
-        self.put_edit(replace(edit, slot=slot))
+        self.put_edit(edit.but(slot=slot))
 
     def ask(self, edit: Edit) -> None:
         """Be ready for what the making of an edit will look up."""
@@ -182,9 +180,9 @@ class _Unnoted(Journal):
 class _Slots(Slots):
     """Radii and numbers of labels alone, one place for each query."""
 
-    def __init__(self, queries: Tensor, journal: Journal) -> None:
+    def __init__(self, keys: list[Tensor], journal: Journal) -> None:
         super().__init__(1, 1, 1, torch.float32, torch.float32, "cpu", journal)
-        count, self._queries = len(queries), queries
+        count, self._keys = len(keys), keys
         self.each_radius = [-math.inf] * count
         self.labels = np.full(count, -1, dtype=np.int64)
         self._closed = np.full(count, math.inf, dtype=np.float32)
@@ -196,7 +194,7 @@ class _Slots(Slots):
 
     def key(self, slot: int) -> Tensor:
         """Return the key `[D]` of a slot."""
-        return self._queries[slot]
+        return self._keys[slot]
 
     def radius(self, slot: int) -> float:
         """Return the radius of a slot; -inf: it is dead."""
@@ -218,9 +216,11 @@ class _Slots(Slots):
 class _Queries(Queries):
     """Queries of which each is the same as long as it is there; an edit may get another one."""
 
-    def __init__(self, vectors: Tensor, bounds: _Bounds, journal: Journal) -> None:
+    def __init__(
+        self, vectors: Tensor, each: list[Tensor], bounds: _Bounds, journal: Journal
+    ) -> None:
         super().__init__(vectors.shape[1], vectors.dtype, journal)
-        self._each = list(vectors)
+        self._each = each
         self._all, self._bounds = vectors, bounds
         self.at = list(range(len(vectors)))
         self.owners_of: list[int] = []
@@ -250,7 +250,9 @@ class _Queries(Queries):
 
     def apart(self, query: Tensor, numbers: np.ndarray) -> np.ndarray:
         """Return the distances of a query to some others."""
-        others = self._all[torch.from_numpy(numbers)]
+        first = int(numbers[0])
+        one = len(numbers) == 1
+        others = self._all[first : first + 1] if one else self._all[torch.from_numpy(numbers)]
         return nearest(others, query[None], self._one)[1].numpy()
 
     def draw(self, key: Tensor, slot: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -99,30 +99,31 @@ class Part:
             return self.apart.find(storage.slots.keys[slot].cpu())
         return self.apart.name(number)
 
-    def _decided(self, before: Edit, target: dict[int, int]) -> tuple[Edit, int, float] | None:
-        """Return the record of an edit, its slot and distance as decided; None: it is left out.
+    def _decided(self, decided: Edit, target: dict[int, int]) -> tuple[int, float]:
+        """Return the slot that answers an edit, as decided, and its distance.
 
-        A slot of -1 is one that is still to be found for an entry.
+        A slot of -1 is one that is still to be found for an entry, or none.
         """
-        if before.id not in self.apart.edit_records:
-            return None
-        decided = self.apart.edit(before.id)
         slot, distance = self.apart.queries.answer(decided.query_index)
-        slot = target.get(slot, -1) if decided.live else -1
-        return replace(decided, slot=slot, query_index=before.query_index), slot, distance
+        return target.get(slot, -1) if decided.live else -1, distance
 
     def _changes(self, storage: Storage, before: Edit, target: dict[int, int]) -> bool:
-        decided = self._decided(before, target)
-        if decided is None or decided[0] != before or (before.live and before.slot < 0):
+        """Say whether an edit comes out differently, or was left out."""
+        if before.id not in self.apart.edit_records:
+            return True
+        decided = self.apart.edit(before.id)
+        if _outcome(decided) != _outcome(before):
+            return True
+        slot, distance = self._decided(decided, target)
+        if slot != before.slot:
             return True
         if before.query_index < 0:
             return False
-        number = self.apart.number_of(self.apart.edit(before.id))
-        if number != self._own[before.id]:
+        if self.apart.number_of(decided) != self._own[before.id]:
             return True
         if not before.live:
             return False
-        return storage.queries.answer(before.query_index) != decided[1:]
+        return storage.queries.answer(before.query_index) != (slot, distance)
 
     def _values(
         self,
@@ -142,19 +143,23 @@ class Part:
         return values
 
     def _put_edit(self, storage: Storage, before: Edit, target: dict[int, int]) -> None:
-        decided = self._decided(before, target)
-        assert decided is not None
-        edit, slot, distance = decided
+        decided = self.apart.edit(before.id)
+        slot, distance = self._decided(decided, target)
+        edit = decided.but(slot=slot, query_index=before.query_index)
         if before.query_index < 0:
-            if edit != before:
-                storage.put_edit(edit)
+            storage.put_edit(edit)
             return
-        query = self.apart.query_of(self.apart.edit(edit.id))
+        query = self.apart.query_of(decided)
         storage.queries.write(edit.query_index, query)
         if edit.live:
             storage.make_live(edit, query, slot, distance)
         else:
             storage.put_edit(edit)
+
+
+def _outcome(edit: Edit) -> tuple[Any, ...]:
+    """Return what making an edit again may change of its record, but for its slot."""
+    return edit.state, edit.superseded_by, edit.value_id, edit.verified
 
 
 def _queries(storage: Storage, edits: list[Edit]) -> Tensor:

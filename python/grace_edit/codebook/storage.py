@@ -206,7 +206,7 @@ class Storage(Recorded):
         if edit.prompt is not None:
             self._put("by_prompt", edit.prompt, edit.id)
         self._put("by_query", self.name_of(query), edit.id)
-        self.put_edit(replace(edit, slot=slot))
+        self.put_edit(edit.but(slot=slot))
         self._put_number("live_edits", self.live_edits + (edit.part_of is None))
 
     def supersede(self, id: int, by: int) -> None:
