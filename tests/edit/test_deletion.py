@@ -13,6 +13,7 @@ import torch
 from codebook_streams import ISLAND_DIM, VALUE_DIM, Islands, bits, entries, state
 from grace_edit.codebook import deletion, replay
 from grace_edit.codebook.codebook import Codebook
+from grace_edit.codebook.comparing import Bounds, Names
 from grace_edit.codebook.records import TieError
 from grace_edit.codebook.touched import touched
 
@@ -125,8 +126,8 @@ def test_deleting_gives_to_the_bit_what_replaying_everything_gives(
     [
         pytest.param(3, torch.float32, 1.0, 0.0, id="few numbers"),
         pytest.param(300, torch.float32, 1.0, 0.0, id="many numbers"),
-        pytest.param(40, torch.float32, 1.0, 2000.0, id="near each other and far from others"),
-        pytest.param(40, torch.float32, 1e-20, 0.0, id="squares too small for float32"),
+        pytest.param(40, torch.float32, 1.0, 2e4, id="near each other and far from others"),
+        pytest.param(40, torch.float32, 1e-20, 0.0, id="squares that lose bits in float32"),
         pytest.param(40, torch.bfloat16, 1.0, 3.0, id="bfloat16"),
     ],
 )
@@ -157,6 +158,35 @@ def test_linked_edits_are_decided_by_products_as_by_every_distance(
         assert content(book) == content(expected)
         assert by_id(book) == by_id(expected)
     book.check()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-10, 1e-22, 1e12])
+@pytest.mark.parametrize("dim", [1, 7, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bounds_hold_for_every_two_queries(scale: float, dim: int, dtype: torch.dtype) -> None:
+    source = torch.Generator().manual_seed(dim)
+    queries = torch.randn(40, dim, generator=source)
+    if scale > 1e-20:  # alone, for whose squares float32 has no bits
+        queries[::3] += 1000.0
+    queries[20] = queries[3] * (1 + 1e-6)
+    queries = (queries * scale).to(dtype)
+    wide = queries.double().numpy()
+    squares = ((wide[:, None] - wide[None]) ** 2).sum(axis=2)
+    bounds = Bounds(queries, Names(queries).each)
+    bounds.reach(0)
+    for number in range(40):
+        least, slack = bounds.of(number)
+        assert (least <= squares[number]).all()
+        most = least.astype("float64") + bounds.slack + slack
+        assert (most >= squares[number]).all()
+
+
+def test_equal_queries_share_a_name_and_no_others_do() -> None:
+    queries = torch.tensor([[0.0, 1.0], [1.0, 0.0], [-0.0, 1.0], [1.0, 1e-30], [1.0, 0.0]])
+    names = Names(queries)
+    assert [names.each.index(name) for name in names.each] == [0, 1, 0, 3, 1]
+    assert names.find(torch.tensor([1.0, -0.0])) == names.each[1]
+    assert names.find(torch.tensor([2.0, 1.0])) is None
 
 
 def test_queries_too_large_to_be_multiplied_are_replayed(replayed: list[int]) -> None:

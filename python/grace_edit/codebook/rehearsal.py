@@ -9,7 +9,6 @@ then compared exactly. Nothing is written down to be taken back, and values are 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Collection
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from grace_kernels import nearest
 
+from .comparing import Bounds, Names
 from .journal import Journal
 from .queries import Queries
 from .records import Edit, Entry, Label, TieError
@@ -26,10 +26,7 @@ from .settings import Settings
 from .slots import Slots
 from .storage import Storage
 
-_BLOCK = 1 << 22  # pairs of queries that are compared at a time
-_MOST_ROWS = 256  # of these queries, whose rows and columns are half of them in vain
 _NEARLY = 1.0 + 2.0**-20  # squares that their rounding, or that of the root, may make equal
-_TINY = 1e-30  # more than what is lost of a square that is too small for float32
 
 
 class Rehearsal(Storage):
@@ -51,8 +48,8 @@ class Rehearsal(Storage):
         super().__init__(queries.shape[1], 1, 1, queries.dtype, torch.float32, "cpu", settings)
         self.journal = _Unnoted()
         queries = queries.contiguous()
-        self._names = _Names(queries)
-        self._bounds = _Bounds(queries, self._names.each)
+        self._names = Names(queries)
+        self._bounds = Bounds(queries, self._names.each)
         each = list(queries)
         self.slots = self._own_slots = _Slots(each, self.journal)
         self.queries = self._own_queries = _Queries(queries, each, self._bounds, self.journal)
@@ -217,7 +214,7 @@ class _Queries(Queries):
     """Queries of which each is the same as long as it is there; an edit may get another one."""
 
     def __init__(
-        self, vectors: Tensor, each: list[Tensor], bounds: _Bounds, journal: Journal
+        self, vectors: Tensor, each: list[Tensor], bounds: Bounds, journal: Journal
     ) -> None:
         super().__init__(vectors.shape[1], vectors.dtype, journal)
         self._each = each
@@ -272,94 +269,3 @@ class _Queries(Queries):
                 self._answers[at] = slot, distance
                 self._squares[at] = distance * distance * _NEARLY
         return drawn
-
-
-class _Bounds:
-    """How near queries are to each other at least, and how much nearer at most."""
-
-    def __init__(self, queries: Tensor, names: list[bytes]) -> None:
-        self._names, self._asked = names, 0
-        # Moved together, so that the products are about as large as the distances.
-        near = queries.float()
-        near = near - near.mean(dim=0)
-        squares = near.double().square().sum(1)
-        # Of the products and of what else is rounded, each operation being off by 2**-24 of what
-        # it is about at most; twice that.
-        self._off = (queries.shape[1] + 32) * 2.0**-23
-        self._near = near.numpy()
-        self.slack = (2.0 * self._off * squares + _TINY).float().numpy()
-        self._least = (squares * (1.0 - self._off) - _TINY).float().numpy()
-        self._rows = max(1, min(_MOST_ROWS, _BLOCK // max(1, len(queries))))
-        self._start, self._end, self._block = 0, 0, np.zeros((0, 0), dtype=np.float32)
-        self._single: tuple[int, np.ndarray] = (-1, np.zeros(0, dtype=np.float32))
-
-    def reach(self, number: int) -> None:
-        """Compare the queries up to this one, and some that follow."""
-        self._asked = number
-        if number >= self._end:
-            self._start = number
-            self._end = min(number + self._rows, len(self._near))
-            self._block = self._compare(self._start, self._end)
-
-    def of(self, number: int) -> tuple[np.ndarray, np.float32]:
-        """Return squares of the least distances from one query to all that were reached.
-
-        The most are larger by `slack` of both, of which that of the query is returned too.
-        """
-        if self._names[number] == self._names[self._asked]:
-            number = self._asked
-        if self._start <= number < self._end:
-            return self._block[number - self._start], self.slack[number]
-        if self._single[0] != number or len(self._single[1]) < self._end:
-            self._single = number, self._compare(number, number + 1)[0]
-        return self._single[1], self.slack[number]
-
-    def _compare(self, start: int, end: int) -> np.ndarray:
-        # By numpy, as torch may be set to products that are less exact.
-        with np.errstate(all="ignore"):
-            block: np.ndarray = (-2.0 * self._near[start:end]) @ self._near[: self._end].T
-            block += self._least[: self._end]
-            block += self._least[start:end, None]
-        if not np.isfinite(block).all():
-            raise TieError
-        return block
-
-
-class _Names:
-    """What equal queries share, -0 and 0 being equal: `each` of them has the name of the first."""
-
-    def __init__(self, queries: Tensor) -> None:
-        # A sum of all numbers with odd factors tells most apart; those that share one are compared.
-        source = torch.Generator().manual_seed(0)
-        self._factors = torch.randint(-(2**62), 2**62, queries.shape[1:], generator=source) * 2 + 1
-        self._words = _words(queries)
-        self._alike: dict[int, list[int]] = defaultdict(list)
-        self.each: list[bytes] = []
-        for number, (words, total) in enumerate(
-            zip(self._words, self._sums(self._words), strict=True)
-        ):
-            name = self._find(words, total)
-            if name is None:
-                self._alike[total].append(number)
-                name = number.to_bytes(8, "big")
-            self.each.append(name)
-
-    def find(self, query: Tensor) -> bytes | None:
-        words = _words(query)
-        return self._find(words, self._sums(words[None])[0])
-
-    def _find(self, words: Tensor, total: int) -> bytes | None:
-        same = (n for n in self._alike.get(total, ()) if torch.equal(self._words[n], words))
-        first = next(same, None)
-        return None if first is None else self.each[first]
-
-    def _sums(self, words: Tensor) -> list[int]:
-        sums: list[int] = []
-        for rows in words.split(_MOST_ROWS):
-            sums += (rows.long() * self._factors).sum(1).tolist()
-        return sums
-
-
-def _words(queries: Tensor) -> Tensor:
-    plain = (queries + 0.0).contiguous()
-    return plain.view(torch.int32 if plain.element_size() == 4 else torch.int16)

@@ -67,7 +67,7 @@ class Part:
             if place is not None:
                 target[slot] = place
         values = self._values(storage, before, entries, target)
-        changed = [edit for edit in before if self._changes(storage, edit, target)]
+        changed = [edit for edit in before if self._changes(edit, target)]
 
         for edit in changed:
             if edit.live and edit.id not in self.imports:
@@ -107,23 +107,17 @@ class Part:
         slot, distance = self.apart.queries.answer(decided.query_index)
         return target.get(slot, -1) if decided.live else -1, distance
 
-    def _changes(self, storage: Storage, before: Edit, target: dict[int, int]) -> bool:
+    def _changes(self, before: Edit, target: dict[int, int]) -> bool:
         """Say whether an edit comes out differently, or was left out."""
         if before.id not in self.apart.edit_records:
             return True
         decided = self.apart.edit(before.id)
         if _outcome(decided) != _outcome(before):
             return True
-        slot, distance = self._decided(decided, target)
-        if slot != before.slot:
+        if self._decided(decided, target)[0] != before.slot:
             return True
-        if before.query_index < 0:
-            return False
-        if self.apart.number_of(decided) != self._own[before.id]:
-            return True
-        if not before.live:
-            return False
-        return storage.queries.answer(before.query_index) != (slot, distance)
+        # Else the distance is as it was too: its query and the key are.
+        return before.query_index >= 0 and self.apart.number_of(decided) != self._own[before.id]
 
     def _values(
         self,
