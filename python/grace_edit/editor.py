@@ -22,7 +22,7 @@ from .adaptor.told import PromptEnds
 from .codebook.codebook import Codebook
 from .codebook.records import Edit, EditResult
 from .config import GraceConfig
-from .editing.asked import read_wanted
+from .editing.asked import Wanted, read_wanted
 from .editing.attaching import attach_new
 from .editing.batching import Together
 from .editing.explanation import Explanation, explain
@@ -194,7 +194,8 @@ class GraceEditor:
         trained alone before it is refused. Where several layers are edited, all are trained alone.
 
         All or nothing on an exception (Ctrl-C included), and one step for `undo`. An edit that is
-        refused (`success=False`) does not stop the others.
+        refused (`success=False`) does not stop the others; nor does one whose loss becomes NaN or
+        infinite, where `edit` raises: here it is refused with that reason.
 
         Args:
             edits: each `(prompt, target)`, with `paraphrases` and `negatives` behind them if there
@@ -213,10 +214,13 @@ class GraceEditor:
                 together = Together(self._maker, encoded)
                 results = [together.make(n) for n in numbers]
             else:  # what one does to other layers may change what the next is trained to
-                results = [self.layers.edit(partial(self._maker.make, encoded[n])) for n in numbers]
+                results = [self.layers.edit(partial(self._attempt, encoded[n])) for n in numbers]
         for result in results:
             log.info("edit %s", result.to_dict())
         return results
+
+    def _attempt(self, wanted: Wanted) -> EditResult:
+        return self._maker.attempt(self._maker.read(wanted))
 
     @property
     def _maker(self) -> EditMaker:

@@ -1,7 +1,7 @@
 """Several layers of one model, each with its own codebook, which change as one.
 
-One thread at a time, one step of undo. What a change of one layer does to the edits of others is
-seen to by `reach`.
+One thread at a time, one step of undo, seen by requests at once. What a change of one layer does
+to the edits of others is seen to by `reach`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import nn
 
 from .codebook.codebook import Codebook
 from .codebook.guard import Guard
+from .codebook.moments import Moments
 from .codebook.records import EditResult, Label, UndoError
 from .families import Family
 from .reach import LayersError, Reach
@@ -65,6 +66,7 @@ class Layers(Mapping[str, E], Generic[E]):
     _made: list[int] = field(default_factory=list, repr=False)  # steps of undo, by each codebook
     _depth: int = 0
     _guard: Guard = field(default_factory=_guard, repr=False)
+    _moments: Moments = field(default_factory=Moments, repr=False)
 
     def __getitem__(self, layer: str) -> E:
         return self._editors[layer]
@@ -88,8 +90,9 @@ class Layers(Mapping[str, E], Generic[E]):
             places = _places(editor.family.model)
             self._editors = dict(sorted(self._editors.items(), key=lambda item: places[item[0]]))
             self._made = [book.storage.journal.made for book in self._books]
-            for book in self._books if len(self) > 1 else ():
-                book.storage.watcher = self._guard
+            for family in self._families if len(self) > 1 else ():
+                family.adaptor.codebook.storage.watcher = self._guard
+                family.adaptor.moments = self._moments
 
     @property
     def _families(self) -> list[Family]:
@@ -123,9 +126,14 @@ class Layers(Mapping[str, E], Generic[E]):
             self._depth += 1
             try:
                 with ExitStack() as stack:
+                    outermost = self._depth == 1
+                    if outermost:  # others see it when all is done
+                        stack.enter_context(self._moments.changing())
                     for book in books:
                         stack.enter_context(book.transaction())
                     yield
+                    if outermost:
+                        self._moments.publish(books)
             except BaseException:
                 self._reach.forget()
                 raise
@@ -206,8 +214,10 @@ class Layers(Mapping[str, E], Generic[E]):
             step = self._steps[-1]
             for book in step.books:
                 book.storage.journal.require_step()
-            for book in reversed(step.books):
-                book.undo()
+            with self._moments.changing():
+                self._moments.publish(step.books, by_undo=True)
+                for book in reversed(step.books):
+                    book.undo()
             self._steps.pop()
             self._reach.forget(step.reached)
             self._made = [book.storage.journal.made for book in books]
@@ -215,12 +225,18 @@ class Layers(Mapping[str, E], Generic[E]):
     @contextmanager
     def anew(self) -> Iterator[None]:
         """Let all edits be made anew inside: nothing that was known of them is true then."""
-        with self._books[0].changing(), self._guard.open():
-            before = [book.version for book in self._books]
+        books = self._books
+        with books[0].changing(), self._guard.open(), ExitStack() as stack:
+            before = [book.version for book in books]
+            if len(books) > 1:
+                stack.enter_context(self._moments.changing())
+                self._moments.leave(books)
             try:
                 yield
+                if len(books) > 1:
+                    self._moments.publish(books)
             finally:
-                if before != [book.version for book in self._books]:
+                if before != [book.version for book in books]:
                     self._settle()
 
     def _settle(self) -> None:

@@ -112,6 +112,47 @@ def test_an_edit_that_fails_together_is_trained_alone(edited, monkeypatch):
     assert all(r.success for r in editor.edit_batch([(A, X), (C, Y)]))
 
 
+def poisoned(editor, token):
+    """Let whatever runs a token be NaN from there on, and no other."""
+    model = editor.model
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    with torch.no_grad():
+        model.transformer.wte.weight[token] = float("nan")
+    return editor
+
+
+@pytest.mark.parametrize("init", ["warm", "cold"])
+def test_an_edit_whose_loss_is_not_finite_fails_alone(edited, init):
+    edits = [(C, Y), (A, X), (run_of(25, 4), Y[:2]), (B, Y)]  # the second runs X[0]
+    one, batch = (poisoned(edited("gpt2", init=init), X[0]) for _ in range(2))
+    singles = []
+    for prompt, target in edits:
+        if target == X:
+            with pytest.raises(FloatingPointError, match="got nan at step 0"):
+                one.edit(prompt, target)
+        else:
+            singles.append(one.edit(prompt, target))
+    results = batch.edit_batch(edits)
+    failed = results.pop(1)
+    assert (failed.success, failed.id, failed.proven) == (False, None, False)
+    assert failed.reason == "the loss must be finite, got nan at step 0"
+    assert decisions_of(results) == decisions_of(singles)
+    assert same(but_values(batch.codebook), but_values(one.codebook))
+    batch.codebook.check()
+
+
+def test_a_value_that_is_not_finite_as_it_is_stored_fails_alone(edited):
+    editor = edited("gpt2")
+    family, how = editor.family, {"max_steps": 100, "margin": 3.0, "move": 6.0}
+    start = family.capture([A]).outputs[0]
+    tasks = [Task([A], [X], start, 0.3), Task([C], [Y], torch.full_like(start, float("inf")), 0.3)]
+    first, second = fit_values(family, tasks, torch.float32, **how)
+    assert first.reached
+    assert first.finite
+    assert (second.reached, second.finite, second.steps) == (False, False, 0)
+    assert "must be finite" in second.reason
+
+
 def test_an_edit_that_an_earlier_one_of_the_batch_answers_is_not_trained(edited, monkeypatch):
     editor, trained = edited("gpt2"), []
     many = making.fit_values

@@ -114,6 +114,18 @@ def test_a_model_whose_last_tokens_depend_on_something_else_runs_whole(edited, m
             assert torch.equal(taught.target_logits(values)[0], whole)
 
 
+def test_what_is_added_to_all_logits_does_not_hide_that_log_odds_differ(edited, monkeypatch):
+    monkeypatch.setattr(lessons, "_WORTH", 10)
+    editor = edited("gpt2")
+    mlp, head = editor.model.transformer.h[2].mlp, editor.model.lm_head
+    mlp.register_forward_hook(lambda module, args, output: output * output.shape[1])
+    head.register_forward_hook(lambda module, args, output: output + 1e5)
+    with editor.family.working():
+        with Lessons(editor.family, ASKED) as taught:
+            taught.target_logits(values_of(editor, 3))
+        assert editor.family.goes_on is None
+
+
 @pytest.mark.parametrize("replace", ["prompt", "all"])
 def test_where_more_than_the_last_token_is_answered_nothing_is_begun(edited, replace):
     editor = edited("gpt2", replace=replace)

@@ -224,7 +224,7 @@ def test_a_value_far_from_its_target_starts_over_with_slower_steps(edited, monke
             starts.append((lr, betas, self.values[row].clone()))
 
     monkeypatch.setattr(values, "Adam", Watched)
-    monkeypatch.setattr(values, "_log_odds", lambda logits, y: logits[:, 0] * 1e-6 - 9.0)
+    monkeypatch.setattr(values, "log_odds", lambda logits, y: logits[:, 0] * 1e-6 - 9.0)
     editor = edited("gpt2")
     start = editor.family.capture([PROMPT]).outputs[0]
     assert not fit(editor, max_steps=30, move=5.0).reached

@@ -15,6 +15,7 @@ from torch import Tensor
 import grace_kernels
 
 from ..codebook.codebook import Codebook
+from ..codebook.moments import Held, Moments
 from .checkpointing import FollowedForward, FollowedForwards
 from .packed import PackedPlan
 from .positions import Latched, LatchedPlan, QueryPlan, pooled_mean
@@ -50,7 +51,8 @@ class GraceAdaptor:
         mask_token_id: token that asks under `query="last"` in a masked language model.
         text: makes the queries under `query="text"`; None under the others.
 
-    `others` are the adaptors of the model's other layers, and `place` is the name by which the seam
+    `others` are the adaptors of the model's other layers, `moments` lets requests ask all of them
+    as of one time (None: there is one layer), and `place` is the name by which the seam
     has the wrapped layer; `attach` and `detach` set them. `at_start` says that the first token of
     each row asks, and what follows it is no prompt: that of a decoder whose prompt an encoder has
     read.
@@ -68,6 +70,7 @@ class GraceAdaptor:
     thread: ThreadState = field(default_factory=ThreadState, repr=False)
     switch: Switch = field(default_factory=Switch, repr=False)
     others: tuple[GraceAdaptor, ...] = field(default=(), init=False, repr=False)
+    moments: Moments | None = field(default=None, init=False, repr=False)
     place: str = field(default="", init=False, repr=False)
     at_start: bool = field(default=False, init=False, repr=False)
 
@@ -82,14 +85,15 @@ class GraceAdaptor:
     witness = _of_thread("witness")
     counts = _of_thread("counts")
     absent = _of_thread("absent")
+    moment = _of_thread("moment")
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("thread", "followed", "switch")
+        own = ("thread", "followed", "switch", "moments")
         return {name: item for name, item in vars(self).items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         fresh = {"thread": ThreadState(), "followed": FollowedForwards(), "switch": Switch()}
-        vars(self).update(state, **fresh)
+        vars(self).update(state, moments=None, **fresh)
 
     def move(self, device: torch.device) -> None:
         """Move the codebook to `device`; its dtype never changes with the model's."""
@@ -114,6 +118,19 @@ class GraceAdaptor:
             for adaptor in (self, *self.others):
                 stack.enter_context(adaptor.using(**state))
             yield
+
+    @contextmanager
+    def at_one_moment(self) -> Iterator[None]:
+        """Ask all layers of the model as of one time inside a `with` block."""
+        if self.moments is None or self.moment is not None:
+            yield
+            return
+        with self.moments.taken() as moment, self.using_all(moment=moment):
+            yield
+
+    def held(self) -> Codebook | Held:
+        """Return what the codebook held when this request began; its lock must be held."""
+        return self.codebook if self.moment is None else self.moment.of(self.codebook)
 
     @contextmanager
     def planned(self, plan: QueryPlan) -> Iterator[None]:
@@ -187,7 +204,8 @@ class GraceAdaptor:
         """
         assert self.text is not None
         witness, counts = (self.witness, self.counts) if served else (None, False)
-        return self.text.answer(self.codebook, prompts, witness, counts=counts)
+        held = None if self.moment is None else self.held
+        return self.text.answer(self.codebook, prompts, witness, counts=counts, held=held)
 
     def remember(self, start: int, plan: QueryPlan | LatchedPlan | None) -> None:
         """Note what a forward did whose first autograd node was to have the number `start`."""
@@ -285,47 +303,35 @@ class GraceAdaptor:
     ) -> Tensor:
         book = self.codebook
         check_fits(book, queries, rows)
+        held = book if torch.compiler.is_compiling() else self.held()
         start = 0.0 if torch.compiler.is_compiling() else time.perf_counter()
-        tensors = (query_row, plan.first_row, plan.last_row, book.keys, book.radii, book.values)
+        tensors = (query_row, plan.first_row, plan.last_row, held.keys, held.radii, held.values)
         if queries.dtype != book.keys.dtype or rows.dtype != book.values.dtype:
-            rows, index, distance = self._answer_cast(rows, queries, query_row, plan)
+            rows, index, distance = _answer_cast(held, rows, queries, query_row, plan)
         elif copy:
             rows, index, distance = grace_kernels.adapt(
-                rows, queries, *tensors, book.count, sketch=book.sketch
+                rows, queries, *tensors, held.count, sketch=held.sketch
             )
         else:
             # The layer may hand its input on (Dropout in eval mode, Identity).
             rows = rows.clone() if alias else rows
             index, distance = grace_kernels.adapt_(
-                rows, queries, *tensors, book.count, sketch=book.sketch
+                rows, queries, *tensors, held.count, sketch=held.sketch
             )
         if not torch.compiler.is_compiling():
-            if self.counts:
+            if self.counts and held is book:  # slots of before may be others' now
                 book.count_answers(index)
             if self.witness is not None:
                 self.witness(book, index, distance, time.perf_counter() - start)
         if plan.kept is not None:
             plan.kept.index.copy_(index)
-            plan.kept.values.copy_(book.values[index.clamp(min=0)])
+            plan.kept.values.copy_(held.values[index.clamp(min=0)])
         generation = self.generation
         if plan.latch and generation is not None and generation.latched is not None:
             generation.latched.index.copy_(index)
-            generation.latched.values.copy_(book.values[index.clamp(min=0)])
+            generation.latched.values.copy_(held.values[index.clamp(min=0)])
             generation.answered = True
         return rows
-
-    def _answer_cast(
-        self, rows: Tensor, queries: Tensor, query_row: Tensor, plan: QueryPlan
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Answer under autocast: queries are cast as the keys are, values as the output is."""
-        book = self.codebook
-        asked = queries[query_row.clamp(min=0)].to(book.keys.dtype)
-        index, distance = grace_kernels.lookup(
-            asked, book.keys, book.radii, book.count, sketch=book.sketch
-        )
-        index = torch.where(query_row >= 0, index, -1)
-        rows = _write_rows(rows, plan, book.values[index.clamp(min=0)], index >= 0)
-        return rows, index, distance
 
     def _capture(
         self, queries: Tensor, query_row: Tensor, rows: Tensor, plan: QueryPlan
@@ -362,6 +368,19 @@ class GraceAdaptor:
     def _latched(self) -> Latched | None:
         generation = self.generation
         return None if generation is None or not generation.answered else generation.latched
+
+
+def _answer_cast(
+    book: Codebook | Held, rows: Tensor, queries: Tensor, query_row: Tensor, plan: QueryPlan
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Answer under autocast: queries are cast as the keys are, values as the output is."""
+    asked = queries[query_row.clamp(min=0)].to(book.keys.dtype)
+    index, distance = grace_kernels.lookup(
+        asked, book.keys, book.radii, book.count, sketch=book.sketch
+    )
+    index = torch.where(query_row >= 0, index, -1)
+    rows = _write_rows(rows, plan, book.values[index.clamp(min=0)], index >= 0)
+    return rows, index, distance
 
 
 def _write_rows(rows: Tensor, plan: QueryPlan, values: Tensor, answered: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -70,7 +71,9 @@ class GraceGenerator(GraceSeam):
     """Mixin of a model that generates: one lookup at the prompt's end, latched for what follows."""
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        return _by_each(self, _generate, beneath(self, "generate"), args, kwargs)
+        adaptor: GraceAdaptor | None = self.__dict__.get("grace")
+        with nullcontext() if adaptor is None else adaptor.at_one_moment():
+            return _by_each(self, _generate, beneath(self, "generate"), args, kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         adaptor: GraceAdaptor | None = self.__dict__.get("grace")
@@ -316,7 +319,10 @@ def _planned_forward(seam: Any, forward: Any, args: Any, kwargs: Any) -> Any:
             _stay_in_place(seam, each)
     if packed is not None:
         return _packed_forward(adaptor, packed, forward, args, kwargs)
-    return _by_each(seam, _plan_and_run, forward, args, kwargs)
+    if torch.compiler.is_compiling() or adaptor.moments is None:
+        return _by_each(seam, _plan_and_run, forward, args, kwargs)
+    with adaptor.at_one_moment():
+        return _by_each(seam, _plan_and_run, forward, args, kwargs)
 
 
 def _plan_and_run(

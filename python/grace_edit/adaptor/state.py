@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..codebook.moments import Moment
 from .packed import PackedPlan
 from .positions import Latched, LatchedPlan, QueryPlan, Witness
 from .told import PromptEnds
@@ -108,6 +109,7 @@ class ThreadState(threading.local):
         self.witness: Witness | None = None
         self.counts = True  # answers are those of a request
         self.absent = False  # nothing is asked, as if the layer had no adaptor
+        self.moment: Moment | None = None  # as of which codebooks are asked; None: as they are
         self.rooms: dict[int, Latched] = {}  # free ones, by the number of sequences
         self.pinned: dict[tuple[str, torch.Size, torch.device], Tensor] = {}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from threading import Lock
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from grace_kernels import lookup, nearest
 
 from ..codebook.codebook import Codebook
+from ..codebook.moments import Held
 from ..keys.prompts import TAIL, PromptReader
 from ..keys.text_keys import TextKeys
 from .positions import Latched, Witness
@@ -104,6 +105,7 @@ class TextQueries:
         witness: Witness | None = None,
         *,
         counts: bool = True,
+        held: Callable[[], Codebook | Held] | None = None,
     ) -> Latched:
         """Say which entry answers each of B prompts, and with which value.
 
@@ -112,6 +114,7 @@ class TextQueries:
             prompts: token ids without padding.
             witness: is told of the lookup; its seconds are those of keys and lookup together.
             counts: whether the answers count as hits.
+            held: returns what the codebook is asked as, under its lock; None: itself.
 
         Returns:
             On the device of the codebook. Equal prompts have equal answers.
@@ -119,17 +122,19 @@ class TextQueries:
         start = time.perf_counter()
         known = [tuple(ids[-TAIL:]) for ids in prompts]
         # Nothing is made for an empty codebook, and nothing under the lock: an encoder is slow.
-        rows = {ids: self.rows(ids) for ids in known} if book.entries else {}
+        asks = bool(book.entries) or held is not None
+        rows = {ids: self.rows(ids) for ids in known} if asks else {}
         with book.lock:
-            slots = dict(zip(rows, decide(book, [*rows.values()]), strict=True)) if rows else {}
+            asked = book if held is None else held()
+            slots = dict(zip(rows, decide(asked, [*rows.values()]), strict=True)) if rows else {}
             found = [slots.get(ids, (-1, float("inf"))) for ids in known]
             index = torch.tensor([s for s, _ in found], dtype=torch.int64, device=book.device)
-            if counts:
+            if counts and asked is book:  # slots of before may be others' now
                 book.count_answers(index)
             if witness is not None:
                 near = torch.tensor([d for _, d in found])
                 witness(book, index, near, time.perf_counter() - start)
-            answered = Latched(index, book.values[index.clamp(min=0)])
+            answered = Latched(index, asked.values[index.clamp(min=0)])
         if counts:
             with self._lock:
                 self.requests += len(prompts)
@@ -137,7 +142,7 @@ class TextQueries:
         return answered
 
 
-def decide(book: Codebook, each: Sequence[Tensor]) -> list[tuple[int, float]]:
+def decide(book: Codebook | Held, each: Sequence[Tensor]) -> list[tuple[int, float]]:
     """Return the slot that answers each prompt of queries `[S, D]` and how far it is; -1: none.
 
     The lock of the codebook must be held.
@@ -169,7 +174,7 @@ def decide(book: Codebook, each: Sequence[Tensor]) -> list[tuple[int, float]]:
     return found
 
 
-def _how_near(book: Codebook, rows: Tensor, reach: float) -> list[float]:
+def _how_near(book: Codebook | Held, rows: Tensor, reach: float) -> list[float]:
     """Return how far the nearest key of each row `[B, D]` is; of one beyond `reach`, or +inf."""
     sketch = book.sketch
     if sketch is None or not sketch.active or rows.device.type != "cpu":

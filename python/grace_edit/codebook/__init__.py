@@ -9,9 +9,10 @@ Imports run one way; from below:
 * `planning` decides about an edit, `retention` carries that out and keeps the others answered,
   `importing` fills, `audit` checks. They work on the storage.
 * `deletion` deletes: `touched` finds the edits concerned, `replay_part` takes the decisions about
-  them again, `replay` those about all.
-* `codebook` is the public face of all this; `snapshot` turns it into bytes, `store` keeps those on
-  disk.
+  them again in a `rehearsal`, which compares all queries at once (`comparing`); `replay` takes them
+  in the codebook itself.
+* `codebook` is the public face of all this; `moments` lets changes of several be seen at once;
+  `snapshot` turns it into bytes, `store` keeps those on disk.
 """
 
 from .codebook import Codebook

@@ -249,9 +249,11 @@ class Codebook(Contents):
         come back. An entry takes the value that answers its edit now; a member for which that value
         was not verified gets an entry of its own. Freed slots are zeroed. Edits too far away to be
         concerned keep what they have. Costs a pass over the stored queries for each step from
-        neighbour to neighbour, and making again the edits found so, without training; all of them
-        where most are near each other, where entries are at exactly equal distances, and with the
-        policy "paper".
+        neighbour to neighbour, and making again the edits found so, without training: all of them
+        where most are near each other, for which their queries are multiplied with each other.
+        Where entries are at exactly equal distances, where most edits are near each other and some
+        were imported, and with the policy "paper", each is looked up and made in its turn instead,
+        which takes several times as long, and lookups wait for it.
 
         Args:
             id: of a live or superseded edit; with `purge` also of one deleted before.

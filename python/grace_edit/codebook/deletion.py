@@ -51,15 +51,18 @@ def _keys(storage: Storage, ids: Sequence[int]) -> list[Edit]:
 def _decided_apart(storage: Storage, ids: Sequence[int]) -> Part | None:
     """Take the decisions about what edits can touch again, without them; nothing changes.
 
-    None: everything has to be replayed. Many edits are touched; or two entries are equally near to
-    a query, so that it depends on all slots which of them answers; or an imported edit that was
-    superseded may come back, whose slot may belong to another edit.
+    None: everything has to be replayed in its slots. Two entries are equally near to a query, so
+    that these decide which of them answers; or many edits are touched beside imported ones; or an
+    imported edit that was superseded may come back, whose slot may belong to another edit.
     """
-    concerned = touched(storage, *ids)
-    if concerned is None:
-        return None
     gone = {edit.id for edit in _keys(storage, ids)}
     imports = len(storage.imported.labels)
+    concerned = touched(storage, *ids)
+    if concerned is None:
+        if imports or storage.settings.paper:
+            return None
+        records = (edit for edit in storage.edit_records.values() if edit is not None)
+        concerned = gone | {edit.id for edit in records if edit.state != "deleted"}
     if any(i < imports and not storage.edit(i).live for i in concerned - gone):
         return None
     try:

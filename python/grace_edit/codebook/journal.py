@@ -116,6 +116,20 @@ class Journal:
             return None
         return [place for place, old in self._open[-1].items() if not _holds(place, old)]
 
+    def before_open(self, part: Part) -> dict[tuple[str, Any], Any]:
+        """Return what places of a part held before the open transactions, by table and key."""
+        found: dict[tuple[str, Any], Any] = {}
+        for step in self._open:
+            for (owner, table, key), old in step.items():
+                if owner is part:
+                    found.setdefault((table, key), old)
+        return found
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether the innermost transaction is inside another one."""
+        return len(self._open) > 1
+
     def noted(self, table: str) -> Iterator[Any]:
         """Return what undoing or rolling back could put into the places of a table."""
         for step in (*self._steps, *self._open):

@@ -28,31 +28,48 @@ def propose(
     negatives: Sequence[Sequence[int]] = (),
 ) -> Proposal:
     """Propose an edit; see `Codebook.propose`."""
-    settings, slots = storage.settings, storage.slots
-    query = check_query(query, slots.keys)
-    ids = check_ids("label", label)
-    prompt_ids = None if prompt is None else check_ids("prompt", prompt)
+    return decide(
+        storage,
+        check_query(query, storage.slots.keys),
+        check_ids("label", label),
+        None if prompt is None else check_ids("prompt", prompt),
+        own_entry,
+        radius,
+        part_of,
+        tuple(check_ids("negatives", negative) for negative in negatives),
+    )
 
+
+def decide(
+    storage: Storage,
+    query: Tensor,
+    label: Label,
+    prompt: Label | None,
+    own_entry: bool,
+    radius: float | None = None,
+    part_of: int | None = None,
+    negatives: tuple[Label, ...] = (),
+) -> Proposal:
+    """Propose an edit whose query, label, prompt and negatives are known to be right."""
+    settings = storage.settings
     given = radius
     new_radius = settings.radius if given is None else given
 
     replaced: set[int] = set()  # edits, without their parts
     if not settings.paper:
-        earlier = storage.earlier_edit(prompt_ids, query)
+        earlier = storage.earlier_edit(prompt, query)
         if earlier is not None:
             replaced.add(storage.edit(earlier).whole)
             query = storage.query_of(storage.edit(earlier))
 
     slot, distance = storage.nearest(query)
-    radii: Tensor | None = None
-    if distance > 0.0 and (going := storage.owned_slots(replaced)):
+    going: list[int] = []
+    if distance > 0.0 and replaced and (going := storage.owned_slots(replaced)):
         # The entries of what is superseded go with it, unless the edit takes one over.
-        radii = slots.radii[: slots.in_use].clone()
-        radii[going] = -math.inf
-        slot, distance = storage.nearest(query, radii)
+        slot, distance = storage.nearest(query, going)
     entry = storage.entry(slot)
-    radius = None if entry is None else slots.radii[slot].item()
-    same = entry is not None and settings.label_key(entry.label) == settings.label_key(ids)
+    radius = None if entry is None else storage.slots.radius(slot)
+    same = entry is not None and settings.label_key(entry.label) == settings.label_key(label)
     if settings.paper:
         decision = rules.decide_paper(distance, radius, same, radius=new_radius)
     else:
@@ -74,7 +91,7 @@ def propose(
                 max_radius=settings.max_radius if limit is None else limit,
             )
         if own_entry or (given is not None and not settings.nearest):
-            away = storage.distance_to_other_label(query, ids, radii)
+            away = storage.distance_to_other_label(query, label, going)
             decision = _decide_own(settings, decision, distance, away, radius, given)
 
     members: tuple[int, ...] = ()
@@ -83,9 +100,9 @@ def propose(
             replaced.update(storage.edit(m).whole for m in entry.members)
         members = tuple(m for m in entry.members if storage.edit(m).whole not in replaced)
     return Proposal(
-        query=query.detach().clone(),
-        label=ids,
-        prompt=prompt_ids,
+        query=storage.own_copy(query),
+        label=label,
+        prompt=prompt,
         case=decision.case,
         slot=-1 if decision.new_radius is not None else slot,
         neighbour=slot,
@@ -100,7 +117,7 @@ def propose(
         version=storage.version,
         radius=given,
         part_of=part_of,
-        negatives=tuple(check_ids("negatives", negative) for negative in negatives),
+        negatives=negatives,
     )
 
 

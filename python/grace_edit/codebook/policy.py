@@ -79,14 +79,14 @@ def decide(
     covered = distance <= neighbour_radius
     if distance == 0.0 and not same_label:
         return Decision("update", neighbour_radius, None, fragile=neighbour_radius < drift)
-    reach = add_up(distance, drift)
-    if distance > fp32(radius + neighbour_radius) or (
-        same_label and not covered and reach > max_radius
-    ):
+    if distance > fp32(radius + neighbour_radius):
         return Decision("add", neighbour_radius, radius, fragile=radius < drift)
     if same_label and covered:
         return Decision("absorb", neighbour_radius, None, fragile=neighbour_radius < drift)
     if same_label:
+        reach = add_up(distance, drift)
+        if reach > max_radius:
+            return Decision("add", neighbour_radius, radius, fragile=radius < drift)
         return Decision("expand", reach, None, fragile=reach < drift)
     half = fp32(distance / 2.0)
     shrunk, new = min(neighbour_radius, half), min(radius, half)

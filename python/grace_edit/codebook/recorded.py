@@ -120,7 +120,11 @@ class Recorded(Lookups):
     def earlier_edit(self, prompt: Label | None, query: Tensor) -> int | None:
         """Return the live edit, imported ones apart, with this prompt, or else with this query."""
         earlier = None if prompt is None else self.by_prompt.get(prompt)
-        return self.by_query.get(digest(query)) if earlier is None else earlier
+        return self.by_query.get(self.name_of(query)) if earlier is None else earlier
+
+    def name_of(self, query: Tensor) -> bytes:
+        """Return by what `by_query` knows a query `[D]`."""
+        return digest(query)
 
     def value_of(self, edit: Edit) -> Tensor:
         """Return the value `[V]` that answers an edit, or last did."""

@@ -113,6 +113,12 @@ class Edit:
     radius: float | None = None
     negatives: tuple[Label, ...] = ()
 
+    def but(self, **changed: Any) -> Edit:
+        """Return it with other fields, as `dataclasses.replace`, in a fraction of the time."""
+        made = object.__new__(Edit)
+        made.__dict__.update(self.__dict__, **changed)
+        return made
+
     @property
     def whole(self) -> int:
         """The id of the edit that this record is, or is a part of."""

@@ -88,7 +88,7 @@ def again(storage: Storage, edit: Edit) -> None:
     query = storage.query_of(edit)
 
     def propose(own_entry: bool) -> Proposal:
-        return planning.propose(
+        return planning.decide(
             storage, query, edit.label, edit.prompt, own_entry, edit.radius, edit.part_of
         )
 

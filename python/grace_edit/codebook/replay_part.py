@@ -1,18 +1,15 @@
-"""Replaying a part of a history beside the codebook, and putting what comes of it in its place."""
+"""Replaying a history, or a part of it, beside the codebook, and putting the outcome in place."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import replay
 from .records import Edit, Entry
+from .rehearsal import Rehearsal
 from .storage import Storage
-from .tensors import digest
-
-_CAPACITY = 64
 
 
 class Part:
@@ -34,31 +31,16 @@ class Part:
         left = [storage.edit(id) for id in self.ids if id not in gone]
         left = [edit for edit in left if edit.state != "deleted"]
         self.imports = {edit.id for edit in left if edit.query_index < 0}
-        slots = storage.slots
-        sizes = (slots.keys.shape[1], 1, _CAPACITY)
-        self.apart = Storage(*sizes, slots.keys.dtype, torch.float32, "cpu", storage.settings)
-        self.apart.slots.untied = self.apart.queries.untied = True
-        no_value = torch.zeros(1)
-        self.apart.retired_values = {edit.value_id: no_value for edit in left}
-        with self.apart.transaction():
-            made = [self._enter(edit, storage.query_of(edit).cpu()) for edit in left]
-            for edit in made:
-                if edit.id in self.imports:
-                    radius = storage.imported.radii[edit.id].item()
-                    entry = Entry(edit.label, edit.value_id, edit.id, (edit.id,))
-                    query = self.apart.query_of(edit)
-                    slot = self.apart.place_entry(entry, query, no_value, radius)
-                    self.apart.queries.set_answer(edit.query_index, slot, 0.0)
-                    self.apart.put_edit(replace(edit, slot=slot))
-            for edit in made:
-                if edit.id not in self.imports:
-                    replay.again(self.apart, self.apart.edit(edit.id))
-
-    def _enter(self, edit: Edit, query: Tensor) -> Edit:
-        index = self.apart.queries.add(query, edit.id)
-        edit = replace(edit, state="live", slot=-1, superseded_by=None, query_index=index)
-        self.apart.put_edit(edit)
-        return edit
+        self.apart = Rehearsal(_queries(storage, left), storage.settings)
+        self._own = {edit.id: number for number, edit in enumerate(left)}
+        made = [self.apart.enter(edit) for edit in left]
+        for edit in made:
+            if edit.id in self.imports:
+                self.apart.place_import(edit, storage.imported.radii[edit.id].item())
+        for edit in made:
+            if edit.id not in self.imports:
+                self.apart.ask(edit)
+                replay.again(self.apart, self.apart.edit(edit.id))
 
     @property
     def keeps_imports(self) -> bool:
@@ -71,36 +53,71 @@ class Part:
     def put_in_place(self, storage: Storage) -> None:
         """Let the codebook hold what was decided; entries with the same keys keep their slots.
 
-        Those that were left out are not live afterwards; their records are the caller's.
+        What comes out as it was is not written. Those that were left out are not live afterwards;
+        their records are the caller's.
         """
         before = [storage.edit(id) for id in self.ids]
         owned = {edit.slot for edit in before if edit.live}
-        held = {replay.name(storage, slot): slot for slot in sorted(owned)}
+        held = {self._key_of(storage, slot): slot for slot in sorted(owned)}
+        keys = {slot: self._own.get(storage.live_entry(slot).owner) for slot in owned}
         entries = {s: e for s, e in self.apart.entry_records.items() if e is not None}
         target: dict[int, int] = {}
-        for slot in entries:
-            place = held.get(digest(self.apart.slots.keys[slot]))
+        for slot, entry in entries.items():
+            place = held.get(self.apart.name_of(self.apart.query_of(self.apart.edit(entry.owner))))
             if place is not None:
                 target[slot] = place
         values = self._values(storage, before, entries, target)
+        changed = [edit for edit in before if self._changes(edit, target)]
 
-        for edit in before:
+        for edit in changed:
             if edit.live and edit.id not in self.imports:
                 storage.end_life(edit)
         for slot in sorted(owned - set(target.values())):
             storage.free(slot)
+        radii = storage.slots.radii.tolist()
         for slot, entry in sorted(entries.items()):
-            key, radius = self.apart.slots.keys[slot], self.apart.slots.radii[slot].item()
-            if slot in target:
-                if slot in values or storage.entry(target[slot]) != entry:
-                    storage.put_entry(target[slot], entry, values.get(slot))
-                storage.slots.write_key(target[slot], key)
-                storage.slots.write_radius(target[slot], radius)
-            else:
+            key = self.apart.query_of(self.apart.edit(entry.owner))
+            radius = self.apart.slots.radius(slot)
+            if slot not in target:
                 target[slot] = storage.place_entry(entry, key, values[slot], radius)
-        for edit in before:
+                continue
+            place = target[slot]
+            if slot in values or storage.entry(place) != entry:
+                storage.put_entry(place, entry, values.get(slot))
+            if keys[place] != slot:  # an equal query, whose zeros may have other signs
+                storage.slots.write_key(place, key)
+            if radii[place] != radius:
+                storage.slots.write_radius(place, radius)
+        for edit in changed:
             if edit.id in self.apart.edit_records:
                 self._put_edit(storage, edit, target)
+
+    def _key_of(self, storage: Storage, slot: int) -> bytes | None:
+        """Return by what the rehearsal knows the key of an entry that is there already."""
+        number = self._own.get(storage.live_entry(slot).owner)
+        if number is None:  # its edit is left out
+            return self.apart.find(storage.slots.keys[slot].cpu())
+        return self.apart.name(number)
+
+    def _decided(self, decided: Edit, target: dict[int, int]) -> tuple[int, float]:
+        """Return the slot that answers an edit, as decided, and its distance.
+
+        A slot of -1 is one that is still to be found for an entry, or none.
+        """
+        slot, distance = self.apart.queries.answer(decided.query_index)
+        return target.get(slot, -1) if decided.live else -1, distance
+
+    def _changes(self, before: Edit, target: dict[int, int]) -> bool:
+        """Say whether an edit comes out differently, or was left out."""
+        if before.id not in self.apart.edit_records:
+            return True
+        decided = self.apart.edit(before.id)
+        if _outcome(decided) != _outcome(before):
+            return True
+        if self._decided(decided, target)[0] != before.slot:
+            return True
+        # Else the distance is as it was too: its query and the key are.
+        return before.query_index >= 0 and self.apart.number_of(decided) != self._own[before.id]
 
     def _values(
         self,
@@ -121,16 +138,31 @@ class Part:
 
     def _put_edit(self, storage: Storage, before: Edit, target: dict[int, int]) -> None:
         decided = self.apart.edit(before.id)
-        query = self.apart.query_of(decided)
-        slot, distance = self.apart.queries.answer(decided.query_index)
-        slot = target[slot] if decided.live else -1
-        edit = replace(decided, slot=slot, query_index=before.query_index)
+        slot, distance = self._decided(decided, target)
+        edit = decided.but(slot=slot, query_index=before.query_index)
         if before.query_index < 0:
-            if edit != before:
-                storage.put_edit(edit)
+            storage.put_edit(edit)
             return
+        query = self.apart.query_of(decided)
         storage.queries.write(edit.query_index, query)
         if edit.live:
             storage.make_live(edit, query, slot, distance)
         else:
             storage.put_edit(edit)
+
+
+def _outcome(edit: Edit) -> tuple[Any, ...]:
+    """Return what making an edit again may change of its record, but for its slot."""
+    return edit.state, edit.superseded_by, edit.value_id, edit.verified
+
+
+def _queries(storage: Storage, edits: list[Edit]) -> Tensor:
+    """Return the queries `[N, D]` of edits, on the host."""
+    stored = storage.queries.vectors
+    rows = stored.new_empty(len(edits), stored.shape[1])
+    numbers = [number for number, edit in enumerate(edits) if edit.query_index >= 0]
+    rows[numbers] = stored[[edits[number].query_index for number in numbers]]
+    for number, edit in enumerate(edits):
+        if edit.query_index < 0:
+            rows[number] = storage.query_of(edit).cpu()
+    return rows

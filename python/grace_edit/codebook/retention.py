@@ -174,7 +174,7 @@ def _drawn(storage: Storage, slot: int) -> list[int]:
     """
     if storage.settings.paper:
         return []
-    return storage.queries.draw(storage.slots.keys[slot], slot)
+    return storage.queries.draw(storage.slots.key(slot), slot)
 
 
 def _uncovered(storage: Storage, slot: int) -> list[int]:
@@ -183,7 +183,7 @@ def _uncovered(storage: Storage, slot: int) -> list[int]:
     if storage.settings.paper or entry is None:
         return []
     indexes = [(member, storage.edit(member).query_index) for member in entry.members]
-    radius = storage.slots.radii[slot].item()
+    radius = storage.slots.radius(slot)
     return [m for m, at in indexes if at >= 0 and storage.queries.answer(at)[1] > radius]
 
 
@@ -203,7 +203,7 @@ def repair(storage: Storage, affected: Iterable[int], answers: Answers | None, b
             continue
         slot, distance = storage.queries.answer(edit.query_index)
         entry = storage.live_entry(slot)
-        covered = distance <= storage.slots.radii[slot].item()
+        covered = distance <= storage.slots.radius(slot)
         keeps_label = covered and entry.label == edit.label
         if keeps_label and _trusts(edit, slot, entry.value_id, answers):
             accept(storage, edit, slot, entry.value_id)

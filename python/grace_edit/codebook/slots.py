@@ -93,6 +93,14 @@ class Slots:
         """Number of slots that hold an entry."""
         return self.in_use - len(self._free)
 
+    def key(self, slot: int) -> Tensor:
+        """Return the key `[D]` of a slot."""
+        return self.keys[slot]
+
+    def radius(self, slot: int) -> float:
+        """Return the radius of a slot; -inf: it is dead."""
+        return self.radii[slot].item()
+
     def held(self, table: str, key: Any) -> Any:
         """Return what a place holds; see `journal.Part`."""
         if table in _VECTORS:

@@ -205,8 +205,8 @@ class Storage(Recorded):
         self.queries.set_answer(edit.query_index, slot, distance)
         if edit.prompt is not None:
             self._put("by_prompt", edit.prompt, edit.id)
-        self._put("by_query", digest(query), edit.id)
-        self.put_edit(replace(edit, slot=slot))
+        self._put("by_query", self.name_of(query), edit.id)
+        self.put_edit(edit.but(slot=slot))
         self._put_number("live_edits", self.live_edits + (edit.part_of is None))
 
     def supersede(self, id: int, by: int) -> None:
@@ -232,7 +232,7 @@ class Storage(Recorded):
             self.queries.clear_answer(edit.query_index)
         if edit.prompt is not None and self.by_prompt.get(edit.prompt) == edit.id:
             self._drop("by_prompt", edit.prompt)
-        query = digest(self.query_of(edit))
+        query = self.name_of(self.query_of(edit))
         if self.by_query.get(query) == edit.id:
             self._drop("by_query", query)
         self._put_number("live_edits", self.live_edits - (edit.part_of is None))

@@ -114,7 +114,11 @@ class Transactions(ABC):
             if self.watcher is not None and not self.journal.is_open:
                 self.watcher.taken_back(self)
             raise
-        self.journal.end()
+        if self.journal.is_nested:
+            with self.lock:  # others may look what was there before
+                self.journal.end()
+        else:
+            self.journal.end()
         if not self.journal.is_open:
             if self.purged:
                 self.journal.forget("a purge")

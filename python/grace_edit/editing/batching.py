@@ -44,14 +44,16 @@ class Together:
     def make(self, number: int) -> EditResult:
         """Make the edit of this number, which the one before it was made before.
 
-        Raises: as `EditMaker.make`, of an edit that comes later too.
+        One whose value becomes NaN or infinite is refused.
+
+        Raises: as `EditMaker.read`, of an edit that comes later too.
         """
         maker = self._maker
         if not maker.starts_warm or len(self._wanted) == 1:
-            return maker.make(self._wanted[number])
+            return maker.attempt(maker.read(self._wanted[number]))
         if number not in self._read:
             self._train(range(number, number + self._window(number)))
-        return maker.finish(self._read.pop(number), fit=self._fits.pop(number, None))
+        return maker.attempt(self._read.pop(number), self._fits.pop(number, None))
 
     def _window(self, first: int) -> int:
         """Return how many edits are read together from the first on."""

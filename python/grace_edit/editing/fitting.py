@@ -56,6 +56,7 @@ class Fit:
         reason: why the target was not reached; empty if it was.
         probability: of the whole target behind its prompt, answered by this value; of several
             prompts the least.
+        finite: neither the loss nor the value became NaN or infinite.
     """
 
     value: Tensor
@@ -65,6 +66,7 @@ class Fit:
     steps: int
     reason: str = ""
     probability: float = 0.0
+    finite: bool = True
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Training:
         self.steps = 0
         self.margin = settings.margin
         self._least, self._patience = min(settings.margin, _LEAST), -1
-        self._reached = False
+        self._reached, self._finite = False, True
         self._first = self._loss = float("nan")
 
     @property
@@ -95,19 +97,21 @@ class Training:
         """How many tokens it is to make likely."""
         return sum(len(target) for _, target in self.task.asked)
 
-    def look(self, entropy: float, odds: Tensor, stored: Tensor) -> None:
-        """Note what a forward said.
+    def look(self, entropy: float, odds: Tensor, stored: Tensor, finite: bool) -> None:
+        """Note what a forward said; where that is not finite, the value is done.
 
         Args:
             entropy: mean over all tokens, nats.
             odds: log odds of the tokens, nats, on the CPU; further ones are inf.
             stored: `[V]`, the value that answered.
+            finite: it is.
         """
-        if not entropy < math.inf:
-            raise FloatingPointError(f"the loss must be finite, got {entropy} at step {self.steps}")
         self._loss = entropy
         self._first = entropy if self.steps == 0 else self._first
         self._odds, self.stored = odds[: self.tokens], stored
+        if not (entropy < math.inf and finite):
+            self._finite, self.done = False, True
+            return
         self.waits = self._may_work or self._is_last
 
     @property
@@ -158,10 +162,14 @@ class Training:
     def fit(self) -> Fit:
         """What has become of the value, once it is done."""
         steps, loss = self.steps, self._loss
+        value = self.stored.clone()  # not what is stored of all
+        if not self._finite:
+            what, bad = ("the value", "NaN or infinity") if loss < math.inf else ("the loss", loss)
+            reason = f"{what} must be finite, got {bad} at step {steps}"
+            return Fit(value, False, self._first, loss, steps, reason, finite=False)
         reason = f"target not produced after {steps} steps (loss {loss:.3g})"
         sizes = [len(y) for y in self.task.targets]
         tokens = torch.nn.functional.logsigmoid(self._odds[: sum(sizes)])
         least = min(float(part.sum().exp()) for part in tokens.split(sizes))
         reason = "" if self._reached else reason
-        value = self.stored.clone()  # not what is stored of all
         return Fit(value, self._reached, self._first, loss, steps, reason, least)

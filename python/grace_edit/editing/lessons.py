@@ -15,17 +15,21 @@ from torch import Tensor
 from ..families import Family
 from ..families.base import Begun
 from .cutting import CutForward
+from .values import log_odds
 
 Logits = tuple[Tensor, Tensor]
 
 _WORTH = 64
 """Tokens before the last ones of all prompts from which on they are run by themselves first."""
 
-_NEAR = 2e-3
-"""Of the largest logit: the most by which they may differ then, in single precision."""
+_NEAR = 0.05
+"""Nats by which the log odds of the target's tokens may differ then, in single precision.
 
-_NEAR_IN_HALF = 0.1
-"""The same with fewer bits."""
+Not their logits, nor a part of these: what is added to all logits of a token changes nothing, and a
+model whose logits are large would be allowed to differ by more than a target may lead."""
+
+_NEAR_IN_HALF = 0.5
+"""The same with fewer bits: half of the lead with which a value is proven among others."""
 
 
 class Lessons:
@@ -98,7 +102,7 @@ class Lessons:
 
     @torch.no_grad()
     def _goes_on(self, begun: Begun, values: Tensor) -> bool:
-        """Say whether what was begun leads to about the numbers of whole forwards.
+        """Say whether what was begun leads to about the log odds of whole forwards.
 
         Seen once for each length and padding that is longer than any before, as windows and biases
         of attention may count padding, at the rows with the most of either.
@@ -115,12 +119,12 @@ class Lessons:
         padded = sorted(numbers, key=lambda b: sizes[b][::-1])[-2:]
         rows = sorted({*longest, *padded})
         prompts, targets = [self._prompts[b] for b in rows], [self._targets[b] for b in rows]
-        whole, _ = self._cut.family.target_logits(prompts, targets, values[rows])
-        every, _ = begun.target_logits(self._cut.family, self._targets, values)
+        whole = log_odds(*self._cut.family.target_logits(prompts, targets, values[rows]))
+        every = log_odds(*begun.target_logits(self._cut.family, self._targets, values))
         each = every.split([len(target) for target in self._targets])
         found = torch.cat([each[b] for b in rows])
         near = _NEAR if values.dtype in (torch.float32, torch.float64) else _NEAR_IN_HALF
-        same = bool((found - whole).abs().max() <= near * whole.abs().max())
+        same = bool((found - whole).abs().max() <= near)
         if same:
             self._family.goes_on = (max(most[0], seen[0]), max(most[1], seen[1]))
         return same

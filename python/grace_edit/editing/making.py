@@ -156,6 +156,16 @@ class EditMaker:
             return _refused(proposal, fit, self._failed(read, fit))
         return self._commit(keys, proposal, fit.value, fit, remark)
 
+    def attempt(self, read: Read, fit: Fit | None = None) -> EditResult:
+        """Do as `finish`, of an edit among others: a value that becomes NaN or infinite refuses it.
+
+        Such an error comes from training, so nothing was changed.
+        """
+        try:
+            return self.finish(read, fit=fit)
+        except FloatingPointError as error:
+            return _refused(self.propose(read), None, str(error))
+
     def _propose(self, key: Key, label: Sequence[int], **given: Any) -> Proposal:
         return self.takes.propose(key.query, label, key.prompt, radius=key.radius, **given)
 
@@ -342,7 +352,7 @@ def _replaced(book: Codebook, proposal: Proposal, whole: Proposal) -> set[int]:
     return {id for id in proposal.supersedes if book.edit(id).prompt != whole.prompt}
 
 
-def _refused(proposal: Proposal, fit: Fit, reason: str) -> EditResult:
+def _refused(proposal: Proposal, fit: Fit | None, reason: str) -> EditResult:
     return EditResult(
         id=None,
         case=proposal.case,
@@ -351,11 +361,11 @@ def _refused(proposal: Proposal, fit: Fit, reason: str) -> EditResult:
         distance=proposal.distance,
         radius_before=proposal.radius_before,
         radius_after=proposal.radius_before,
-        loss_start=fit.loss_start,
-        loss_end=fit.loss_end,
-        steps=fit.steps,
+        loss_start=None if fit is None else fit.loss_start,
+        loss_end=None if fit is None else fit.loss_end,
+        steps=0 if fit is None else fit.steps,
         success=False,
-        probability=fit.probability,
+        probability=None if fit is None else fit.probability,
         proven=False,
         reason=reason,
     )

@@ -24,7 +24,8 @@ from .prefills import Prefills
 
 _SURE = 1.0
 """Nats by which the tokens of a target lead at least, in log odds, where it is proven among others.
-A logit would have to be off by half of it to change which is the largest."""
+It leads in logits by no less, as the others together have at least the logit of the largest of
+them. So a logit would have to be off by half of it to change which is the largest."""
 
 _OFF = _SURE / 4
 """The most by which logits of a row among others may differ from those that it has alone."""

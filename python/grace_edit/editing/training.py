@@ -33,11 +33,17 @@ def fit_value(
 ) -> Fit:
     """Train one value that makes every prompt produce its target.
 
-    Args and raises: as `Task` and `fit_values`.
+    Args: as `Task` and `fit_values`.
+
+    Raises:
+        FloatingPointError: the loss or the value became NaN or infinite.
     """
     task = Task(prompts, targets, start, lr, contexts, prefills)
     settings: dict[str, Any] = {"max_steps": max_steps, "margin": margin, "move": move}
-    return fit_values(family, [task], dtype, early_stop=early_stop, **settings)[0]
+    fit = fit_values(family, [task], dtype, early_stop=early_stop, **settings)[0]
+    if not fit.finite:
+        raise FloatingPointError(fit.reason)
+    return fit
 
 
 def fit_values(
@@ -54,7 +60,8 @@ def fit_values(
 
     Each has its own loss, Adam state, patience and proof, and none depends on another, but for the
     last bits of a forward of several rows. One that is done stays in the forward, so that what was
-    kept of it can be used, until half of them are done.
+    kept of it can be used, until half of them are done. So does one that became NaN or infinite:
+    its rows are never added to those of others.
 
     The model's parameters, their `requires_grad` and `.grad` are not touched: only the gradients of
     the values are asked for.
@@ -70,8 +77,9 @@ def fit_values(
             as the gradient tells; `lr` is raised where it would do less.
         early_stop: stop at the first value that passes; else take `max_steps` steps.
 
-    Raises:
-        FloatingPointError: a loss became NaN or infinite.
+    Returns:
+        A fit for each task. One whose loss or value became NaN or infinite says so by `finite` and
+        its reason.
     """
     settings = Settings(max_steps, margin, move, early_stop)
     everything = [Training(task, settings) for task in tasks]
@@ -102,10 +110,12 @@ def _step(family: Family, lessons: Lessons, together: Values) -> None:
         odds, entropies = together.look(logits, wanted)
         early = together.settings.early_stop
         losses = _shortfall(odds, together.margins(odds)) if early else entropies
-    seen = zip(entropies.tolist(), odds.detach().cpu(), stored.detach().clone(), strict=True)
-    for own, (entropy, its_odds, its_value) in zip(together.trainings, seen, strict=True):
+    finite = torch.isfinite(stored).all(dim=1).tolist()
+    numbers, values = odds.detach().cpu(), stored.detach().clone()
+    seen = zip(entropies.tolist(), numbers, values, finite, strict=True)
+    for own, what in zip(together.trainings, seen, strict=True):
         if not (own.done or own.waits):
-            own.look(entropy, its_odds, its_value)
+            own.look(*what)
     asking = [n for n, own in enumerate(together.trainings) if own.waits]
     if 2 * len(asking) >= len(running):
         proofs = [together.trainings[n].proof(together.starts[n]) for n in asking]

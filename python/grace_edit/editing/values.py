@@ -75,7 +75,7 @@ class Values:
         """
         # They may come from another device than the layer's.
         self._places, self._sizes = self._places.to(logits.device), self._sizes.to(logits.device)
-        odds = _log_odds(logits, wanted)
+        odds = log_odds(logits, wanted)
         entropy = torch.nn.functional.cross_entropy(logits, wanted, reduction="none")
         sums = self._spread(entropy, 0.0).sum(dim=1)
         return self._spread(odds, float("inf")), sums / self._sizes
@@ -109,7 +109,7 @@ class Values:
         adam.step(gradients, goes_on)
 
 
-def _log_odds(logits: Tensor, wanted: Tensor) -> Tensor:
+def log_odds(logits: Tensor, wanted: Tensor) -> Tensor:
     """Return the log odds `[n]` of the wanted tokens against all others together, nats."""
     own = logits.gather(1, wanted[:, None]).squeeze(1)
     return own - logits.scatter(1, wanted[:, None], float("-inf")).logsumexp(dim=1)
