@@ -86,6 +86,7 @@ def main() -> None:
     torch.set_num_threads(1)
     told: dict[str, Any] = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "threads": 1,
         "load_average_before": os.getloadavg()[0],
     }
     widths = [int(width) for width in arguments.widths.split(",")]
