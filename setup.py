@@ -8,8 +8,8 @@ which answers from the reference.
 GRACE_KERNELS_COMPILE says what is compiled: `0` nothing, `cpu` the CPU kernels, `cuda` the CUDA
 kernels too, or an error. Unset or `1`: the CPU kernels, and the CUDA kernels where torch was built
 for CUDA and nvcc is there and compiles them. Those are compiled for sm_80, sm_90 and what comes
-after, or for what TORCH_CUDA_ARCH_LIST says. What is compiled for 9.0 has the instructions that this
-capability alone has (sm_90a).
+after, or for what TORCH_CUDA_ARCH_LIST says. What is compiled for 9.0 has the instructions that
+this capability alone has (sm_90a).
 
 GRACE_KERNELS_NAMESPACE is the namespace in which the operators are registered, `grace` unless set;
 `hub/export.py` sets it.

@@ -24,9 +24,9 @@ from .peers import Book
 
 K = 1000
 FORMS = ("", "exact-always", "apart", "apart,dependent", "rows", "apart,rows")
-"""What a lookup of up to 16 queries without a sketch may take; the first is what answers by default.
-The exact form is timed beyond what is predicted to be its domain too: where it ends is to be
-measured."""
+"""What a lookup of up to 16 queries without a sketch may take; the first answers by default. The
+exact form is timed beyond what is predicted to be its domain too: where it ends is to be measured.
+"""
 FORMS_OF_MANY = ("", "apart", "warpgroups", "warpgroups,apart,dependent", "exact-always")
 """The same of more; the last one of up to 64."""
 SKETCHED = ("", "coordinates", "coordinates,dependent")

@@ -199,7 +199,7 @@ def test_where_capability_9_0_is_asked_for_its_own_instructions_are_there(
     ]
     environment = {} if listed is None else {"TORCH_CUDA_ARCH_LIST": listed}
     names = {"os": SimpleNamespace(environ=environment), "re": re}
-    exec(compile(code, "setup.py", "exec"), names)  # noqa: S102
+    exec(compile(code, "setup.py", "exec"), names)
     found = names["targets"]()
     assert [target for target in found if "code=sm_" in target or listed is None] == expected
     assert ("compute_90,code=compute_90" in found) == (listed is None or "+PTX" in listed)
