@@ -130,8 +130,13 @@ class Block {
       ready_.push_back(t);
     }
     unsigned finished = 0;
+    // Of several warpgroups with work of their own one may have to wait for all others.
+    const unsigned slow = threads > kMayEnd ? random() % 4 : ~0u;
     while (!ready_.empty()) {
-      const size_t pick = random() % ready_.size();
+      size_t pick = random() % ready_.size();
+      for (size_t i = 0; i < ready_.size() && ready_[pick] / 128 == slow; ++i) {
+        pick = (pick + 1) % ready_.size();
+      }
       const unsigned t = ready_[pick];
       ready_[pick] = ready_.back();
       ready_.pop_back();

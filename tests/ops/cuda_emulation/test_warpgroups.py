@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from grace_kernels import reference
-from grace_kernels.testing import INF, Case, random_codebook, same_bits
+from grace_kernels.testing import (
+    INF,
+    Case,
+    random_codebook,
+    same_bits,
+    ties_within_rounding,
+)
 
 from . import test_launch, test_scan
 from .emulator import Emulator
@@ -35,8 +41,10 @@ def test_every_regime_is_answered_to_the_bit(case: Case, emulator: Emulator) -> 
             assert same_bits(distance, expected[1].repeat(copies)), (distance, expected[1])
 
 
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("batch", [17, 64, 65, 129])
+@pytest.mark.parametrize(
+    ("dtype", "batch"),
+    [(dtype, batch) for dtype in HALVES for batch in (17, 64, 65)] + [(torch.bfloat16, 129)],
+)
 @pytest.mark.parametrize("processors", [1, 5])
 def test_batch_size_slices_and_the_order_of_blocks_and_threads_do_not_matter(
     dtype: torch.dtype, batch: int, processors: int, emulator: Emulator
@@ -75,6 +83,14 @@ def test_rows_below_at_and_above_a_ring_and_tiles_shorter_than_one(
     query, keys, radii = codebook(dtype, n, dim, dim)
     with emulator.device(FORM, processors=1, mma_error=MMA_ERROR):
         expect(emulator, query.repeat(2, 1)[:batch], keys, radii)
+
+
+@pytest.mark.parametrize("batch", [17, 65])
+def test_what_a_stage_held_before_does_not_matter(batch: int, emulator: Emulator) -> None:
+    # More stages than the ring has, the last of them full of an earlier one behind the rows' end.
+    query, keys = ties_within_rounding(torch.bfloat16, 40, 1000, 1.0, batch, 0.0)
+    with emulator.device(FORM, processors=1, mma_error=MMA_ERROR):
+        expect(emulator, query.repeat(batch, 1), keys, torch.full((40,), INF))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
