@@ -9,8 +9,8 @@
 //                 slice gives its sketch up after one query that left too much, not after eight
 //   warpgroups    more than 16 fp16 or bf16 queries by warpgroups on sm_90a, lookup_warpgroups.cuh;
 //                 more than 64 are then answered apart, too
-//   dependent     the second launch of apart and coordinates begins before the first has ended, from
-//                 compute capability 9.0 on (programmatic dependent launch)
+//   dependent     the second launch of apart and coordinates begins before the first has ended
+//                 (programmatic dependent launch, from compute capability 9.0 on)
 #pragma once
 
 #include <algorithm>
