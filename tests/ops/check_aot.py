@@ -259,10 +259,9 @@ def markdown(rows: list[Outcome], versions: str) -> str:
         "# The Triton kernel, compiled ahead of time",
         "",
         f"Written by `make check-aot` ({versions}); nothing here was run on a GPU.",
-        "A tile is its form, queries x keys x elements. `lookup` is `nearest` and `adapt_` too, `apart` "
-        "the scan",
-        "of that form (sm_90 alone). `ok`: no spills, shared memory within the",
-        "limit, a loop over the keys without fp64 that loads 16 bytes at a time.",
+        "A tile is its form, queries x keys x elements. `lookup` is `nearest` and `adapt_` too, and",
+        "`apart` the kernel that scans in that form (sm_90 alone). `ok`: no spills, shared memory",
+        "within the limit, a loop over the keys without fp64 that loads 16 bytes at a time.",
         "",
         "| arch | keys | operation | batch up to | tile | registers | shared bytes | spills | |",
         "|---|---|---|---|---|---|---|---|---|",
