@@ -69,7 +69,7 @@ def test_answers_are_the_same_in_two_launches(
     assert launches == ["scan_kernels", "answer_kernels"] * 4
 
 
-@pytest.mark.parametrize("number", [0, 5, 10, 20, 25])
+@pytest.mark.parametrize("number", [0, 10, 20])
 def test_random_codebooks_are_answered_and_written_to_the_bit(
     launches: list[str], number: int
 ) -> None:
@@ -163,7 +163,7 @@ def test_every_row_of_a_tile_can_be_the_nearest(
     monkeypatch.setattr(tiles, "choose", lambda *_: replace(tile, keys=32, groups=8))
     keys = torch.zeros(96, 20)
     keys[:, 0] = 10.0
-    for place in range(0, 96, 13):
+    for place in range(0, 96, 37):
         here = keys.clone()
         near = [place, (place + 1) % 96, (place + 40) % 96]
         here[near, 0] = 1.0
