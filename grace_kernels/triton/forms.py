@@ -15,12 +15,12 @@ from .tiles import Tile
 
 KNOWN = ("apart",)
 REGISTERS = 128
-"""Of a thread of a scan of up to 16 queries, 4 of float32: none spills (`make check-aot`), where
-all in one kernel would, and twice as many programs have room in a multiprocessor as with more."""
+"""Of a thread of a scan of up to 16 queries, 4 of float32, on sm_90. None spills with it (`make
+check-aot`), where all in one kernel would; twice as many programs have room in a multiprocessor."""
 
 _VARIABLE = "GRACE_KERNELS_TRITON_FORMS"
 _FILE = 65536  # registers of a multiprocessor
-_SHARED = 227 << 10  # bytes of its shared memory, on sm_90 and sm_100
+_SHARED = 227 << 10  # bytes of its shared memory
 _chosen: frozenset[str] | None = None  # the environment has not been asked yet
 
 
@@ -44,17 +44,17 @@ def apart() -> bool:
     return "apart" in (_chosen or ())
 
 
-def registers(tile: Tile, element_size: int) -> int | None:
+def registers(capability: tuple[int, int], tile: Tile, element_size: int) -> int | None:
     """Return how many registers a thread that only scans may have (None: as many as it likes)."""
     fits = tile.direct or (tile.queries == 16 and element_size == 2)
-    return REGISTERS if fits else None
+    return REGISTERS if fits and capability == (9, 0) else None
 
 
-def scanning(tile: Tile, element_size: int) -> Tile:
+def scanning(capability: tuple[int, int], tile: Tile, element_size: int) -> Tile:
     """Return a tile with as many programs per multiprocessor as a kernel that only scans allows."""
-    if registers(tile, element_size) is None:
+    if registers(capability, tile, element_size) is None:
         return tile
-    rows = tile.keys if tile.direct else tile.keys + tile.queries
+    rows = tile.keys + tile.queries
     shared = (tile.stages - 1) * rows * tile.elements * element_size + 4608
     programs = min(_FILE // (REGISTERS * 32 * tile.warps), _SHARED // shared)
     return replace(tile, resident=max(tile.resident, programs))

@@ -146,8 +146,8 @@ def _all(
     (capacity, dim), compared = keys.shape, 0 if sketch is not None else keys.shape[0]
     tile = tiles.choose(capability, keys.element_size(), at_once, compared, dim)
     apart = sketch is None and forms.apart()
-    if apart and capability >= (9, 0):
-        tile = forms.scanning(tile, keys.element_size())
+    if apart:
+        tile = forms.scanning(capability, tile, keys.element_size())
     slices = slices_of(tile, capacity, dim, at_once, multiprocessors)
     blocks = -(-at_once // tile.queries)
     together = 1 if apart else tile.queries
@@ -240,7 +240,7 @@ def _launch(
             left = *workspace[:2], *groups
             scan_kernels[layout // 2 * 2][grid](
                 *asked, *left, batch, source.shape[0], keys.shape[0], dim, what, *margin,
-                maxnreg=forms.registers(tile, size), **options,
+                maxnreg=forms.registers(machine(source.device)[0], tile, size), **options,
             )  # fmt: skip
             answer_kernels[layout][batch,](
                 *asked, *answers, *left, *output, *sizes, what, slices,

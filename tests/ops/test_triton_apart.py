@@ -69,7 +69,7 @@ def test_answers_are_the_same_in_two_launches(
     assert launches == ["scan_kernels", "answer_kernels"] * 4
 
 
-@pytest.mark.parametrize("number", [0, 5, 10, 20, 25])
+@pytest.mark.parametrize("number", [0, 10, 20])
 def test_random_codebooks_are_answered_and_written_to_the_bit(
     launches: list[str], number: int
 ) -> None:
@@ -163,7 +163,7 @@ def test_every_row_of_a_tile_can_be_the_nearest(
     monkeypatch.setattr(tiles, "choose", lambda *_: replace(tile, keys=32, groups=8))
     keys = torch.zeros(96, 20)
     keys[:, 0] = 10.0
-    for place in range(0, 96, 13):
+    for place in range(0, 96, 37):
         here = keys.clone()
         near = [place, (place + 1) % 96, (place + 40) % 96]
         here[near, 0] = 1.0
@@ -193,13 +193,17 @@ def test_it_is_off_unless_it_is_asked_for_and_unknown_names_are_refused(
 def test_a_scan_of_few_queries_has_as_many_programs_as_registers_and_memory_allow() -> None:
     tiles = launcher().tiles
     programs = {
-        (batch, slots): forms.scanning(tiles.choose((9, 0), 2, batch, slots, 4096), 2).resident
+        (batch, slots): forms.scanning(
+            (9, 0), tiles.choose((9, 0), 2, batch, slots, 4096), 2
+        ).resident
         for batch in (1, 2, 8, 20)
         for slots in (0, 10_000)
     }
     in_float32 = tiles.choose((9, 0), 4, 8)
-    assert forms.registers(in_float32, 4) is None
-    assert forms.scanning(in_float32, 4) == in_float32
+    assert forms.registers((9, 0), in_float32, 4) is None
+    assert forms.scanning((9, 0), in_float32, 4) == in_float32
+    for other in ((8, 0), (10, 0)):
+        assert forms.registers(other, tiles.choose(other, 2, 1), 2) is None
     assert programs == {
         (1, 0): 3, (1, 10_000): 4, (2, 0): 4, (2, 10_000): 4, (8, 0): 3, (8, 10_000): 2,
         (20, 0): 2, (20, 10_000): 1,
