@@ -33,7 +33,9 @@ from benchmarks.peers import Book
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 OURS = gpu.ours(CPU)[0]
-FORMS = ("", ", exact-always", ", apart", ", rows", ", apart, rows", ", coordinates")
+FORMS = ("", ", exact-always", ", apart", ", apart, dependent", ", rows", ", apart, rows")
+FORMS += (", warpgroups", ", warpgroups, apart, dependent")
+FORMS += (", coordinates", ", coordinates, dependent")
 ON_CUDA = Settings("cuda")
 
 
