@@ -59,7 +59,7 @@ def test_batch_size_slices_and_the_order_of_blocks_and_threads_do_not_matter(
         assert controls.launches == (4 if batch > 64 else 2)
 
 
-@pytest.mark.parametrize(("dtype", "batch"), zip(HALVES, (17, 65), strict=True))
+@pytest.mark.parametrize(("dtype", "batch"), [*zip(HALVES, (17, 65), strict=True)])
 @pytest.mark.parametrize("n", [1, 9, TILE - 1, TILE, TILE + 1, 2 * TILE + 70])
 def test_slices_below_at_and_above_a_tile_of_keys(
     dtype: torch.dtype, batch: int, n: int, emulator: Emulator
@@ -73,7 +73,7 @@ def test_slices_below_at_and_above_a_tile_of_keys(
         expect(emulator, query, *wide, torch.tensor(n))
 
 
-@pytest.mark.parametrize(("dtype", "batch"), zip(HALVES, (65, 17), strict=True))
+@pytest.mark.parametrize(("dtype", "batch"), [*zip(HALVES, (65, 17), strict=True)])
 @pytest.mark.parametrize(
     ("n", "dim"), [(40, 56), (40, 64), (40, 1016), (130, 8), (130, 264), (130, 320), (700, 64)]
 )
