@@ -52,7 +52,7 @@ def shapes(settings: Settings) -> list[Shape]:
     """Return what is measured, in order."""
     if settings.device != "cuda":
         small = [Shape("forms", FP32, 96, 3000, 1, data=gpu_pruned.SPECTRUM)]
-        return [Shape("forms", FP32, 64, 300, batch) for batch in (1, 8)] + small
+        return [Shape("forms", FP32, 64, 300, batch) for batch in (8, 20)] + small
     plain = [Shape("forms", dtype, dim, n, batch) for dtype, dim, n, batch in PLACES]
     through = [
         Shape("forms", BF16, dim, n, batch, data=data)

@@ -35,7 +35,9 @@ from grace_kernels.triton import forms, tiles
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 OURS = gpu.ours(CPU)[0]
-FORMS = ("", ", exact-always", ", apart", ", rows", ", apart, rows", ", coordinates")
+FORMS = ("", ", exact-always", ", apart", ", apart, dependent", ", rows", ", apart, rows")
+FORMS += (", warpgroups", ", warpgroups, apart, dependent")
+FORMS += (", coordinates", ", coordinates, dependent")
 TRITON = [gpu_tiles.NOW, gpu_tiles.BEFORE, gpu_tiles.APART]
 ON_CUDA = Settings("cuda")
 
