@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from codebook_streams import ISLAND_DIM, VALUE_DIM, Islands, bits, entries, state
-from grace_edit.codebook import deletion, replay
+from grace_edit.codebook import comparing, deletion, replay
 from grace_edit.codebook.codebook import Codebook
 from grace_edit.codebook.comparing import Bounds, Names
 from grace_edit.codebook.records import TieError
@@ -139,6 +139,7 @@ def test_linked_edits_are_decided_by_products_as_by_every_distance(
     monkeypatch: pytest.MonkeyPatch,
     replayed: list[int],
 ) -> None:
+    monkeypatch.setattr(comparing, "_MOST_ROWS", 16)  # so that those asked before come up again
     source, chance = torch.Generator().manual_seed(dim), random.Random(dim)
     reach = scale * math.sqrt(2 * dim)  # about how far they are from each other
     queries = scale * torch.randn(100, dim, generator=source)
@@ -163,7 +164,10 @@ def test_linked_edits_are_decided_by_products_as_by_every_distance(
 @pytest.mark.parametrize("scale", [1.0, 1e-10, 1e-22, 1e12])
 @pytest.mark.parametrize("dim", [1, 7, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bounds_hold_for_every_two_queries(scale: float, dim: int, dtype: torch.dtype) -> None:
+def test_bounds_hold_for_every_two_queries(
+    scale: float, dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparing, "_MOST_ROWS", 16)
     source = torch.Generator().manual_seed(dim)
     queries = torch.randn(40, dim, generator=source)
     if scale > 1e-20:  # alone, for whose squares float32 has no bits
@@ -173,12 +177,14 @@ def test_bounds_hold_for_every_two_queries(scale: float, dim: int, dtype: torch.
     wide = queries.double().numpy()
     squares = ((wide[:, None] - wide[None]) ** 2).sum(axis=2)
     bounds = Bounds(queries, Names(queries).each)
-    bounds.reach(0)
-    for number in range(40):
-        least, slack = bounds.of(number)
-        assert (least <= squares[number]).all()
-        most = least.astype("float64") + bounds.slack + slack
-        assert (most >= squares[number]).all()
+    for asked, reached in ((0, 16), (15, 16), (16, 32), (32, 40)):
+        bounds.reach(asked)
+        for number in (asked, *range(reached)):
+            least, slack = bounds.of(number)
+            assert len(least) == reached
+            assert (least <= squares[number, :reached]).all()
+            most = least.astype("float64") + bounds.slack[:reached] + slack
+            assert (most >= squares[number, :reached]).all()
 
 
 def test_equal_queries_share_a_name_and_no_others_do() -> None:
