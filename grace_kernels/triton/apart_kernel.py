@@ -216,4 +216,4 @@ def _answer_kernel(
 
 _GROUPS = ("group_bounds", "group_places")
 scan_kernels = as_laid_out(_scan_kernel, _GROUPS)
-answer_kernels = as_laid_out(_answer_kernel, (*_GROUPS,))
+answer_kernels = as_laid_out(_answer_kernel, _GROUPS)

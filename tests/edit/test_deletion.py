@@ -346,6 +346,16 @@ def test_what_is_touched_does_not_grow_with_what_is_far() -> None:
     assert touched(same.storage, 100) is None
 
 
+def test_a_long_chain_of_edits_is_not_followed_to_its_end() -> None:
+    book = Codebook(2, VALUE_DIM)
+    for number in range(400):
+        # A chain, and as many edits that are linked with none.
+        book.insert(torch.tensor([1.9 * number, 0.0]), [number], torch.zeros(VALUE_DIM))
+        book.insert(torch.tensor([9.0 * number, 900.0]), [number], torch.zeros(VALUE_DIM))
+    assert touched(book.storage, 0) is None
+    assert touched(book.storage, 1) == {1}
+
+
 def test_a_prompt_links_edits_whose_queries_are_far_apart() -> None:
     book, zeros = Codebook(2, VALUE_DIM), torch.zeros(VALUE_DIM)
     for number in range(70):

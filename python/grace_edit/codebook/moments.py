@@ -143,14 +143,15 @@ class Moments:
         """
         self._lock.acquire()
         self._publishing = True
-        if not self._used:
-            return
         for book in books:
+            lacking = [moment for moment in self._used if book not in moment.held]
+            if not lacking:
+                continue
             with book.lock:
                 held = _copy(book) if by_undo else self.before(book)
             if held is not None:
-                for moment in self._used:
-                    moment.held.setdefault(book, held)
+                for moment in lacking:
+                    moment.held[book] = held
 
 
 def _held(book: Codebook) -> Held:

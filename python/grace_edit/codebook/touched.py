@@ -33,6 +33,7 @@ _CHUNK = 1 << 22  # elements widened at a time
 _PIECE = 1 << 18  # elements that are compared while they are in a cache
 _FEW = 64  # edits that are replayed without asking whether these are most
 _PASSES = 8  # edits that are compared with all queries in a pass each
+_PER_PASS = 32  # edits that are made again, by products, in the time of a pass over as many
 _SLACK = 1.0 + 1e-6  # for distances that were not computed or rounded as the canonical one is
 _TINY = 1e-22  # no canonical distance above 0 is smaller
 
@@ -64,6 +65,9 @@ class _Links:
         if self.imports:
             self.far = max(self.far, storage.imported.radii.max().item())
         self.grown = max(self.far, storage.settings.max_radius)
+        # A chain of edits is not followed for longer than making all again takes. Beside imported
+        # ones that takes longer by far.
+        self.looks = math.inf if self.imports else _FEW + len(storage.by_query) // _PER_PASS
         self._around: dict[int, tuple[list[Edit], list[float]]] = {}
         self._largest: dict[int, float] = {}
 
@@ -74,7 +78,7 @@ class _Links:
         found = {edit.id for edit in group}
         front = list(found)
         while front:
-            if len(found) > self.most:
+            if len(found) > self.most or len(self._around) > self.looks:
                 return None
             near = set(self._by_name(front)) | self._by_distance(front, found)
             near |= self._among_imports(front, found)
