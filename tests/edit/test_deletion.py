@@ -228,14 +228,15 @@ def test_an_edit_that_took_over_a_query_is_repaired_in_a_rehearsal_too(
 ) -> None:
     book, zeros = Codebook(1, VALUE_DIM, radius=2.0), torch.zeros(VALUE_DIM)
     last = None
-    for x, label, prompt in (
-        (0.0, 1, None),
-        (1.0, 1, [7]),
-        (0.9, 1, [7]),  # takes the query of the one before, still answered by the first
-        (1.3, 2, None),  # draws it
-        (-0.8, 3, None),
+    for x, label, prompt, radius in (
+        (0.0, 1, None, None),
+        (1.0, 1, [7], None),
+        (0.9, 1, [7], None),  # takes the query of the one before, still answered by the first
+        (2.2, 2, None, None),
+        (1.7, 2, None, 0.4),  # draws it
+        (-0.8, 3, None, None),
     ):
-        last = book.insert(torch.tensor([x]), [label], zeros, prompt).id
+        last = book.insert(torch.tensor([x]), [label], zeros, prompt, radius=radius).id
     assert last is not None
     expected = anew(book, last, monkeypatch)
     del replayed[:]
