@@ -357,6 +357,17 @@ def test_a_long_chain_of_edits_is_not_followed_to_its_end() -> None:
     assert touched(book.storage, 1) == {1}
 
 
+def test_where_the_nearest_decides_many_are_deleted_without_a_look_at_all() -> None:
+    book, zeros = Codebook(2, VALUE_DIM, policy="nearest"), torch.zeros(VALUE_DIM)
+    for label in (1, 2):  # each is corrected once
+        for number in range(400):
+            if label == 1 or number < 90:
+                book.insert(torch.tensor([float(number), 0.0]), [label], zeros)
+    ids = touched(book.storage, *book.ids[-90:])
+    assert ids is not None
+    assert len(ids) == 180
+
+
 def test_a_prompt_links_edits_whose_queries_are_far_apart() -> None:
     book, zeros = Codebook(2, VALUE_DIM), torch.zeros(VALUE_DIM)
     for number in range(70):
