@@ -8,7 +8,8 @@ which answers from the reference.
 GRACE_KERNELS_COMPILE says what is compiled: `0` nothing, `cpu` the CPU kernels, `cuda` the CUDA
 kernels too, or an error. Unset or `1`: the CPU kernels, and the CUDA kernels where torch was built
 for CUDA and nvcc is there and compiles them. Those are compiled for sm_80, sm_90 and what comes
-after, or for what TORCH_CUDA_ARCH_LIST says.
+after, or for what TORCH_CUDA_ARCH_LIST says. What is compiled for 9.0 has the instructions that
+this capability alone has (sm_90a).
 
 GRACE_KERNELS_NAMESPACE is the namespace in which the operators are registered, `grace` unless set;
 `hub/export.py` sets it.
@@ -37,7 +38,7 @@ ROOT = Path(__file__).parent
 WANTED = os.environ.get("GRACE_KERNELS_COMPILE", "")
 if WANTED not in ("", "0", "1", "cpu", "cuda"):
     raise SystemExit(f"GRACE_KERNELS_COMPILE must be 0, 1, cpu or cuda, got {WANTED}")
-TARGETS = ["compute_80,code=sm_80", "compute_90,code=sm_90", "compute_90,code=compute_90"]
+TARGETS = ["compute_80,code=sm_80", "compute_90a,code=sm_90a", "compute_90,code=compute_90"]
 
 
 def find_torch() -> None:
@@ -116,6 +117,22 @@ def toolkit() -> tuple[Path, Path] | str:
     return home, folder
 
 
+def targets() -> list[str]:
+    """Return what the CUDA kernels are compiled for; nothing where torch is to read its list."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    found = []
+    for entry in re.split(r"[\s;]+", listed.strip()) if listed else ():
+        of = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        if of is None:  # torch knows chips by name, too
+            return []
+        number = of[1] + of[2]
+        exact = number + (of[3] or ("a" if number == "90" else ""))
+        found.append(f"compute_{exact},code=sm_{exact}")
+        if of[4]:
+            found.append(f"compute_{number},code=compute_{number}")
+    return list(dict.fromkeys(found)) or TARGETS
+
+
 def compiled() -> dict[str, Any]:
     """Return the arguments of setup() that build grace_kernels/_C.so and perhaps _C_cuda.so."""
     from torch.utils.cpp_extension import BuildExtension, CppExtension
@@ -180,8 +197,10 @@ def cuda(home: Path, run_time: Path, macros: list[tuple[str, str]], depends: lis
     # CUDAExtension and torch's own search for the toolkit need a torch that was built for CUDA.
     cpp_extension.CUDA_HOME = str(home)
     options = ["-O3", "--threads=2", "-Xptxas", "-v", "-Xcompiler", "-fvisibility=hidden,-Wall"]
-    if "TORCH_CUDA_ARCH_LIST" not in os.environ:
-        options += [f"-gencode=arch={target}" for target in TARGETS]
+    wanted = targets()
+    options += [f"-gencode=arch={target}" for target in wanted]
+    if any(target.endswith("sm_90a") for target in wanted):
+        macros = [*macros, ("GRACE_WARPGROUPS", "1")]
     extension = cpp_extension.CppExtension(
         "grace_kernels._C_cuda",
         [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/cuda/*.cu"))],

@@ -23,13 +23,17 @@ from .measurements import Measurement, Progress, Settings
 from .peers import Book
 
 K = 1000
-FORMS = ("", "exact-always", "apart", "rows", "apart,rows")
-"""What a lookup without a sketch may take; the first is what answers by default. The exact form is
-timed beyond what is predicted to be its domain too: where it ends is to be measured."""
-SKETCHED = ("", "coordinates")
+FORMS = ("", "exact-always", "apart", "apart,dependent", "rows", "apart,rows")
+"""What a lookup of up to 16 queries without a sketch may take; the first answers by default. The
+exact form is timed beyond what is predicted to be its domain too: where it ends is to be measured.
+"""
+FORMS_OF_MANY = ("", "apart", "warpgroups", "warpgroups,apart,dependent", "exact-always")
+"""The same of more; the last one of up to 64."""
+SKETCHED = ("", "coordinates", "coordinates,dependent")
 PLACES = (
     *((BF16, dim, keys, batch) for dim, keys in ((768, K), (768, 100 * K)) for batch in (1, 8, 64)),
     *((BF16, 4096, 10 * K, batch) for batch in (1, 8, 64)),
+    *((BF16, dim, 100 * K, batch) for dim, batch in ((4096, 64), (768, 512), (4096, 512))),
     *((BF16, dim, K, 8) for dim in (4096, 11008)),
     *((BF16, 11008, 10 * K, batch) for batch in (1, 8)),
     *((BF16, 4096, 100 * K, batch) for batch in (1, 2, 8)),
@@ -55,7 +59,7 @@ def shapes(settings: Settings) -> list[Shape]:
         for data, dim, n in THROUGH_SKETCHES
         for batch in (1, 8)
     ]
-    return [*plain[:9], *through, *plain[9:]]
+    return [*plain[:12], *through, *plain[12:]]
 
 
 def run(settings: Settings, progress: Progress) -> Iterator[Measurement]:
@@ -88,6 +92,8 @@ def _measure(
             for n, (book, _) in enumerate(books)
         ]
         names = FORMS
+        if shape.batch > 16:
+            names = FORMS_OF_MANY if shape.batch <= 64 else FORMS_OF_MANY[:-1]
     else:
         asked = [(Book(b.keys, b.radii), b.query[: shape.batch], b.sketch) for b in books]
         names = SKETCHED

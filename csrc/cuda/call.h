@@ -165,8 +165,8 @@ class Call {
     // All that may fail comes before anything is written, if it can: parts run one after the other
     // and share the workspace and the tickets.
     const int64_t at_once = std::min(kLaunchQueries, p_.batch);
-    const dim3 first = grid(device, kernel, at_once);
-    const dim3 last = grid(device, kernel, (p_.batch - 1) % kLaunchQueries + 1);
+    const dim3 first = grid(device, launches, at_once);
+    const dim3 last = grid(device, launches, (p_.batch - 1) % kLaunchQueries + 1);
     const int64_t records = std::max(int64_t{first.x} * first.y, int64_t{last.x} * last.y);
     const int64_t bytes = records * (kernel.queries + 1) * static_cast<int64_t>(sizeof(Partial));
     const int64_t sums = launches.before ? at_once * parts_of(p_.dim) * kQuerySums : 0;
@@ -210,22 +210,25 @@ class Call {
     return p_.hidden < end && begin < hidden_end_;
   }
 
-  // The launches of a call: the scan, and where a form asks for it one before or behind.
+  // The launches of a call: the scan, and where a form asks for it one before or behind. The second
+  // one may begin before the first has ended, see let_dependents_start().
   struct Launches {
     Kernel scan;
     std::optional<Kernel> before, behind;
+    bool dependent = false;
   };
 
   template <class T>
   Launches choose(const Asked& asked) const {
     const unsigned forms = forms_in_use();
     Launches found{cuda::choose<T>(asked, forms), std::nullopt, std::nullopt};
+    found.dependent = forms & kFormDependent && asked.capability >= 90;
     if (asked.pruned) {
       found.scan = with_sketch(found.scan);
       // More queries of a block share the directions.
       if (forms & kFormCoordinates && asked.batch <= 64 && asked.dim > 0)
         found.before = coordinates<T>();
-    } else if (forms & kFormApart && found.scan.margin != &no_margin) {
+    } else if (found.scan.apart || (forms & kFormApart && found.scan.margin != &no_margin)) {
       found.behind = apart<T>();
     }
     return found;
@@ -273,12 +276,14 @@ class Call {
 
   // Slices times blocks of queries. Depends on shapes only, never on count: a graph stays right
   // when slots come into use.
-  dim3 grid(const Device& device, const Kernel& kernel, int64_t batch) const {
+  dim3 grid(const Device& device, const Launches& launches, int64_t batch) const {
+    const Kernel& kernel = launches.scan;
     const int64_t query_blocks = (batch + kernel.queries - 1) / kernel.queries;
     const int64_t record = (kernel.queries + 1) * static_cast<int64_t>(sizeof(Partial));
     int64_t slices = std::min(device.processors * kernel.blocks / query_blocks,
                               (p_.capacity + kernel.least_slots - 1) / kernel.least_slots);
-    slices = std::min(slices, kernel.scan_bytes / record);
+    // A block that answers for all of them has their records in shared memory.
+    if (!launches.behind) slices = std::min(slices, kernel.scan_bytes / record);
     slices = std::max(slices, (p_.capacity + kMaxSliceSlots - 1) / kMaxSliceSlots);
     slices = std::max<int64_t>(slices, 1);
     return dim3(static_cast<unsigned>(slices), static_cast<unsigned>(query_blocks));
@@ -287,26 +292,33 @@ class Call {
   cudaError_t launch(const Launches& launches, const Device& device, Problem p,
                      cudaStream_t stream) const {
     cudaGetLastError();  // an error of somebody else's
-    const auto one = [&](const Kernel& kernel, dim3 blocks) {
+    const auto one = [&](const Kernel& kernel, dim3 blocks, bool dependent) {
       void* arguments[] = {&p};
-      const cudaError_t status = cudaLaunchKernel(kernel.function, blocks, dim3(kThreads),
-                                                  arguments, kernel.shared_bytes, stream);
+      cudaLaunchAttribute attribute{};
+      attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attribute.val.programmaticStreamSerializationAllowed = 1;
+      const dim3 threads(kernel.threads);
+      const size_t shared = kernel.shared_bytes;
+      const cudaLaunchConfig_t config = {blocks, threads, shared, stream, &attribute, 1};
+      const cudaError_t status =
+          dependent ? cudaLaunchKernelExC(&config, kernel.function, arguments)
+                    : cudaLaunchKernel(kernel.function, blocks, threads, arguments, shared, stream);
       return status == cudaSuccess ? cudaGetLastError() : status;
     };
     const auto batch = static_cast<unsigned>(p.batch);
     if (launches.before) {
       const dim3 blocks(parts_of(p.dim), (batch + kTogether - 1) / kTogether);
-      const cudaError_t status = one(*launches.before, blocks);
+      const cudaError_t status = one(*launches.before, blocks, false);
       if (status != cudaSuccess) return status;
     }
-    const dim3 blocks = grid(device, launches.scan, p.batch);
+    const dim3 blocks = grid(device, launches, p.batch);
     if (launches.behind) {
       p.apart_slices = static_cast<int>(blocks.x);
       p.apart_queries = launches.scan.queries;
     }
-    const cudaError_t status = one(launches.scan, blocks);
+    const cudaError_t status = one(launches.scan, blocks, launches.before && launches.dependent);
     if (status != cudaSuccess || !launches.behind) return status;
-    return one(*launches.behind, dim3(batch));
+    return one(*launches.behind, dim3(batch), launches.dependent);
   }
 
   Tensor source_, keys_, radii_;

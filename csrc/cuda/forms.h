@@ -7,6 +7,10 @@
 //   rows          few wide rows to a slice are scanned on CUDA cores for up to 16 queries
 //   coordinates   sketches of queries in a launch of their own, lookup_coordinates.cuh; besides a
 //                 slice gives its sketch up after one query that left too much, not after eight
+//   warpgroups    more than 16 fp16 or bf16 queries by warpgroups on sm_90a, lookup_warpgroups.cuh;
+//                 more than 64 are then answered apart, too
+//   dependent     the second launch of apart and coordinates begins before the first has ended, from
+//                 compute capability 9.0 on (programmatic dependent launch)
 #pragma once
 
 #include <algorithm>
@@ -24,6 +28,8 @@ enum Form : unsigned {
   kFormApart = 4,
   kFormRows = 8,
   kFormCoordinates = 16,
+  kFormWarpgroups = 32,
+  kFormDependent = 64,
 };
 
 struct FormName {
@@ -34,7 +40,9 @@ constexpr FormName kFormNames[] = {{"exact", kFormExact},
                                    {"exact-always", kFormExactAlways},
                                    {"apart", kFormApart},
                                    {"rows", kFormRows},
-                                   {"coordinates", kFormCoordinates}};
+                                   {"coordinates", kFormCoordinates},
+                                   {"warpgroups", kFormWarpgroups},
+                                   {"dependent", kFormDependent}};
 
 // Of names with commas between them.
 inline unsigned forms_of(const std::string& names) {

@@ -93,6 +93,24 @@ __device__ __forceinline__ void mma(Half, float (&d)[4], const uint32_t (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// A launch that was told that it depends on the one before (call.h) may start as soon as all blocks
+// of that one have said so or ended; it sees what they wrote once it has waited, which all of its
+// threads must, as else it might end before them. Nothing happens where no launch was told so.
+__device__ __forceinline__ void let_dependents_start() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_launch_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void prefetch(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global) : "memory");
+}
+
 // Two numbers rounded to nearest as bfloat16, the first one in the lower half.
 __device__ __forceinline__ uint32_t round_to_bfloats(float first, float second) {
   uint32_t both;

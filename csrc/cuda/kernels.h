@@ -20,6 +20,8 @@ struct Kernel {
   int blocks;        // per multiprocessor
   int least_slots;   // of a slice; fewer are not worth a block
   Margin (*margin)(int64_t dim);
+  int threads = kThreads;
+  bool apart = false;  // leaves its answers to a launch behind it
 };
 
 template <class T, int Q, int R>
@@ -46,7 +48,23 @@ Kernel tensor() {
           Shape::kScanBytes + static_cast<int>(sizeof(Shared<kQueries>)),
           Shape::kBlocks,
           LeastSlots,
-          &tensor_margin};
+          &tensor_margin<Shape::kElements>};
+}
+
+template <class T, int QT, int Columns, int Stages>
+Kernel warpgroup() {
+  using Shape = WarpgroupScan<T, QT, Columns, Stages>;
+  constexpr int kQueries = Shape::kQueries;
+  return {reinterpret_cast<const void*>(&warpgroup_kernel<T, Shape>),
+          nullptr,
+          kQueries,
+          Shape::kScanBytes,
+          Shape::kScanBytes + static_cast<int>(sizeof(Shared<kQueries>) + sizeof(Ring<Shape>)),
+          Shape::kBlocks,
+          16,
+          &tensor_margin<Shape::kElements>,
+          kWarpgroupThreads,
+          kQueries > 64};
 }
 
 inline Margin no_margin(int64_t) { return {0, 0}; }
@@ -110,6 +128,26 @@ bool exact_pays(const Asked& asked) {
 constexpr int64_t kFewBytes = 64 << 10;  // of keys per multiprocessor
 constexpr int64_t kFewRows = 128;        // to a block; fewer are half a tile of a tensor scan
 
+// Of the kernels for warpgroups, compiled in kernels_warpgroups_*.cu. Slices of few keys take small
+// tiles, of which many stages are on their way.
+template <class T>
+Kernel warpgroups(const Asked& asked) {
+  if (asked.batch > 64) return warpgroup<T, 2, 128, 4>();
+  return asked.capacity <= 64 * asked.processors ? warpgroup<T, 1, 32, 12>()
+                                                 : warpgroup<T, 1, 128, 5>();
+}
+extern template Kernel warpgroups<Half>(const Asked&);
+extern template Kernel warpgroups<BFloat>(const Asked&);
+
+// Whether they were compiled for this chip, which setup.py sees to.
+inline bool has_warpgroups(const Asked& asked) {
+#ifdef GRACE_WARPGROUPS
+  return asked.capability == 90;
+#else
+  return false;
+#endif
+}
+
 template <class T>
 Kernel choose(const Asked& asked, unsigned forms) {
   const int64_t batch = asked.batch;
@@ -123,6 +161,11 @@ Kernel choose(const Asked& asked, unsigned forms) {
   const int64_t bytes_each =
       asked.capacity * asked.dim * static_cast<int64_t>(sizeof(T)) / asked.processors;
   if constexpr (sizeof(T) == 2) {
+    if (forms & kFormWarpgroups && has_warpgroups(asked) && asked.aligned && !asked.pruned &&
+        batch > 16) {
+      const Kernel kernel = warpgroups<T>(asked);
+      if (kernel.shared_bytes <= asked.shared_limit) return kernel;
+    }
     const Kernel wide = tensor<T, 4, 8, 1, 16>();
     if (asked.aligned && batch > 16 && wide.shared_bytes <= asked.shared_limit) return wide;
     const bool rows =

@@ -365,6 +365,7 @@ __device__ __forceinline__ void resolve_all(const Problem& p, const Slice& slice
                                             const Groups& groups, const Found* found) {
   const int64_t first_query = static_cast<int64_t>(blockIdx.y) * Q;
   Partial* mine = partials_of_slice<Q>(p);
+  if (p.apart_slices != 0) let_dependents_start();
   float limit = __uint_as_float(0x7fc00000u);  // NaN: not known
   for (int q = warp_id(); q < Q; q += kWarps) {
     const T* query = query_of<T>(p, first_query + q);
@@ -374,19 +375,25 @@ __device__ __forceinline__ void resolve_all(const Problem& p, const Slice& slice
   }
 }
 
-// Everything after a slice has resolved its queries. `largest` is this thread's share of the bound
-// of its radii, `scored` how many pairs its sketch left, or -1.
+// What a slice leaves behind beside its queries' records. `largest` is this thread's share of the
+// bound of its radii, `scored` how many pairs its sketch left, or -1.
+template <int Q>
+__device__ __forceinline__ void leave_slice(const Problem& p, float largest, int64_t scored,
+                                            Shared<Q>& shared) {
+  largest = largest_of_warp(largest);
+  if (lane_id() == 0) shared.largest[warp_id()] = largest;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int w = 0; w < kWarps; ++w) largest = fmaxf(largest, shared.largest[w]);
+  partials_of_slice<Q>(p)[Q] = {largest, largest, scored};
+}
+
+// Everything after a slice has resolved its queries.
 template <class T, int Q>
 __device__ __forceinline__ void conclude(const Problem& p, float largest, int64_t scored,
                                          char* memory, Shared<Q>& shared) {
   const int64_t first_query = static_cast<int64_t>(blockIdx.y) * Q;
-  largest = largest_of_warp(largest);
-  if (lane_id() == 0) shared.largest[warp_id()] = largest;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int w = 0; w < kWarps; ++w) largest = fmaxf(largest, shared.largest[w]);
-    partials_of_slice<Q>(p)[Q] = {largest, largest, scored};
-  }
+  leave_slice<Q>(p, largest, scored, shared);
   if (p.apart_slices != 0) return;  // the rest is a launch of its own
   if (!arrive_last(p.tickets + blockIdx.y, &shared.arrived)) return;
   for (int q = threadIdx.x; q < Q; q += kThreads) shared.hit[q] = -1;

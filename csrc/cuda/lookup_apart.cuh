@@ -78,6 +78,7 @@ __device__ __forceinline__ void answer_apart(const Problem& p, Apart& shared) {
   const int64_t b = blockIdx.x, block = b / p.apart_queries;
   const int q = static_cast<int>(b % p.apart_queries), slices = p.apart_slices;
   const int lane = lane_id(), warp = warp_id();
+  wait_for_launch_before();
   const T* query = query_of<T>(p, b);
   if (query == nullptr) {  // the same for all threads
     if (threadIdx.x == 0) p.index[b] = -1, p.distance[b] = infinity();

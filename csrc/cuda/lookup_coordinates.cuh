@@ -21,6 +21,7 @@ __host__ __device__ constexpr int parts_of(int dim) { return (dim + kPartWidth -
 
 template <class T>
 __device__ __forceinline__ void begin_sketches(const Problem& p) {
+  let_dependents_start();
   float* sums = reinterpret_cast<float*>(dynamic_shared());
   const int from = blockIdx.x * kPartWidth;
   const int to = from + kPartWidth < p.dim ? from + kPartWidth : p.dim;
@@ -37,6 +38,19 @@ __device__ __forceinline__ void begin_sketches(const Problem& p) {
     }
     p.sums[(blockIdx.x * p.batch + b) * kQuerySums + i % kQuerySums] = all;
   }
+}
+
+// All threads of a lookup whose sketches were begun: until those are there, the first of a slice's
+// codes come as far as L2, a line a thread.
+__device__ __forceinline__ void wait_for_sketches(const Problem& p, const Slice& slice) {
+  if (p.sums == nullptr) return;
+  const int64_t first = slice.begin / kBlockSlots,
+                end = (slice.end + kBlockSlots - 1) / kBlockSlots;
+  const int64_t at = first * kHeadBytes + threadIdx.x * 128;
+  if (at < (end < p.sketch.blocks ? end : p.sketch.blocks) * kHeadBytes) {
+    prefetch(p.sketch.head + at);
+  }
+  wait_for_launch_before();
 }
 
 // One warp: what all parts of the width come to for batch item b.

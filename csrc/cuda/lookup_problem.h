@@ -110,9 +110,11 @@ inline Margin direct_margin(int64_t dim) {
 constexpr double kTensorError = 0x1.2611186bae672p-19;  // 2^-18.8
 
 // For c = M - 2 x.k by tensor cores, M = |x|^2 + |k|^2: |c - s| <= relative M + absolute (Lemma 8).
-inline Margin tensor_margin(int64_t dim) {
-  const double u = 0x1p-24;
-  const double r = 1.05 * (2.1 * kTensorError + (2.2 * (static_cast<double>(dim) / 32) + 32) * u);
+// `Chain` elements are added up by tensor cores, 16 at a step.
+template <int Chain>
+Margin tensor_margin(int64_t dim) {
+  const double u = 0x1p-24, d = static_cast<double>(dim);
+  const double r = 1.05 * ((Chain / 16 + 0.1) * kTensorError + (2.2 * (d / Chain) + 32) * u);
   return {static_cast<float>(r), static_cast<float>((dim + 32.0) * 0x1p-120)};
 }
 

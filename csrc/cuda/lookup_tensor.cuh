@@ -60,6 +60,19 @@ __device__ __forceinline__ Found pick(bool first, const Found& a, const Found& b
           first ? a.hi : b.hi,   first ? a.place1 : b.place1, first ? a.place2 : b.place2};
 }
 
+// Bounds of a squared distance, of a slot that is not out.
+__device__ __forceinline__ void take_bounds(const Problem& p, Found& found, float dot,
+                                            float query_norm, float key_norm, bool out, int place) {
+  const float norms = query_norm + key_norm;
+  const float c = fmaf(-2.0f, dot, norms);
+  const float e = fmaf(norms, p.relative, p.absolute);
+  const bool finite = fabsf(c) < infinity() && e < infinity();  // otherwise undecided
+  const float lo = out ? infinity() : finite ? c - e : -infinity();
+  const float hi = !out && finite ? c + e : infinity();
+  found.take(lo, place);
+  found.hi = fminf(found.hi, hi);
+}
+
 // The results of 32 keys and MT * 16 queries in a warp. Lane 4 g + j has the products of the
 // queries t * 16 + half * 8 + g and the keys m * 8 + 2 j + h, t < MT, m < 4, half and h < 2.
 template <int MT>
@@ -79,16 +92,10 @@ __device__ __forceinline__ Found bounds(const Problem& p, const TileSums<MT>& su
   for (int m = 0; m < 4; ++m) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float norms = query_norm + sums.key_norm[m][h];
-      const float c = fmaf(-2.0f, sums.dot[V / 2][m][V % 2 * 2 + h], norms);
-      const float e = fmaf(norms, p.relative, p.absolute);
-      const bool finite = fabsf(c) < infinity() && e < infinity();
-      // Out: a dead slot, or a NaN, which counts as +inf. Undecided: anything else that overflowed.
+      // Out: a dead slot, or a NaN, which counts as +inf.
       const bool out = !(sums.live >> (m * 2 + h) & 1) || is_nan(sums.key_norm[m][h]);
-      const float lo = out ? infinity() : finite ? c - e : -infinity();
-      const float hi = !out && finite ? c + e : infinity();
-      found.take(lo, first_place + m * 8 + h);
-      found.hi = fminf(found.hi, hi);
+      take_bounds(p, found, sums.dot[V / 2][m][V % 2 * 2 + h], query_norm, sums.key_norm[m][h], out,
+                  first_place + m * 8 + h);
     }
   }
   return found;

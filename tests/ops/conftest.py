@@ -29,7 +29,7 @@ ISAS = backends.available_isas() if COMPILED else []
 ON_CPU = ["reference", *(f"cpu-{isa}" for isa in ISAS)]
 if importlib.util.find_spec("triton") is not None:
     ON_CPU.append("triton")
-FORMS = ("exact-always,coordinates", "apart,rows")
+FORMS = ("exact-always,coordinates", "apart,rows", "warpgroups,coordinates,dependent")
 """Of the CUDA kernels, those that are off by default (csrc/cuda/forms.h): what goes together."""
 ON_GPU = ["triton-gpu", "cuda-gpu", *(f"cuda-gpu-{forms}" for forms in FORMS)]
 TRITON_APART = "triton-gpu-apart"

@@ -12,6 +12,7 @@ import tarfile
 import venv
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import setuptools
@@ -172,6 +173,36 @@ def test_cuda_kernels_that_are_asked_for_and_cannot_be_built_are_an_error() -> N
     )
     assert done.returncode != 0
     assert "GRACE_KERNELS_COMPILE is cuda, but there is no nvcc in /nowhere/bin" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        (None, ["compute_80,code=sm_80", "compute_90a,code=sm_90a", "compute_90,code=compute_90"]),
+        ("9.0", ["compute_90a,code=sm_90a"]),
+        ("9.0a 9.0", ["compute_90a,code=sm_90a"]),
+        ("8.0;9.0+PTX", ["compute_80,code=sm_80", "compute_90a,code=sm_90a"]),
+        ("10.0a 12.0", ["compute_100a,code=sm_100a", "compute_120,code=sm_120"]),
+        ("Hopper", []),  # torch's to read
+    ],
+)
+def test_where_capability_9_0_is_asked_for_its_own_instructions_are_there(
+    listed: str | None, expected: list[str]
+) -> None:
+    wanted = {"TARGETS", "targets"}
+    code = ast.parse((ROOT / "setup.py").read_text())
+    code.body = [
+        node
+        for node in code.body
+        if (isinstance(node, ast.FunctionDef) and node.name in wanted)
+        or (isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in wanted)
+    ]
+    environment = {} if listed is None else {"TORCH_CUDA_ARCH_LIST": listed}
+    names = {"os": SimpleNamespace(environ=environment), "re": re}
+    exec(compile(code, "setup.py", "exec"), names)
+    found = names["targets"]()
+    assert [target for target in found if "code=sm_" in target or listed is None] == expected
+    assert ("compute_90,code=compute_90" in found) == (listed is None or "+PTX" in listed)
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")

@@ -21,6 +21,7 @@ from .test_library import ALLOWED, ALLOWED_TORCH
 ROOT = Path(__file__).parents[2]
 KERNELS = 2 * 13  # 3 of direct_kernel for each of three dtypes, 2 of tensor_kernel for two; pruned
 FORMS = 3 * (4 + 1 + 1)  # for each dtype 4 of exact_kernel, apart_kernel, coordinates_kernel
+WARPGROUPS = 2 * 3  # of warpgroup_kernel, for two dtypes; empty but for sm_90a
 
 
 def tool(name: str) -> str | None:
@@ -131,12 +132,12 @@ def test_nothing_of_the_cuda_run_time_is_left_to_be_found(built: Built) -> None:
 
 def test_no_kernel_spills_registers_or_has_a_stack(built: Built) -> None:
     found = re.findall(
-        r"Compiling entry function '(\w+)' for '(sm_\d+)'\n.*\n\s*"
+        r"Compiling entry function '(\w+)' for '(sm_\d+a?)'\n.*\n\s*"
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
         built.said,
     )
-    assert sorted({arch for _, arch, *_ in found}) == ["sm_80", "sm_90"]
-    assert len(found) == 2 * (KERNELS + FORMS)
+    assert sorted({arch for _, arch, *_ in found}) == ["sm_80", "sm_90a"]
+    assert len(found) == 2 * (KERNELS + FORMS + WARPGROUPS)
     assert [entry for entry in found if entry[2:] != ("0", "0", "0")] == []
     functions = re.findall(r"\d+ bytes spill stores, \d+ bytes spill loads", built.said)
     assert set(functions) == {"0 bytes spill stores, 0 bytes spill loads"}
@@ -145,7 +146,8 @@ def test_no_kernel_spills_registers_or_has_a_stack(built: Built) -> None:
 def test_there_is_machine_code_for_sm_80_and_sm_90_and_ptx_for_what_comes_after(
     built: Built,
 ) -> None:
-    cubins = re.findall(r"\.(sm_\d+)\.cubin", cuobjdump(built, "--list-elf"))
+    # Older ones leave out the a of sm_90a.
+    cubins = re.findall(r"\.(sm_\d+)a?\.cubin", cuobjdump(built, "--list-elf"))
     assert sorted(set(cubins)) == ["sm_80", "sm_90"]
     assert set(re.findall(r"\.(sm_\d+)\.ptx", cuobjdump(built, "--list-ptx"))) == {"sm_90"}
 
@@ -241,6 +243,39 @@ def test_the_machine_code_of_the_exact_form_is_what_was_meant(built: Built, arch
         assert re.search(r"\bLDGSTS\S*\.128\b", code), name
         assert re.search(r"\bLDS\.128\b", code), name
         assert not re.search(r"\b(LDL|STL)\b", code), name
+
+
+def test_the_scan_by_warpgroups_multiplies_what_lies_in_shared_memory(built: Built) -> None:
+    told = {}
+    for name, code in functions(cuobjdump(built, "--dump-sass", "-arch", "sm_90")):
+        if "warpgroup_kernel" in name:
+            told[name] = code
+    assert len(told) == WARPGROUPS
+    for name, code in told.items():
+        assert re.search(r"\bHGMMA\.64x(128|32)x16\.F32", code), name
+        assert re.search(r"\bLDGSTS\S*\.128\b", code), name
+        assert re.search(r"\bLDS\.128\b", code), name
+        assert len(re.findall(r"\bUSETMAXREG", code)) == 2, name
+        assert not re.search(r"\b(LDL|STL|HMMA|DFMA)\b", code), name
+    # What the assembler says where it cannot do as it was told.
+    assert re.findall(r".*(?:serialized|setmaxnreg).*", built.said) == []
+    # With fewer than these the warpgroups that multiply would wait for registers for ever.
+    registers = re.findall(
+        r"entry function '\w*warpgroup_kernel\w*' for 'sm_90a'\n(?:.*\n){2}.*Used (\d+)", built.said
+    )
+    assert registers == ["168"] * WARPGROUPS
+
+
+def test_dependent_launches_are_compiled_where_there_are_some(built: Built) -> None:
+    ptx = cuobjdump(built, "--dump-ptx")
+    waits = {
+        entry.split("(")[0]
+        for entry in ptx.split(".visible .entry ")[1:]
+        if "griddepcontrol.wait" in entry
+    }
+    assert sum("apart_kernel" in name for name in waits) == 3
+    assert sum("_pruned_kernel" in name for name in waits) == KERNELS // 2
+    assert "griddepcontrol.launch_dependents" in ptx
 
 
 def test_the_canonical_sum_is_not_fused(built: Built) -> None:

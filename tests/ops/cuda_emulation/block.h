@@ -7,11 +7,13 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <random>
 #include <vector>
 
@@ -44,14 +46,30 @@ struct Copy {
   const void* from;
 };
 
+// Of matrices in shared memory, by the threads of a warpgroup together.
+struct Product {
+  uint64_t a, b;
+  bool more;
+  bool operator!=(const Product& other) const {
+    return a != other.a || b != other.b || more != other.more;
+  }
+};
+
 struct Fiber {
   ucontext_t start;
   jmp_buf here;
   std::vector<char> stack;
   unsigned thread;
   bool started, done;
+  bool waited;                            // for the launch before
   std::vector<Copy> issued;               // not yet committed
   std::vector<std::vector<Copy>> groups;  // committed, oldest first
+  std::vector<size_t> unpublished;        // 16 bytes of shared memory each
+  std::vector<Product> products;
+  size_t committed;  // of those
+  float* sums;       // what they add up to
+  void (*multiply)(const std::vector<char>& read, bool more, std::vector<float>& sums);
+  bool may_multiply;
 };
 
 struct Warp {
@@ -61,11 +79,26 @@ struct Warp {
   const char* doing;
 };
 
+struct Warpgroup {
+  std::vector<unsigned> waiting;
+  std::vector<std::vector<char>> read;  // by products that are on their way
+};
+
+// In shared memory, where its 8 bytes are kMark.
+struct Barrier {
+  unsigned arrivals, missing, ended;  // `ended`: phases
+  std::vector<unsigned> waiting;
+};
+constexpr uint64_t kMark = 0x6261727269657221;
+
 class Block {
  public:
   static constexpr int kStack = 128 << 10;
+  // Threads from here on may end before others wait at a barrier of all.
+  static constexpr unsigned kMayEnd = 256;
 
   std::function<void()> body;
+  std::function<void()> before;  // of a dependent launch: shows what the launch before wrote
   std::vector<char> shared;
   uint3 thread_index{}, block_index{};
   dim3 grid_dim, block_dim;
@@ -73,29 +106,48 @@ class Block {
   void run(unsigned threads, size_t shared_bytes, std::mt19937& random) {
     random_ = &random;
     // Poisoned, with room behind to see what is written there.
-    shared.assign(shared_bytes + 4096 + 16, kPoison);
-    memory = shared.data() + (16 - reinterpret_cast<uintptr_t>(shared.data()) % 16) % 16;
+    shared.assign(shared_bytes + 4096 + 1024, kPoison);
+    memory = shared.data() + (1024 - reinterpret_cast<uintptr_t>(shared.data()) % 1024) % 1024;
     fibers.resize(threads);
     warps.assign(threads / 32, Warp{});
-    arrived_ = 0;
+    warpgroups.assign((threads + 127) / 128, Warpgroup{});
+    unpublished.assign(threads > kMayEnd ? shared_bytes / 16 + 1 : 0, false);
+    barriers_.clear();
+    waiting_.clear();
+    ended_ = 0;
     ready_.clear();
     for (unsigned t = 0; t < threads; ++t) {
       Fiber& fiber = fibers[t];
       fiber.thread = t;
       fiber.stack.resize(kStack);
-      fiber.started = fiber.done = false;
+      fiber.started = fiber.done = fiber.waited = false;
       fiber.issued.clear();
       fiber.groups.clear();
+      fiber.unpublished.clear();
+      fiber.products.clear();
+      fiber.committed = 0;
+      fiber.may_multiply = false;
       ready_.push_back(t);
     }
     unsigned finished = 0;
+    // Of several warpgroups with work of their own one may have to wait for all others.
+    const unsigned slow = threads > kMayEnd ? random() % 4 : ~0u;
     while (!ready_.empty()) {
-      const size_t pick = random() % ready_.size();
+      size_t pick = random() % ready_.size();
+      for (size_t i = 0; i < ready_.size() && ready_[pick] / 128 == slow; ++i) {
+        pick = (pick + 1) % ready_.size();
+      }
       const unsigned t = ready_[pick];
       ready_[pick] = ready_.back();
       ready_.pop_back();
       enter(fibers[t]);
-      finished += fibers[t].done;
+      if (!fibers[t].done) continue;
+      ++finished;
+      if (before && !fibers[t].waited) broken("a dependent launch did not wait");
+      if (!fibers[t].products.empty()) broken("a thread ended while products were on their way");
+      if (t < kMayEnd) continue;
+      ++ended_;
+      release();
     }
     if (finished != threads) broken("some threads wait at a barrier that others never reach");
     for (size_t i = memory - shared.data() + shared_bytes; i < shared.size(); ++i) {
@@ -104,6 +156,9 @@ class Block {
   }
 
   char* memory = nullptr;
+  std::vector<Fiber> fibers;
+  std::vector<Warpgroup> warpgroups;
+  std::vector<bool> unpublished;  // 16 bytes each that were copied, and not for products to see
 
   Fiber& current() { return fibers[thread_index.x]; }
 
@@ -139,23 +194,87 @@ class Block {
   }
 
   void barrier() {
-    if (++arrived_ < static_cast<int>(fibers.size())) {
+    waiting_.push_back(thread_index.x);
+    if (!release()) leave();
+  }
+
+  void start_barrier(uint64_t* at, unsigned arrivals) {
+    *at = kMark;
+    barriers_[at] = {arrivals, arrivals, 0, {}};
+  }
+  void arrive(uint64_t* at) {
+    Barrier& barrier = barrier_at(at);
+    if (--barrier.missing != 0) return;
+    barrier.missing = barrier.arrivals;
+    ++barrier.ended;
+    wake(barrier.waiting);
+  }
+  void wait_for(uint64_t* at, unsigned phase) {
+    for (;;) {
+      Barrier& barrier = barrier_at(at);
+      // A GPU tells even from odd phases, no more.
+      if (barrier.ended != phase && barrier.ended != phase + 1) broken("a phase too far away");
+      if (barrier.ended == phase + 1) return;
+      barrier.waiting.push_back(thread_index.x);
       leave();
-      return;
     }
-    arrived_ = 0;
-    for (Fiber& fiber : fibers) {
-      if (fiber.thread != thread_index.x) ready_.push_back(fiber.thread);
+  }
+
+  void wait_for_launch_before() {
+    if (before) before();
+    current().waited = true;
+  }
+
+  // Products may not see 16 bytes that this thread copied before it publishes them.
+  void copied(const void* to) {
+    if (unpublished.empty()) return;
+    const size_t at = (static_cast<const char*>(to) - memory) / 16;
+    unpublished.at(at) = true;
+    current().unpublished.push_back(at);
+  }
+  void publish() {
+    for (const size_t at : current().unpublished) unpublished[at] = false;
+    current().unpublished.clear();
+  }
+
+  // The 128 threads of a warpgroup; the last one to come does what is to be done.
+  void meet(const std::function<void()>& last) {
+    std::vector<unsigned>& waiting = warpgroups[thread_index.x / 128].waiting;
+    if (waiting.size() + 1 < 128) {
+      waiting.push_back(thread_index.x);
+      leave();
+    } else {
+      last();
+      wake(waiting);
     }
   }
 
  private:
-  std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  std::vector<unsigned> ready_;
-  int arrived_ = 0;
+  std::vector<unsigned> ready_, waiting_;  // `waiting_`: at the barrier of all
+  std::map<const uint64_t*, Barrier> barriers_;
+  unsigned ended_ = 0;
   jmp_buf scheduler_;
   std::mt19937* random_ = nullptr;
+
+  void wake(std::vector<unsigned>& waiting) {
+    for (const unsigned t : waiting) {
+      if (t != thread_index.x) ready_.push_back(t);
+    }
+    waiting.clear();
+  }
+
+  bool release() {
+    if (waiting_.size() + ended_ < fibers.size()) return false;
+    wake(waiting_);
+    return true;
+  }
+
+  Barrier& barrier_at(const uint64_t* at) {
+    const auto found = barriers_.find(at);
+    if (found == barriers_.end() || *at != kMark) broken("there is no barrier, or no more");
+    return found->second;
+  }
 
   static void begin(unsigned high, unsigned low) {
     Block* block =
@@ -196,7 +315,9 @@ struct Controls {
   int processors = 3;
   unsigned seed = 0;
   float margin_scale = 1;
-  double mma_error = 0;  // share of the sum of |products| and |accumulator|
+  // Share of the sum of |products| and |accumulator|, at most; below 0 always all of that share,
+  // upwards in even columns and downwards in odd ones.
+  double mma_error = 0;
   bool capturing = false;
   int fail_launch = 0, fail_malloc = 0;  // error codes
   int good_launches = 0;                 // before one fails
@@ -209,6 +330,7 @@ struct Controls {
   const void* tickets = nullptr;
   int tickets_left = 0;  // words that a launch left different from 0
   const void* kernel = nullptr;
+  int dependent = 0;  // launches that need not wait for the one before
 };
 
 inline Controls& controls() {
@@ -219,6 +341,14 @@ inline Controls& controls() {
 inline std::mt19937& random() {
   static std::mt19937 random;
   return random;
+}
+
+// What a step on tensor cores gives where it should give `sum`.
+inline float step_of_mma(double sum, double size, int column) {
+  const double most = controls().mma_error;
+  const double share = most < 0 ? (column % 2 == 0 ? -1 : 1) : random()() / 2147483648.0 - 1.0;
+  const double error = most * size * share;
+  return static_cast<float>(std::isfinite(error) ? sum + error : sum);
 }
 
 }  // namespace emulation

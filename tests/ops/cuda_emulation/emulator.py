@@ -49,6 +49,7 @@ class Controls(ctypes.Structure):
         ("tickets", ctypes.c_void_p),
         ("tickets_left", ctypes.c_int),
         ("kernel", ctypes.c_void_p),
+        ("dependent", ctypes.c_int),
     )
 
 

@@ -139,9 +139,16 @@ void wait_for_copies() {
   while (groups.size() > N) {
     for (const emulation::Copy& copy : groups.front()) {
       std::memcpy(copy.to, copy.from, 16);
+      emulation::block().copied(copy.to);
     }
     groups.erase(groups.begin());
   }
+}
+
+inline void let_dependents_start() {}
+inline void wait_for_launch_before() { emulation::block().wait_for_launch_before(); }
+inline void prefetch(const void* global) {  // it must be there
+  static_cast<void>(*static_cast<const volatile char*>(global));
 }
 
 template <class V>
@@ -202,9 +209,7 @@ void mma(T, float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
           }
         }
       }
-      const double share = emulation::random()() / 2147483648.0 - 1.0;
-      const double error = emulation::controls().mma_error * size * share;
-      d[r] = static_cast<float>(std::isfinite(error) ? sum + error : sum);
+      d[r] = emulation::step_of_mma(sum, size, column);
     }
   });
 }

@@ -8,14 +8,19 @@
 
 #include <algorithm>
 #include <numeric>
+#include <utility>
+#include <vector>
 
 // The registration at the end of lookup.cu then reads (grace_cuda_emulated, CPU, m).
 #define grace_cuda grace_cuda_emulated
 #define grace_cuda_forms grace_cuda_forms_emulated
 #define CUDA CPU
+#define GRACE_WARPGROUPS
 #include "../../../csrc/cuda/kernels_bf16.cu"
 #include "../../../csrc/cuda/kernels_fp16.cu"
 #include "../../../csrc/cuda/kernels_fp32.cu"
+#include "../../../csrc/cuda/kernels_warpgroups_bf16.cu"
+#include "../../../csrc/cuda/kernels_warpgroups_fp16.cu"
 #include "../../../csrc/cuda/lookup.cu"
 #undef CUDA
 #undef grace_cuda_forms
@@ -54,10 +59,20 @@ __attribute__((visibility("default"))) void emulation_reset() {
 
 }  // extern "C"
 
-cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 threads, void** arguments,
-                             size_t shared, cudaStream_t) {
-  using grace::cuda::Partial;
+// What the launch before leaves for a dependent one.
+static std::pair<char*, size_t> left_by(const dim3& before, const grace::cuda::Problem& p) {
+  using namespace grace::cuda;
+  const size_t blocks = size_t{before.x} * before.y;
+  if (p.apart_slices != 0) {
+    return {static_cast<char*>(p.partials), blocks * (p.apart_queries + 1) * sizeof(Partial)};
+  }
+  return {reinterpret_cast<char*>(p.sums), before.x * p.batch * kQuerySums * sizeof(float)};
+}
+
+static cudaError_t launch(const void* kernel, dim3 grid, dim3 threads, void** arguments,
+                          size_t shared, bool dependent) {
   using grace::cuda::Problem;
+  static dim3 before;
   emulation::Controls& controls = emulation::controls();
   if (controls.fail_launch != 0 && controls.launches >= controls.good_launches) {
     return static_cast<cudaError_t>(controls.fail_launch);
@@ -85,10 +100,32 @@ cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 threads, void**
   emulation::Block& block = emulation::block();
   block.grid_dim = grid;
   block.body = [&] { reinterpret_cast<void (*)(Problem)>(const_cast<void*>(kernel))(p); };
+  block.before = nullptr;
+  std::vector<char> left;
+  const auto [to, bytes] = dependent ? left_by(before, p) : std::pair<char*, size_t>{nullptr, 0};
+  if (dependent) {
+    left.assign(to, to + bytes);
+    block.before = [&left, to = to] { std::memcpy(to, left.data(), left.size()); };
+    ++controls.dependent;
+  }
   for (const unsigned at : order) {
+    // Nothing of it is there for a block that has not waited: NaN, and rows that are none.
+    if (dependent) std::memset(to, 0xff, bytes);
     block.block_index = {at % grid.x, at / grid.x, 0};
     block.run(threads.x, shared, random);
   }
+  before = grid;
   for (unsigned i = 0; i < grid.y; ++i) controls.tickets_left += p.tickets[i] != 0;
   return cudaSuccess;
+}
+
+cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 threads, void** arguments,
+                             size_t shared, cudaStream_t) {
+  return launch(kernel, grid, threads, arguments, shared, false);
+}
+
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel,
+                                void** arguments) {
+  return launch(kernel, config->grid, config->threads, arguments, config->shared,
+                config->attrs->val.programmaticStreamSerializationAllowed != 0);
 }
