@@ -228,12 +228,14 @@ class Layers(Mapping[str, E], Generic[E]):
         books = self._books
         with books[0].changing(), self._guard.open(), ExitStack() as stack:
             before = [book.version for book in books]
-            if len(books) > 1:
+            # Inside a change they will refuse to be replaced, and that goes on.
+            alone = len(books) > 1 and not self._depth
+            if alone:
                 stack.enter_context(self._moments.changing())
                 self._moments.leave(books)
             try:
                 yield
-                if len(books) > 1:
+                if alone:
                     self._moments.publish(books)
             finally:
                 if before != [book.version for book in books]:

@@ -10,8 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from codebook_streams import ISLAND_DIM, VALUE_DIM, Islands, bits, entries, state
-from grace_edit.codebook import deletion, replay
+from codebook_streams import (
+    ISLAND_DIM,
+    VALUE_DIM,
+    Islands,
+    Stream,
+    bits,
+    entries,
+    insert_several,
+    state,
+)
+from grace_edit.codebook import comparing, deletion, replay
 from grace_edit.codebook.codebook import Codebook
 from grace_edit.codebook.comparing import Bounds, Names
 from grace_edit.codebook.records import TieError
@@ -139,6 +148,7 @@ def test_linked_edits_are_decided_by_products_as_by_every_distance(
     monkeypatch: pytest.MonkeyPatch,
     replayed: list[int],
 ) -> None:
+    monkeypatch.setattr(comparing, "_MOST_ROWS", 16)  # so that those asked before come up again
     source, chance = torch.Generator().manual_seed(dim), random.Random(dim)
     reach = scale * math.sqrt(2 * dim)  # about how far they are from each other
     queries = scale * torch.randn(100, dim, generator=source)
@@ -160,10 +170,89 @@ def test_linked_edits_are_decided_by_products_as_by_every_distance(
     book.check()
 
 
+class _Signed(Stream):
+    """Edits on a grid whose zeros have either sign, or on a plain one where no two are as near."""
+
+    def __init__(self, seed: int, *, even: bool) -> None:
+        super().__init__(seed, spread=0.8)
+        self._even = even
+
+    def next(self, repeats: float = 0.3) -> tuple[torch.Tensor, list[int], torch.Tensor, Any]:
+        query, label, value, prompt = super().next(repeats)
+        if self._even:
+            query = query.round()
+        else:
+            query[0] = 0.0  # so that equal ones may differ in its sign
+        query = torch.where(query == 0, self.random.choice([0.0, -0.0]), query)
+        return query, label, value, None if prompt is None else [prompt[0] % 20]
+
+
+@pytest.mark.parametrize(
+    ("even", "imports"),
+    [
+        pytest.param(False, 0, id="no two as near"),
+        pytest.param(True, 0, id="many as near"),
+        pytest.param(False, 4, id="with imported edits"),
+    ],
+)
+def test_linked_edits_of_several_keys_come_out_as_by_replaying_everything(
+    even: bool, imports: int, monkeypatch: pytest.MonkeyPatch, replayed: list[int]
+) -> None:
+    parts = 0
+    for seed in range(3):
+        stream = _Signed(seed, even=even)
+        book = Codebook(3, VALUE_DIM, radius=2.0, capacity=4)
+        if imports:
+            keys = torch.stack([stream.next(0.0)[0] for _ in range(imports)])
+            labels = [[number % 3] for number in range(imports)]
+            radii = torch.full((imports,), 0.5)
+            book = Codebook.from_tensors(keys, keys[:, :VALUE_DIM], radii, labels, radius=2.0)
+        for _ in range(30):
+            insert_several(book, stream)
+        for _ in range(8):
+            left = [e.id for e in book.history if e.state != "deleted" and e.part_of is None]
+            id = stream.random.choice(left)
+            expected = anew(book, id, monkeypatch)
+            del replayed[:]
+            book.delete(id)
+            parts += not replayed
+            assert content(book) == content(expected)
+            assert by_id(book) == by_id(expected)
+            insert_several(book, stream)
+        book.check()
+    assert even or imports or parts > 12
+
+
+def test_an_edit_that_took_over_a_query_is_repaired_in_a_rehearsal_too(
+    monkeypatch: pytest.MonkeyPatch, replayed: list[int]
+) -> None:
+    book, zeros = Codebook(1, VALUE_DIM, radius=2.0), torch.zeros(VALUE_DIM)
+    last = None
+    for x, label, prompt, radius in (
+        (0.0, 1, None, None),
+        (1.0, 1, [7], None),
+        (0.9, 1, [7], None),  # takes the query of the one before, still answered by the first
+        (2.2, 2, None, None),
+        (1.7, 2, None, 0.4),  # draws it
+        (-0.8, 3, None, None),
+    ):
+        last = book.insert(torch.tensor([x]), [label], zeros, prompt, radius=radius).id
+    assert last is not None
+    expected = anew(book, last, monkeypatch)
+    del replayed[:]
+    book.delete(last)
+    assert replayed == []
+    assert content(book) == content(expected)
+    book.check()
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-10, 1e-22, 1e12])
 @pytest.mark.parametrize("dim", [1, 7, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bounds_hold_for_every_two_queries(scale: float, dim: int, dtype: torch.dtype) -> None:
+def test_bounds_hold_for_every_two_queries(
+    scale: float, dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparing, "_MOST_ROWS", 16)
     source = torch.Generator().manual_seed(dim)
     queries = torch.randn(40, dim, generator=source)
     if scale > 1e-20:  # alone, for whose squares float32 has no bits
@@ -173,12 +262,14 @@ def test_bounds_hold_for_every_two_queries(scale: float, dim: int, dtype: torch.
     wide = queries.double().numpy()
     squares = ((wide[:, None] - wide[None]) ** 2).sum(axis=2)
     bounds = Bounds(queries, Names(queries).each)
-    bounds.reach(0)
-    for number in range(40):
-        least, slack = bounds.of(number)
-        assert (least <= squares[number]).all()
-        most = least.astype("float64") + bounds.slack + slack
-        assert (most >= squares[number]).all()
+    for asked, reached in ((0, 16), (15, 16), (16, 32), (32, 40)):
+        bounds.reach(asked)
+        for number in (asked, *range(reached), 0):
+            least, slack = bounds.of(number)
+            assert len(least) == reached
+            assert (least <= squares[number, :reached]).all()
+            most = least.astype("float64") + bounds.slack[:reached] + slack
+            assert (most >= squares[number, :reached]).all()
 
 
 def test_equal_queries_share_a_name_and_no_others_do() -> None:
@@ -264,6 +355,17 @@ def test_a_long_chain_of_edits_is_not_followed_to_its_end() -> None:
         book.insert(torch.tensor([9.0 * number, 900.0]), [number], torch.zeros(VALUE_DIM))
     assert touched(book.storage, 0) is None
     assert touched(book.storage, 1) == {1}
+
+
+def test_where_the_nearest_decides_many_are_deleted_without_a_look_at_all() -> None:
+    book, zeros = Codebook(2, VALUE_DIM, policy="nearest"), torch.zeros(VALUE_DIM)
+    for label in (1, 2):  # each is corrected once
+        for number in range(400):
+            if label == 1 or number < 90:
+                book.insert(torch.tensor([float(number), 0.0]), [label], zeros)
+    ids = touched(book.storage, *book.ids[-90:])
+    assert ids is not None
+    assert len(ids) == 180
 
 
 def test_a_prompt_links_edits_whose_queries_are_far_apart() -> None:

@@ -49,9 +49,13 @@ def beside(monkeypatch):
 
 
 class Halfway:
-    """A request that waits between the two layers until it may go on."""
+    """A request that waits between the two layers until it may go on.
 
-    def __init__(self, editor: GraceEditor) -> None:
+    Args:
+        ask: makes it; None: by a forward.
+    """
+
+    def __init__(self, editor: GraceEditor, ask: Callable[[], Any] | None = None) -> None:
         gate, model = Gate(), editor.model
         self._gate, here = gate, threading.get_ident()
 
@@ -60,7 +64,7 @@ class Halfway:
                 gate.stop()
 
         self._hook = model.transformer.h[1].register_forward_pre_hook(stop)
-        self._work = Work(lambda: logits_of(model, ONE))
+        self._work = Work(ask or (lambda: logits_of(model, ONE)))
         assert gate.reached.wait(LONG)
         self._hook.remove()
 
@@ -98,6 +102,38 @@ def test_a_change_is_seen_in_all_layers_or_in_none(pair, beside):
     as_before = [torch.equal(each, before) for each in seen[2:]]
     assert as_before == [True, True, False, False, True, True]
     assert lower.adaptor.moments.used == 0
+
+
+def test_a_witness_is_told_of_no_entry_that_is_gone(pair):
+    lower, upper = pair
+    told = []
+
+    def see(book: Any, index: torch.Tensor, *_: Any) -> None:
+        told.append(book.edit_of_slot(int(index[0])).id)
+
+    def ask() -> torch.Tensor:
+        with upper.adaptor.using(witness=see):
+            return logits_of(lower.model, ONE)
+
+    before = Work(ask).result()
+    assert told == [0]
+    first, waiting = Halfway(lower, ask), Halfway(lower, ask)
+    upper.delete(0)
+    assert torch.equal(first.result(), before)
+    assert upper.edit(TO_TWO, TO_ONE).success  # in its slot
+    assert torch.equal(waiting.result(), before)
+    assert told == [0]
+
+
+def test_a_rekeying_that_is_refused_inside_a_change_shows_nothing_of_it(pair):
+    lower, upper = pair
+    before = logits_of(lower.model, ONE)
+    with lower.layers.changing():
+        upper.delete(0)
+        with pytest.raises(ValueError, match="inside a transaction"):
+            lower.rekey()
+        assert torch.equal(Work(lambda: logits_of(lower.model, ONE)).result(), before)
+    assert not torch.equal(logits_of(lower.model, ONE), before)
 
 
 def test_a_change_that_is_refused_is_never_seen(pair, beside):

@@ -319,9 +319,10 @@ class GraceAdaptor:
                 rows, queries, *tensors, held.count, sketch=held.sketch
             )
         if not torch.compiler.is_compiling():
-            if self.counts and held is book:  # slots of before may be others' now
+            now = held is book  # slots of before may be others' now
+            if self.counts and now:
                 book.count_answers(index)
-            if self.witness is not None:
+            if self.witness is not None and now:
                 self.witness(book, index, distance, time.perf_counter() - start)
         if plan.kept is not None:
             plan.kept.index.copy_(index)

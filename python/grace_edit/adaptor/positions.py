@@ -16,7 +16,7 @@ from torch import Tensor
 
 Witness = Callable[[Any, Tensor, Tensor, float], None]
 """Told of lookups, under the lock of the codebook: it, which slots answer `[B]` (-1: none), how far
-they are `[B]`, and the seconds it took."""
+they are `[B]`, and the seconds it took. Not of those in what it held before, see `moments`."""
 
 
 @dataclass

@@ -129,9 +129,10 @@ class TextQueries:
             slots = dict(zip(rows, decide(asked, [*rows.values()]), strict=True)) if rows else {}
             found = [slots.get(ids, (-1, float("inf"))) for ids in known]
             index = torch.tensor([s for s, _ in found], dtype=torch.int64, device=book.device)
-            if counts and asked is book:  # slots of before may be others' now
+            now = asked is book  # slots of before may be others' now
+            if counts and now:
                 book.count_answers(index)
-            if witness is not None:
+            if witness is not None and now:
                 near = torch.tensor([d for _, d in found])
                 witness(book, index, near, time.perf_counter() - start)
             answered = Latched(index, asked.values[index.clamp(min=0)])

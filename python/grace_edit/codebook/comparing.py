@@ -33,7 +33,7 @@ class Bounds:
         # Moved together, so that the products are about as large as the distances.
         near = queries.float()
         near = near - near.mean(dim=0)
-        squares = near.double().square().sum(1)
+        squares = torch.cat([rows.double().square().sum(1) for rows in near.split(_MOST_ROWS)])
         # Of the products and of what else is rounded, each operation being off by 2**-24 of what
         # it is about at most; twice that.
         self._off = (queries.shape[1] + 32) * 2.0**-23

@@ -74,7 +74,8 @@ class Part:
                 storage.end_life(edit)
         for slot in sorted(owned - set(target.values())):
             storage.free(slot)
-        radii = storage.slots.radii.tolist()
+        places = sorted(target.values())
+        radii = dict(zip(places, storage.slots.radii[places].tolist(), strict=True))
         for slot, entry in sorted(entries.items()):
             key = self.apart.query_of(self.apart.edit(entry.owner))
             radius = self.apart.slots.radius(slot)

@@ -66,8 +66,9 @@ class _Links:
             self.far = max(self.far, storage.imported.radii.max().item())
         self.grown = max(self.far, storage.settings.max_radius)
         # A chain of edits is not followed for longer than making all again takes. Beside imported
-        # ones that takes longer by far.
-        self.looks = math.inf if self.imports else _FEW + len(storage.by_query) // _PER_PASS
+        # ones that takes longer by far, and where only equal keys meet no chain is long.
+        endless = self.imports or storage.settings.nearest
+        self.looks = math.inf if endless else _FEW + len(storage.by_query) // _PER_PASS
         self._around: dict[int, tuple[list[Edit], list[float]]] = {}
         self._largest: dict[int, float] = {}
 
