@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -96,17 +95,29 @@ def study_folder(work: Work, parts: str, jobs: int) -> dict[str, Any]:
     torch.set_num_threads(max(1, threads // 2))
     try:
         loaded = work.load()
-        work.do(own, loaded)
-        failed = EvaluationError(f"the process that did {', '.join(others)} was killed")
-        with suppress(EOFError):
-            failed = mine.recv()
+        waiting = True  # for the other one
+        for part in own:
+            work.do((part,), loaded)
+            if waiting and mine.poll():
+                _outcome(mine, others)
+                waiting = False
+        if waiting:
+            _outcome(mine, others)
         other.join()
     finally:
         other.kill()
         torch.set_num_threads(threads)
+    return work.do((), loaded)
+
+
+def _outcome(done: Connection, parts: tuple[str, ...]) -> None:
+    """Wait until the other process has finished, and raise what it failed by."""
+    try:
+        failed = done.recv()
+    except EOFError:
+        failed = EvaluationError(f"the process that did {', '.join(parts)} was killed")
     if failed is not None:
         raise failed
-    return work.do((), loaded)
 
 
 def _share(work: Work, parts: tuple[str, ...], threads: int, done: Connection) -> None:
@@ -114,6 +125,8 @@ def _share(work: Work, parts: tuple[str, ...], threads: int, done: Connection) -
     try:
         with quiet():
             work.do(parts, work.load())
+    except KeyboardInterrupt:  # of both processes; the other one says so
+        pass
     except Exception as error:
         done.send(error)
     else:
