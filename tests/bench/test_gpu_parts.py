@@ -396,6 +396,12 @@ def test_a_device_that_is_lost_ends_the_run_and_keeps_what_was_measured(
         keep=lambda run: kept.append(len(run.measured)),
     )
     assert (len(run.measured), kept) == (1, [1])
+    kept.clear()
+    monkeypatch.setattr(suite, "KEPT", -1.0)  # so that a process that is ended loses nothing
+    suite.run(
+        ON_CUDA, ("ceilings",), command.shown, "", keep=lambda run: kept.append(len(run.measured))
+    )
+    assert kept == [1, 1]
     about = run.environment
     assert about["failed"] == (
         "ceilings: RuntimeError: CUDA error: an illegal memory access was encountered"
