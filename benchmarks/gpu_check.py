@@ -4,6 +4,8 @@ First the build, for this GPU alone. Then bits against the CPU, nodes of graphs 
 replays: of the CUDA kernels with the forms that are off by default (2,000 random codebooks each),
 then of Triton, whose kernels many processes compile. Then times, new forms beside old ones first.
 Last what takes long: 20,000 codebooks, the sanitizer. What there was no time for is said.
+A kernel that hangs costs its own step: the form that waits in barriers has tests of its own, and is
+timed last where they fail.
 
 With the Python of the machine as it is: torch with CUDA, triton, nvcc, pytest, and pytest-xdist and
 pytest-timeout where they are installed. DIR gets seven files named after the GPU.
@@ -31,12 +33,14 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 FIRST = ("ops/test_problems", "ops/test_graphs", "ops/test_faults", "edit/test_served_graphs")
 STAGES = (
-    ("cuda", ["--only=cuda", "-m", "not bulk"], 0.3),
+    ("cuda", ["--only=cuda", "-m", "not bulk"], 0.25),
+    ("warpgroups", ["--only=warpgroups", "-m", "not bulk"], 0.2),
     ("triton", ["--only=triton", "-m", "not bulk"], 0.35),
 )
 """Name, what pytest is told, and the share of the time that is left, at most."""
 LAST = ("all", [], 1.0)
 BUILD, TIMES = 0.35, 0.8  # likewise
+FORMS_LAST = "--parts=ceilings,operators,pruned,edits,more,forms"
 
 
 def run(command: list[str], log: Path | None, seconds: float, **variables: str) -> int:
@@ -68,8 +72,14 @@ def build(log: Path, seconds: float) -> bool:
     return status == 0 and spills == 0
 
 
-def test(name: str, told: list[str], log: Path, seconds: float, rehearse: bool) -> bool:
-    """Run what runs on a GPU; say what failed and what was not run."""
+def test(
+    name: str, told: list[str], log: Path, seconds: float, rehearse: bool
+) -> tuple[bool, bool]:
+    """Run what runs on a GPU; say what failed and what was not run.
+
+    Returns:
+        Whether all was run that should have been and passed, and whether what was run passed.
+    """
     command = ["-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider"]
     command += [f"tests/{of}.py" for of in (FIRST[1:3] if rehearse else FIRST)]
     command += [] if rehearse else ["tests/ops", "--gpu", *told]
@@ -78,7 +88,8 @@ def test(name: str, told: list[str], log: Path, seconds: float, rehearse: bool) 
     if importlib.util.find_spec("xdist") and not rehearse:  # most of the time goes into compiling
         command += ["-n", str(max(1, min(14, (os.cpu_count() or 2) - 2))), "--maxschedchunk=4"]
     if importlib.util.find_spec("pytest_timeout"):
-        command += ["--timeout=170", "--timeout-method=thread"]
+        # So that there is a record of the others, no test may go on until all are ended.
+        command += [f"--timeout={min(170, max(20, seconds)):.0f}", "--timeout-method=thread"]
     status = run(command, log, seconds + 40, OMP_NUM_THREADS="1")
     found, late, failed = Counter(), Counter(), []
     for case in ET.parse(record).iter("testcase") if record.exists() else ():
@@ -92,7 +103,8 @@ def test(name: str, told: list[str], log: Path, seconds: float, rehearse: bool) 
     print(f"tests, {name}: {', '.join(f'{n} {what}' for what, n in found.items()) or 'no record'}")
     untold = [f"not run: {of} ({n})" for of, n in late.items()]
     print("\n".join([*failed[:20], *untold]), flush=True)
-    return status == 0 and found["passed"] > 0 and not (late and name != LAST[0])
+    passed = status == 0 and found["passed"] > 0
+    return passed and not (late and name != LAST[0]), passed
 
 
 def main() -> int:
@@ -117,16 +129,17 @@ def main() -> int:
     for of_before in (built, log):
         of_before.unlink(missing_ok=True)
     good = given.rehearse or build(built, left(BUILD))
-    for stage, told, share in STAGES:
-        good &= test(stage, told, log, left(share), given.rehearse)
+    done = {of: test(of, told, log, left(share), given.rehearse) for of, told, share in STAGES}
+    good &= all(well for well, _ in done.values())
     seconds = left(TIMES)
     command = ["-m", "benchmarks", f"--out={out}", "--threads=1"]
     command += [f"--device={'rehearsal' if given.rehearse else 'cuda'}"]
     command += [f"--seconds={seconds - 15:.0f}", f"--commit={given.commit or ''}"]
+    command += [] if done["cuda"][1] and done["warpgroups"][1] else [FORMS_LAST]
     good &= run(command, None, seconds) == 0
     if not given.rehearse and left(1) > 60:
         stage, told, share = LAST
-        good &= test(stage, told, log, left(share) - 30, rehearse=False)
+        good &= test(stage, told, log, left(share) - 30, rehearse=False)[0]
     else:
         print("not run: 20,000 random codebooks and the sanitizer")
     return 0 if good else 1

@@ -41,6 +41,7 @@ ON_A_GPU = {
 }
 """Likewise on a GPU, by worth: a time that ends leaves out the last."""
 
+KEPT = 10.0  # seconds; what was measured since is lost with a process that is ended
 READ = "read bandwidth"
 PEERS = ("faiss-cpu", "usearch", "scikit-learn", "pykeops")
 Shown = Callable[[str], AbstractContextManager[Progress]]
@@ -80,7 +81,7 @@ def run(
         parts: names in `parts_on(settings.device)`.
         show: given a part's name, shows how far it is.
         command, commit: to be kept with the figures; None: git knows the commit, if any.
-        keep: called with the run so far whenever a part has ended.
+        keep: called with the run so far, every ten seconds or so and whenever a part has ended.
 
     Raises:
         ValueError: a part is unknown.
@@ -104,7 +105,12 @@ def run(
             measure = getattr(importlib.import_module(f".{module}", __package__), function)
             try:
                 with show(part) as progress:
-                    found.extend(measure(settings, progress))
+                    kept = time.monotonic()
+                    for one in measure(settings, progress):
+                        found.append(one)
+                        if time.monotonic() > kept + KEPT:
+                            keep(Run(about, found))
+                            kept = time.monotonic()
             except Exception as error:
                 if settings.device != "cuda":
                     raise

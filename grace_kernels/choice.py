@@ -1,12 +1,10 @@
 """Which of the two implementations for GPUs answers which call: a table of measurements.
 
 Source of every row: `benchmarks/results/nvidia-h100-4727689.csv`, 88 cases that both answered on an
-H100, caches cold, replayed from a CUDA graph, with the tiles that Triton had then. The tiles of
-now were timed beside those in a sweep (`nvidia-h100-4727689-triton-sweep.csv`); where a problem is
-in both, Triton's time is the measured one times what the sweep says its tile gained, and no other
-case changed. Where a row ends between two measured sizes it ends about half way (geometrically), or
-where the CUDA kernel changes its own form. By the host's clock the compiled library wins by more:
-it costs the host 19 us a call, Triton 79.
+H100, caches cold, replayed from a CUDA graph, with the tiles that Triton had then. Where a row ends
+between two measured sizes it ends about half way (geometrically), or where the CUDA kernel changes
+its own form. By the host's clock the compiled library wins by more: it costs the host 19 us a call,
+Triton 79.
 """
 
 from __future__ import annotations
@@ -55,13 +53,9 @@ TRITON_IS_FASTER: dict[tuple[int, int], tuple[Shapes, ...]] = {
         # library takes CUDA cores: up to 64 KiB of keys for each of 132 multiprocessors.
         Shapes(2, (5, 16), 2048, 32_000, (132 * 64 << 10) // 2 + 1),
         # Measured with 512 queries: 10,000 keys and more x 4096 and 11008 (354 us against 399, 2519
-        # against 2612, .. 60,380 against 66,820), 1,000 x 11008 (365 against 377). Not at 1,000 x
-        # 4096 (155 against 152), nor with 64 queries anywhere.
+        # against 2612, .. 60,380 against 66,820), 1,000 x 11008 (365 against 377). Not at 768, nor
+        # at 1,000 x 4096 (155 against 152), nor with 64 queries anywhere.
         Shapes(2, (181, None), 2048, None, 7_000_000),
-        # The same with the tile of now: 100,000 x 768 (627 us, of which the sweep leaves 553,
-        # against 595), 1,000,000 (5568 against 5537, a tie with the tile of then). Not at 10,000
-        # (102 against 93).
-        Shapes(2, (181, None), 768, None, 24_000_000),
     ),
 }
 

@@ -51,7 +51,9 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="run what runs on a GPU, and nothing else")
     parser.addoption(
-        "--only", choices=("triton", "cuda"), help="with --gpu, of the implementations this one"
+        "--only",
+        choices=("triton", "cuda", "warpgroups"),
+        help="with --gpu, of the implementations this one; cuda: but for its form warpgroups",
     )
     parser.addoption(
         "--until", type=float, help="seconds since 1970 from which on what is left is not run"

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu_check
+from benchmarks import gpu_check, suite
 
 ROOT = Path(__file__).parents[2]
 RECORD = """<?xml version="1.0"?><testsuites><testsuite>
@@ -30,16 +30,26 @@ LATE = """<testcase name="test_d[1]"><skipped message="not run: the time was ove
 @pytest.mark.parametrize(
     ("cases", "status", "good", "told"),
     [
-        ("", 0, True, ["tests, cuda: 2 passed, 1 skipped"]),
-        ("", 1, False, ["tests, cuda: 2 passed, 1 skipped"]),
-        (FAILED, 1, False, ["tests, cuda: 2 passed, 1 skipped, 1 failure", "failure: test_c[3]"]),
-        (LATE, 0, False, ["tests, cuda: 2 passed, 1 skipped, 2 not run", "not run: test_d (2)"]),
+        ("", 0, (True, True), ["tests, cuda: 2 passed, 1 skipped"]),
+        ("", 1, (False, False), ["tests, cuda: 2 passed, 1 skipped"]),
+        (
+            FAILED,
+            1,
+            (False, False),
+            ["tests, cuda: 2 passed, 1 skipped, 1 failure", "failure: test_c[3]"],
+        ),
+        (
+            LATE,
+            0,
+            (False, True),
+            ["tests, cuda: 2 passed, 1 skipped, 2 not run", "not run: test_d (2)"],
+        ),
     ],
 )
 def test_what_failed_and_what_was_not_run_is_told_and_is_not_good(
     cases: str,
     status: int,
-    good: bool,
+    good: tuple[bool, bool],
     told: list[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -54,7 +64,7 @@ def test_what_failed_and_what_was_not_run_is_told_and_is_not_good(
 
     monkeypatch.setattr(gpu_check, "run", ran)
     log = tmp_path / "a-tests.txt"
-    assert gpu_check.test("cuda", ["--only=cuda"], log, 9, rehearse=False) is good
+    assert gpu_check.test("cuda", ["--only=cuda"], log, 9, rehearse=False) == good
     assert capsys.readouterr().out.split("\n")[:-1] == [*told, *[""] * (len(told) == 1)]
 
 
@@ -68,15 +78,16 @@ def test_of_the_last_tests_those_there_was_no_time_for_are_told_and_no_failure(
         return 0
 
     monkeypatch.setattr(gpu_check, "run", ran)
-    assert gpu_check.test("triton", [], log, 9, rehearse=False) is False
-    assert gpu_check.test(gpu_check.LAST[0], [], log, 9, rehearse=False) is True
+    assert gpu_check.test("triton", [], log, 9, rehearse=False) == (False, True)
+    assert gpu_check.test(gpu_check.LAST[0], [], log, 9, rehearse=False) == (True, True)
     assert capsys.readouterr().out.count("not run: test_d (2)") == 2
     assert not log.with_suffix(".xml").exists()
 
 
 def test_without_a_record_nothing_is_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check, "run", lambda *told, **variables: 0)
-    assert gpu_check.test("cuda", [], tmp_path / "a-tests.txt", 9, rehearse=False) is False
+    told = gpu_check.test("cuda", [], tmp_path / "a-tests.txt", 9, rehearse=False)
+    assert told == (False, False)
 
 
 @pytest.mark.parametrize(
@@ -104,8 +115,12 @@ def test_a_build_is_of_this_gpu_alone_and_spills_are_found(
     assert gpu_check.build(tmp_path / "log", 9) is good
 
 
+@pytest.mark.parametrize("bad", [None, "cuda", "warpgroups", "triton"])
 def test_each_step_has_what_those_before_it_left_and_one_that_fails_stops_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bad: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu_check", str(tmp_path / "out"), "--seconds", "100"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -118,9 +133,9 @@ def test_each_step_has_what_those_before_it_left_and_one_that_fails_stops_none(
         steps.append((command, log, round(seconds, -1)))
         return 0
 
-    def tested(name: str, told: list[str], log: Path, seconds: float, rehearse: bool) -> bool:
+    def tested(name: str, told: list[str], log: Path, seconds: float, rehearse: bool) -> Any:
         steps.append((name, log.name, round(seconds)))
-        return True
+        return False, name != bad
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200 (SXM)")
@@ -129,12 +144,20 @@ def test_each_step_has_what_those_before_it_left_and_one_that_fails_stops_none(
     monkeypatch.setattr(gpu_check, "run", ran)
     assert gpu_check.main() == 1  # the build is not good
     log = "nvidia-h200-sxm-tests.txt"
-    assert steps[:2] == [("cuda", log, 30), ("triton", log, 35)]
-    command, _, seconds = steps[2]
+    assert steps[:3] == [("cuda", log, 25), ("warpgroups", log, 20), ("triton", log, 35)]
+    command, _, seconds = steps[3]
     assert command[:2] == ["-m", "benchmarks"]
     assert "--device=cuda" in command
     assert seconds == 80
-    assert steps[3] == ("all", log, 70)
+    # What may hang is timed when all else has been.
+    assert (gpu_check.FORMS_LAST in command) == (bad in ("cuda", "warpgroups"))
+    assert steps[4] == ("all", log, 70)
+
+
+def test_where_forms_are_timed_last_no_part_is_left_out() -> None:
+    parts = gpu_check.FORMS_LAST.partition("=")[2].split(",")
+    assert sorted(parts) == sorted(suite.ON_A_GPU)
+    assert parts == [*(part for part in suite.ON_A_GPU if part != "forms"), "forms"]
 
 
 PLANTED = """

@@ -18,6 +18,7 @@ from benchmarks import (
     goals,
     gpu,
     gpu_edits,
+    gpu_forms,
     gpu_operators,
     gpu_pruned,
     gpu_tiles,
@@ -372,6 +373,17 @@ def test_the_goals_of_a_gpu_are_judged() -> None:
         assert reached(pair, "sketch in the worst case") == (worst, 1)
 
 
+def test_forms_leave_half_of_the_time_to_what_answers_by_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[Settings] = []
+    monkeypatch.setattr(gpu, "each", lambda shapes, settings, *_: told.append(settings) or ())
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0)
+    for until in (140.0, float("inf")):
+        assert list(gpu_forms.run(replace(ON_CUDA, until=until), lambda done, total: None)) == []
+    assert [settings.until for settings in told] == [120.0, float("inf")]
+
+
 def test_a_device_that_is_lost_ends_the_run_and_keeps_what_was_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -396,6 +408,12 @@ def test_a_device_that_is_lost_ends_the_run_and_keeps_what_was_measured(
         keep=lambda run: kept.append(len(run.measured)),
     )
     assert (len(run.measured), kept) == (1, [1])
+    kept.clear()
+    monkeypatch.setattr(suite, "KEPT", -1.0)  # so that a process that is ended loses nothing
+    suite.run(
+        ON_CUDA, ("ceilings",), command.shown, "", keep=lambda run: kept.append(len(run.measured))
+    )
+    assert kept == [1, 1]
     about = run.environment
     assert about["failed"] == (
         "ceilings: RuntimeError: CUDA error: an illegal memory access was encountered"

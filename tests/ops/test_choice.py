@@ -78,15 +78,11 @@ def test_the_tiles_are_those_that_the_sweep_found_best() -> None:
 def test_the_table_names_the_faster_one_wherever_both_were_measured(
     capability: tuple[int, int],
 ) -> None:
-    measured, swept = cases(RESULTS / MEASURED[capability]), sweep()
+    measured = cases(RESULTS / MEASURED[capability])
     assert len(measured) == 88  # 64, 12 with a sketch, and those 12 without
     wrong = []
     for case, times in measured.items():
         shape = SIZES[case[2]], *(int(number) for number in case[3:6])
-        batch, keys, dim = shape[1:]
-        problem = swept.get((batch, dim, keys), {})
-        if problem and case[0] == "lookup" and case[2] == "bf16":  # what was swept
-            times["triton"] *= problem[of_now(batch, dim, keys)] / problem[OF_THEN[batch]]
         by_triton = triton_is_faster(capability, *shape, sketched=case[6] == "sketch")
         chosen, other = ("triton", "cuda") if by_triton else ("cuda", "triton")
         if times[chosen] > times[other] * (1 + TIE):
@@ -98,7 +94,7 @@ def test_every_row_is_there_for_a_measurement() -> None:
     measured = cases(RESULTS / MEASURED[9, 0])
     for row in TRITON_IS_FASTER[9, 0]:
         held = [(SIZES[c[2]], *(int(n) for n in c[3:6])) in row and not c[6] for c in measured]
-        assert sum(held) >= 2, row
+        assert sum(held) >= 3, row
 
 
 def test_warming_up_meets_every_row_and_every_tile() -> None:

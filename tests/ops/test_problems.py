@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ import grace_kernels
 from grace_kernels import Sketch, testing
 
 from . import problems
-from .conftest import COMPILED
+from .conftest import COMPILED, PLACES_ON, on_this
 from .problems import (
     CPU,
     DTYPES,
@@ -356,3 +357,17 @@ def clustered(n: int, dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch
     query = query + 0.01 * torch.randn(16, dim, generator=generator)
     query[::2] += torch.randn(8, dim, generator=generator)
     return query.to(dtype), keys.to(dtype)
+
+
+def test_each_form_is_asked_for_by_one_of_three_names() -> None:
+    def left(only: str | None) -> list[str]:
+        return on_this(SimpleNamespace(getoption=lambda name: only), PLACES_ON[True])
+
+    alone = left("warpgroups")
+    assert alone == [name for name in left(None) if "warpgroups" in name] != []
+    assert "cuda-gpu" in left("cuda")
+    assert (
+        sorted(left("cuda") + alone + left("triton"))
+        == sorted(left(None))
+        == sorted(PLACES_ON[True])
+    )
