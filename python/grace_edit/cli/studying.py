@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
@@ -121,6 +122,7 @@ def _outcome(done: Connection, parts: tuple[str, ...]) -> None:
 
 
 def _share(work: Work, parts: tuple[str, ...], threads: int, done: Connection) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:
         with quiet():
@@ -131,3 +133,11 @@ def _share(work: Work, parts: tuple[str, ...], threads: int, done: Connection) -
         done.send(error)
     else:
         done.send(None)
+
+
+def _end_with_parent() -> None:
+    """End this process when the other one is gone, however it ended: nobody waits for it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

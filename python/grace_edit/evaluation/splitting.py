@@ -75,7 +75,7 @@ def split(data: Path, out: Path, *, edits: int, seed: int = 0) -> Split:
     if len(chosen) < edits or not rest:
         raise DataError(
             f"{data / NESTED}: must hold subjects for {edits} edits and others to learn from, got "
-            f"{len(chosen)} and {len(rest)} records"
+            f"{len(chosen)} and {len(rest)} records (all of a subject are on one side)"
         )
     names = {_subject(raw) for raw in chosen}
     edited, dropped = _without(chosen, names)
