@@ -88,7 +88,7 @@ bench: $(STAMPS)/bench ## operators and an edited model beside their peers (abou
 	$(BIN)/python -m benchmarks --out $(or $(OUT),grace-bench)
 
 # Goes on where it was stopped. MODEL, LAYER, ENCODER and PARTS may be given.
-eval: $(STAMPS)/build ## edits of SmolLM2 on published records (about 75 minutes): make eval DATA=FOLDER
+eval: $(STAMPS)/build ## edits of SmolLM2 on published records (more than an hour): make eval DATA=FOLDER
 	$(if $(DATA),,$(error eval needs DATA=FOLDER, with counterfact.jsonl and, if there, zsre.jsonl))
 	$(BIN)/grace eval $(DATA) --setting smollm2-counterfact --jobs 2 --out $(or $(OUT),grace-eval) \
 		$(if $(MODEL),--model $(MODEL)) $(if $(LAYER),--layer $(LAYER)) \

@@ -136,6 +136,35 @@ def test_a_rekeying_that_is_refused_inside_a_change_shows_nothing_of_it(pair):
     assert not torch.equal(logits_of(lower.model, ONE), before)
 
 
+class Interrupted:
+    """A lock that somebody presses Ctrl-C at, once it is taken outside a `with` block."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self.release = self._lock.release
+
+    def acquire(self) -> None:
+        self._lock.acquire()
+        raise KeyboardInterrupt
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: Any) -> None:
+        self._lock.release()
+
+
+def test_an_interrupt_of_a_change_that_is_shown_keeps_nobody_waiting(pair, monkeypatch):
+    lower, upper = pair
+    before = logits_of(upper.model, ONE)
+    with monkeypatch.context() as patch:
+        patch.setattr(upper.family.adaptor.moments, "_lock", lock := Interrupted())
+        with pytest.raises(KeyboardInterrupt):
+            lower.edit(ONE, TO_TWO)
+        Work(lock.__enter__).result()
+    assert torch.equal(Work(lambda: logits_of(upper.model, ONE)).result(), before)
+
+
 def test_a_change_that_is_refused_is_never_seen(pair, beside):
     lower, _ = pair
     seen = beside(lambda: (logits_of(lower.model, ONE), generated(lower.model, [ONE], 3)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -62,7 +62,7 @@ class Moments:
     """Lets changes of several codebooks be seen at once. One thread at a time changes them."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # taken before that of a codebook, never after
+        self._lock = threading.RLock()  # taken before that of a codebook, never after
         self._now = Moment(self)
         self._used: set[Moment] = set()
         self._changer: int | None = None
@@ -125,6 +125,8 @@ class Moments:
             if self._publishing:
                 self._now = Moment(self)
                 self._publishing = False
+            # Asked of the lock, not of a note: an interrupt may come between taking it and noting.
+            with suppress(RuntimeError):  # it is not held
                 self._lock.release()
 
     def leave(self, books: Sequence[Codebook]) -> None:
