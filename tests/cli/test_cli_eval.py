@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,3 +235,33 @@ def test_two_processes_find_what_one_does_and_tell_what_went_wrong_in_either(
     assert "hallucination.jsonl:1: must be" in wrong.stderr
     assert (tmp_path / "wrong" / "rows-paper.json").exists()  # what the other one has done
     assert grace(*own, "--out", tmp_path / "three", "--jobs", 3).exit_code == 2
+
+
+ORPHAN = """
+import multiprocessing, threading, time
+from grace_edit.cli import studying
+
+def work(begun):
+    threading.Thread(target=studying._end_with_parent, daemon=True).start()
+    begun.send(None)
+    time.sleep(60)
+    print("outlived", flush=True)
+
+if __name__ == "__main__":
+    mine, its = multiprocessing.Pipe(duplex=False)
+    multiprocessing.get_context("spawn").Process(target=work, args=(its,)).start()
+    mine.recv()
+    print("begun", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_the_second_process_of_a_study_ends_with_the_first(tmp_path: Path) -> None:
+    program = tmp_path / "orphan.py"
+    program.write_text(ORPHAN)
+    with subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "begun\n"
+        first.kill()
+        # Until both have ended.
+        assert first.stdout.read() == ""
