@@ -20,7 +20,7 @@ from .emulator import Emulator
 from .test_launch import problem
 from .test_pruned import clusters, repeated
 from .test_pruned import expect as expect_pruned
-from .test_scan import CASES, DTYPES, HALVES, MMA_ERROR, codebook, expect
+from .test_scan import CASES, DTYPES, HALVES, MMA_ERROR, codebook, expect, near_keys
 
 EXACT, APART = "exact-always", "apart"
 FORMS = [EXACT, APART]
@@ -88,9 +88,7 @@ def test_the_order_inside_a_lane_is_the_canonical_one(
 def test_exact_slices_below_at_and_above_what_a_block_takes(
     dtype: torch.dtype, batch: int, n: int, emulator: Emulator
 ) -> None:
-    generator = torch.Generator().manual_seed(n)
-    keys = torch.randn(n, 40, generator=generator).to(dtype)
-    query = (keys[torch.arange(batch) * 7 % n].float() + 0.01).to(dtype)
+    query, keys = near_keys(batch, n, dtype)
     with emulator.device(EXACT, processors=1):
         expect(emulator, query, keys, torch.full((n,), 0.1))
         wide = torch.cat([keys] * (1 + 300 // n)), torch.full((n * (1 + 300 // n),), 0.1)

@@ -84,15 +84,20 @@ def test_batch_size_slices_and_the_order_of_blocks_do_not_matter(
         assert controls.grid_x > 1 or processors == 1 or batch > 40
 
 
+def near_keys(batch: int, n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return queries `[batch, 40]`, each next to one of the keys `[n, 40]`."""
+    generator = torch.Generator().manual_seed(n)
+    keys = torch.randn(n, 40, generator=generator).to(dtype)
+    return (keys[torch.arange(batch) * 7 % n].float() + 0.01).to(dtype), keys
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("batch", [1, 8, 17])
 @pytest.mark.parametrize("n", [1, 31, 33, 255, 257, 600])
 def test_slices_below_at_and_above_a_tile_of_keys(
     dtype: torch.dtype, batch: int, n: int, emulator: Emulator
 ) -> None:
-    generator = torch.Generator().manual_seed(n)
-    keys = torch.randn(n, 40, generator=generator).to(dtype)
-    query = (keys[torch.arange(batch) * 7 % n].float() + 0.01).to(dtype)
+    query, keys = near_keys(batch, n, dtype)
     # Enough bytes per multiprocessor for the narrow tensor kernel, where it is fp16 or bf16.
     with emulator.device(processors=1, mma_error=MMA_ERROR):
         expect(emulator, query, keys, torch.full((n,), 0.1))

@@ -20,7 +20,7 @@ from .test_forms import kernel_of
 from .test_launch import problem
 from .test_pruned import clusters, repeated
 from .test_pruned import expect as expect_pruned
-from .test_scan import CASES, HALVES, MMA_ERROR, codebook, expect
+from .test_scan import CASES, HALVES, MMA_ERROR, codebook, expect, near_keys
 
 FORM = "warpgroups"
 HALF_CASES = [case for case in CASES if case.values[0].keys.dtype in HALVES]
@@ -64,9 +64,7 @@ def test_batch_size_slices_and_the_order_of_blocks_and_threads_do_not_matter(
 def test_slices_below_at_and_above_a_tile_of_keys(
     dtype: torch.dtype, batch: int, n: int, emulator: Emulator
 ) -> None:
-    generator = torch.Generator().manual_seed(n)
-    keys = torch.randn(n, 40, generator=generator).to(dtype)
-    query = (keys[torch.arange(batch) * 7 % n].float() + 0.01).to(dtype)
+    query, keys = near_keys(batch, n, dtype)
     with emulator.device(FORM, processors=1, mma_error=MMA_ERROR):
         expect(emulator, query, keys, torch.full((n,), 0.1))
         wide = torch.cat([keys] * (1 + 70 // n)), torch.full((n * (1 + 70 // n),), 0.1)
